@@ -1,0 +1,185 @@
+"""The public world: VAE, text encoder, U-Net and noise schedule of any Stable Diffusion 1.x directory or hub id."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from splitlab import checkpoint
+from splitlab.data import ImageSet
+from splitlab.errors import InputError
+
+
+@dataclass(frozen=True)
+class Base:
+    """Frozen public models in diffusers' vocabulary. Nothing here is trained by any scheme.
+
+    Attributes:
+        pipeline: the loaded `StableDiffusionPipeline`, for its parts and for generation.
+        digest: SHA-256 over all weights: equal digests, equal models.
+    """
+
+    pipeline: StableDiffusionPipeline
+    digest: str
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder."""
+        return self.pipeline.vae
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The noise predictor."""
+        return self.pipeline.unet
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """The text model."""
+        return self.pipeline.text_encoder
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The text model's tokenizer."""
+        return self.pipeline.tokenizer
+
+    @cached_property
+    def alphas_cumprod(self) -> Float[Tensor, " T"]:
+        """ᾱ of the noise schedule, float32, decreasing."""
+        return self.pipeline.scheduler.alphas_cumprod.float()
+
+    @property
+    def n_timesteps(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(tokens, width) of a text embedding."""
+        return self.tokenizer.model_max_length, self.text_encoder.config.hidden_size
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of `size` x `size` images."""
+        factor = self.pipeline.vae_scale_factor
+        if size % factor:
+            raise InputError(f"images of {size}x{size} pixels do not fit the VAE; use a multiple of {factor}")
+        return self.vae.config.latent_channels, size // factor, size // factor
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b 3 s s"], *, batch: int = 64) -> Float[Tensor, "b c h w"]:
+        """Encode images in [-1, 1] to latents: the posterior's mean, times the scaling factor."""
+        self.latent_shape(images.shape[-1])
+        parts = [self.vae.encode(part).latent_dist.mean for part in images.split(batch)]
+        return torch.cat(parts) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c h w"], *, batch: int = 64) -> Float[Tensor, "b 3 s s"]:
+        """Decode latents to images, clamped to [-1, 1]."""
+        parts = [self.vae.decode(part / self.vae.config.scaling_factor).sample for part in latents.split(batch)]
+        return torch.cat(parts).clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], *, batch: int = 256) -> Float[Tensor, "b l d"]:
+        """Encode prompts to the text model's last hidden states.
+
+        Raises:
+            InputError: a prompt has more tokens than the text model takes.
+        """
+        ids = self._tokens(prompts)
+        unique, inverse = torch.unique(ids, dim=0, return_inverse=True)
+        hidden = torch.cat([self.text_encoder(part).last_hidden_state for part in unique.split(batch)])
+        return hidden[inverse]
+
+    def _tokens(self, prompts: Sequence[str]) -> Int[Tensor, "b l"]:
+        length = self.tokenizer.model_max_length
+        encoded = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False)
+        for prompt, ids in zip(prompts, encoded.input_ids, strict=True):
+            if len(ids) > length:
+                raise InputError(
+                    f"the prompt {prompt!r} has {len(ids)} tokens, the text model takes {length}: shorten it"
+                )
+        return torch.tensor(encoded.input_ids)
+
+    def noised(
+        self, latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], timesteps: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """Return sqrt(ᾱ_t) latents + sqrt(1 - ᾱ_t) noise (Ho et al. 2020, eq. 4)."""
+        alphas = self.alphas_cumprod[timesteps][:, None, None, None]
+        return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+
+    def denoised(
+        self, noisy_latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], timesteps: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """Invert `noised`: the latents, given the noise or a prediction of it (Ho et al. 2020, eq. 15)."""
+        alphas = self.alphas_cumprod[timesteps][:, None, None, None]
+        return (noisy_latents - (1 - alphas).sqrt() * noise) / alphas.sqrt()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A data set through the frozen encoders: `latents`, `hint_latents` `[n, c, h, w]` and `text` `[n, l, d]`."""
+
+    latents: Tensor
+    hint_latents: Tensor
+    text: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, indices: Tensor | slice) -> "Encoded":
+        return Encoded(self.latents[indices], self.hint_latents[indices], self.text[indices])
+
+
+def load_base(source: str | Path) -> Base:
+    """Load a base model from a directory in diffusers layout or from a hub id (safetensors only).
+
+    Raises:
+        InputError: it is missing, incomplete, damaged or not a noise-predicting Stable Diffusion 1.x model.
+    """
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(source), safety_checker=None, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # diffusers raises many types, from missing files to shape mismatches
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"base model {source}: cannot be loaded ({reason}); `dvc pull` fetches the shipped one, "
+            "and base.source in params.yaml takes any Stable Diffusion 1.x directory or hub id"
+        ) from None
+    for part in ("vae", "unet", "text_encoder", "tokenizer"):
+        if getattr(pipeline, part, None) is None:
+            raise InputError(f"base model {source}: it has no {part}, which splitlab needs; use a complete model")
+        if isinstance(getattr(pipeline, part), torch.nn.Module):
+            getattr(pipeline, part).eval().requires_grad_(False)
+    kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise InputError(f"base model {source}: it predicts {kind!r}; S1 needs a noise-predicting ('epsilon') model")
+    pipeline.set_progress_bar_config(disable=True)
+    return Base(pipeline, _digest(pipeline))
+
+
+def _digest(pipeline: StableDiffusionPipeline) -> str:
+    digest = hashlib.sha256()
+    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encoded(base: Base, data: ImageSet, *, cache: Path | None = None) -> Encoded:
+    """Encode a data set once: from then on it is read from `cache`, keyed by the content of both."""
+    path = cache / f"encoded-{base.digest[:16]}-{data.digest[:16]}.safetensors" if cache else None
+    if path and path.exists():
+        tensors, _ = checkpoint.load(path)
+        return Encoded(**tensors)
+    result = Encoded(base.encode(data.images), base.encode(data.hints), base.encode_prompts(data.prompts))
+    if path:
+        checkpoint.save(path, vars(result), {})
+    return result

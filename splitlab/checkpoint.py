@@ -1,0 +1,80 @@
+"""Atomic safetensors checkpoints: a file is either whole and of the state asked for, or absent."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from splitlab.errors import InputError
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
+    """Write `tensors` and JSON-serialisable `meta` to `path`; an earlier file stays whole until the new one is.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"meta": json.dumps(meta)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({error}); free some disk space and run again: "
+            "earlier checkpoints and outputs are intact"
+        ) from None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read (tensors, meta) that `save` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it and run the stage that makes it again") from None
+
+
+def training_state(
+    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """Flatten weights and optimiser states to named tensors, `<name>/<entry>`."""
+    state = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, slots in optimizer.state_dict()["state"].items():
+            state |= {f"{name}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def restore_training_state(
+    state: Mapping[str, Tensor], modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> None:
+    """Put back what `training_state` flattened, in place."""
+    for name, module in modules.items():
+        module.load_state_dict(_entries(state, name))
+    for name, optimizer in optimizers.items():
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in _entries(state, name).items():
+            index, slot = key.split("/")
+            slots.setdefault(int(index), {})[slot] = value.clone()
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _entries(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

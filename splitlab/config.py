@@ -1,0 +1,161 @@
+"""One frozen dataclass per section of params.yaml. An unknown key is an error that names it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from splitlab.errors import InputError
+
+T = TypeVar("T")
+
+SCHEMES = ("central", "federated", "split_gradients", "split")
+
+
+@dataclass(frozen=True)
+class Defences:
+    """What a client does to a message before it leaves; all off by default. Applied in the order of the fields.
+
+    Attributes:
+        timestep_floor: timesteps are drawn from [floor, T) (S1's timestep sampling policy).
+        symsigmoid: replace the cut-layer sum x by |x| (2 sigmoid(x) - 1) (S1's activation).
+        fixed_noise: standard deviation of one Gaussian tensor per client, added to every cut-layer activation; 0: off.
+        half: send fp16 (and 16-bit timesteps).
+        hide_prompts: send no text embeddings; the server trains with zeros.
+    """
+
+    timestep_floor: int = 0
+    symsigmoid: bool = False
+    fixed_noise: float = 0.0
+    half: bool = False
+    hide_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values no client could apply."""
+        if self.timestep_floor < 0:
+            raise InputError(f"timestep_floor must be 0 or more, got {self.timestep_floor}")
+        if not self.fixed_noise >= 0:
+            raise InputError(f"fixed_noise is a standard deviation and must be 0 or more, got {self.fixed_noise}")
+
+    def __str__(self) -> str:
+        """Name the defences that are on, as tables show them; "none" where there are none."""
+        active = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        return " ".join(name if value is True else f"{name}={value:g}" for name, value in active.items()) or "none"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        dataset: a shipped data set's name, or a path (to a folder with private / public / heldout splits).
+        scheme: who computes what: one of `SCHEMES`.
+        defences: the clients' defences (schemes that send activations only).
+        n_clients: private data are shared out among that many clients, who take turns (federated: run in parallel).
+        steps: optimiser steps on batches of `batch_size`, summed over clients.
+        batch_size: samples per message.
+        lr: peak learning rate of AdamW, after a warm-up of 5 % and before cosine decay.
+        local_steps: federated only: steps a client takes between two averagings.
+        record_messages: how many messages, from the first, the transcript keeps.
+        eval_samples: held-out hints to generate images for.
+        checkpoint_every: steps between checkpoints.
+        seed: of every draw of the run.
+    """
+
+    dataset: str = "shapes"
+    scheme: str = "split"
+    defences: Defences = field(default_factory=Defences)
+    n_clients: int = 1
+    steps: int = 900
+    batch_size: int = 32
+    lr: float = 1e-3
+    local_steps: int = 10
+    record_messages: int = 24
+    eval_samples: int = 64
+    checkpoint_every: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions at construction."""
+        if self.scheme not in SCHEMES:
+            raise InputError(f"scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        sends = self.scheme in ("split", "split_gradients")
+        if not sends and self.defences != Defences():
+            raise InputError(
+                f"scheme {self.scheme!r} sends no activations, so these defences do nothing: {self.defences}; "
+                "remove them, or use scheme 'split'"
+            )
+        if self.scheme == "split_gradients" and self.defences.symsigmoid:
+            raise InputError("symsigmoid is for latent hints; split_gradients has a trained hint encoder: remove it")
+        for name in ("n_clients", "steps", "batch_size", "local_steps", "eval_samples", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise InputError(f"lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack on one run.
+
+    Attributes:
+        attack: its name in `splitlab.attacks.ATTACKS`.
+        ignore: observation fields to deny it, for ablations.
+        options: keyword arguments of the attack function.
+    """
+
+    attack: str
+    ignore: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """A file-name-safe name: the attack, and what it was denied."""
+        return "-without-".join([self.attack, *(["-".join(self.ignore)] if self.ignore else [])])
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How reconstructions are scored.
+
+    Attributes:
+        buckets: edges of the timestep buckets.
+        candidates: size of the line-up for identification (chance: 1 / candidates).
+        samples: images scored per bucket.
+        seed: of the line-ups.
+    """
+
+    buckets: tuple[int, ...] = (0, 200, 400, 600, 800, 1000)
+    candidates: int = 100
+    samples: int = 64
+    seed: int = 0
+
+
+def parse(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Build the dataclass `kind` from a section of params.yaml.
+
+    Args:
+        kind: one of this module's dataclasses.
+        values: the section.
+        where: the section's name, for error messages.
+
+    Raises:
+        InputError: a key is unknown, or a value is of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected keys and values, got {values!r}")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{where}: unknown key {', '.join(unknown)}; known keys: {', '.join(hints)}")
+    return kind(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint):
+        return parse(hint, value, where=where)  # type: ignore[arg-type]
+    if getattr(hint, "__origin__", None) is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    accepted: Any = {int: int, float: (int, float), bool: bool, str: str}.get(hint)
+    if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool)):
+        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return float(value) if hint is float else value

@@ -1,0 +1,100 @@
+"""Per-image measures. Images come in [-1, 1]; every function returns one number per image."""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from skimage.color import rgb2gray
+from skimage.feature import canny
+from skimage.filters import threshold_otsu
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+DATA_RANGE = 2.0
+
+
+def mse(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
+    """Mean squared error of images in [-1, 1]."""
+    return (images - truth).square().mean((1, 2, 3))
+
+
+def psnr_db(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
+    """Peak signal-to-noise ratio, dB, peak-to-peak range 2; equal images give 100."""
+    return 10 * torch.log10(DATA_RANGE**2 / mse(images, truth).clamp_min(DATA_RANGE**2 * 1e-10))
+
+
+def ssim(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
+    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, as torchmetrics computes it."""
+    value = structural_similarity_index_measure(images, truth, data_range=DATA_RANGE, reduction="none")
+    return torch.as_tensor(value).reshape(len(images))
+
+
+def disc_mask(image: Float[Tensor, "3 h w"]) -> Bool[Tensor, "h w"]:
+    """Locate the disc of a shapes image: pixels that differ from the border's median colour, by Otsu's threshold."""
+    pixels = image.permute(1, 2, 0).numpy()
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    distance = np.linalg.norm(pixels - np.median(border, axis=0), axis=2)
+    if np.ptp(distance) < 1e-3:
+        return torch.zeros(distance.shape, dtype=torch.bool)
+    return torch.from_numpy(distance > threshold_otsu(distance))
+
+
+def outline_mask(hint: Float[Tensor, "3 h w"]) -> Bool[Tensor, "h w"]:
+    """Return the disc that a shapes hint outlines, also where the image cuts it off.
+
+    A circle is fitted to the bright pixels by weighted algebraic least squares (Kåsa 1976).
+    """
+    brightness = hint.mean(0).numpy().astype(np.float64)
+    rows, columns = np.nonzero(brightness > 0.0)
+    height, width = brightness.shape
+    if len(rows) < 3:
+        return torch.zeros(height, width, dtype=torch.bool)
+    weight = brightness[rows, columns] + 1.0
+    design = np.stack([columns, rows, np.ones(len(rows))], axis=1) * weight[:, None]
+    solution, *_ = np.linalg.lstsq(design, (columns**2 + rows**2) * weight, rcond=None)
+    centre_x, centre_y = solution[0] / 2, solution[1] / 2
+    radius = np.sqrt(max(solution[2] + centre_x**2 + centre_y**2, 0.0)) + 0.5  # the line is drawn inwards
+    y, x = np.mgrid[:height, :width]
+    return torch.from_numpy((x - centre_x) ** 2 + (y - centre_y) ** 2 <= radius**2)
+
+
+def iou(masks: Bool[Tensor, "n h w"], truth: Bool[Tensor, "n h w"]) -> Float[Tensor, " n"]:
+    """Intersection over union; two empty masks agree perfectly."""
+    union = (masks | truth).sum((1, 2)).float()
+    return torch.where(union > 0, (masks & truth).sum((1, 2)) / union.clamp_min(1), 1.0)
+
+
+def disc_iou(images: Float[Tensor, "n 3 h w"], hints: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Control localisation for shapes: overlap of each image's disc with the disc its hint outlines."""
+    found = torch.stack([disc_mask(image) for image in images])
+    wanted = torch.stack([outline_mask(hint) for hint in hints])
+    return iou(found, wanted)
+
+
+def edge_map(image: Float[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
+    """Return an image's Canny edges as the photo hints have them: white on black in [-1, 1]."""
+    edges = canny(rgb2gray((image.permute(1, 2, 0).numpy() + 1.0) / 2.0), sigma=1.0)
+    return torch.from_numpy(np.where(edges, 1.0, -1.0)).float().expand(3, -1, -1)
+
+
+def edge_ssim(images: Float[Tensor, "n 3 h w"], hints: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Control localisation for photographs: SSIM of each image's Canny map with its hint, per sample."""
+    return ssim(torch.stack([edge_map(image) for image in images]), hints)
+
+
+def identified(
+    images: Float[Tensor, "n c h w"], candidates: Float[Tensor, "n k c h w"], truth: Int[Tensor, " n"]
+) -> Bool[Tensor, " n"]:
+    """Say whether the candidate nearest to each image, in mean squared error, is the true one (a tie is a miss)."""
+    distances = (images[:, None] - candidates).square().mean((2, 3, 4))
+    own = distances.gather(1, truth[:, None])
+    others = distances.scatter(1, truth[:, None], torch.inf)
+    return (own < others.min(1, keepdim=True).values)[:, 0]
+
+
+def line_ups(n_private: int, indices: Int[Tensor, " n"], size: int, draw: torch.Generator) -> Int[Tensor, "n k"]:
+    """Draw, for each private index, a line-up of `size` distinct indices, the own one first."""
+    rows = []
+    for index in indices.tolist():
+        others = torch.randperm(n_private - 1, generator=draw)[: size - 1]
+        rows.append(torch.cat([torch.tensor([index]), others + (others >= index)]))
+    return torch.stack(rows)

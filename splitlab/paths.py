@@ -1,0 +1,16 @@
+"""Where the project's files are, whatever directory a notebook was started in."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(os.environ.get("SPLITLAB_ROOT", Path(__file__).resolve().parent.parent))
+"""The project root: the checkout this package was installed from (editable), or `$SPLITLAB_ROOT`."""
+
+CACHE = ROOT / ".cache"
+"""Content-addressed caches and checkpoints: always safe to delete."""
+
+
+def resolve(path: str | Path) -> Path:
+    """Return `path` unchanged if absolute, else relative to the project root."""
+    path = Path(path)
+    return path if path.is_absolute() else ROOT / path

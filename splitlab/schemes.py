@@ -1,0 +1,257 @@
+"""The four training schemes: who computes what. Each turns one step's batch into one optimiser step."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from diffusers import ControlNetModel
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor, nn
+
+from splitlab.base import Base
+from splitlab.config import TrainConfig
+from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet
+from splitlab.defences import protect, transforms
+from splitlab.split import (
+    Client,
+    attach_hint_encoder,
+    client_batch,
+    client_send,
+    detach_hint_encoder,
+    server_loss,
+)
+from splitlab.types import Observation, Truth
+from splitlab.wire import from_bytes, to_bytes
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did.
+
+    Attributes:
+        loss: the training loss.
+        message: the bytes that went up, where the server sees activations.
+        truth: what only the client knew about that message.
+        up_bytes, down_bytes: bytes to and from the server.
+        client_s, server_s: seconds computed on each side.
+    """
+
+    loss: float
+    message: bytes | None = None
+    truth: Truth | None = None
+    up_bytes: int = 0
+    down_bytes: int = 0
+    client_s: float = 0.0
+    server_s: float = 0.0
+
+
+class Scheme(Protocol):
+    """A training scheme: `modules` and `optimizers` are its whole state between two steps."""
+
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+
+    def step(self, number: int, lr: float) -> Step:
+        """Do step `number` (from 0) at learning rate `lr`."""
+
+    def controlnet(self) -> ControlNetModel:
+        """Return the whole ControlNet as trained so far, ready to save and to generate with."""
+
+
+class Central:
+    """The yardstick: one party holds data and model."""
+
+    def __init__(self, base: Base, config: TrainConfig, clients: Sequence[Client]):
+        self.base, self.config, self.clients = base, config, clients
+        self._model = latent_hint_controlnet(base)
+        self.modules: dict[str, nn.Module] = {"controlnet": self._model}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"server": _adamw(self._model)}
+
+    def step(self, number: int, lr: float) -> Step:
+        """Train on one batch, no message leaves."""
+        began = time.perf_counter()
+        client, turn = _turn(self.clients, number)
+        loss = _local_step(self.base, self._model, self.optimizers["server"], client, turn, self.config, lr)
+        return Step(loss, server_s=time.perf_counter() - began)
+
+    def controlnet(self) -> ControlNetModel:
+        """Return the trained ControlNet."""
+        return self._model
+
+
+class Federated:
+    """FedAvg of the whole ControlNet (McMahan et al. 2017): clients train locally, the server averages weights.
+
+    Step numbers count every client's steps: clients take `local_steps` each, one after the other, from the same global
+    weights, then the server averages. Clients start every round with a fresh optimiser.
+    """
+
+    def __init__(self, base: Base, config: TrainConfig, clients: Sequence[Client]):
+        self.base, self.config, self.clients = base, config, clients
+        self._model = latent_hint_controlnet(base)  # the client at work
+        self._global = latent_hint_controlnet(base).requires_grad_(False)
+        self._sum = latent_hint_controlnet(base).requires_grad_(False)
+        _scale(self._sum, 0.0)
+        self.modules: dict[str, nn.Module] = {"client": self._model, "controlnet": self._global, "sum": self._sum}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"client": _adamw(self._model)}
+
+    def step(self, number: int, lr: float) -> Step:
+        """Take one local step; at the end of a client's turn add its weights, at the end of a round average."""
+        local, n_clients = self.config.local_steps, len(self.clients)
+        turn, client = number // local, self.clients[(number // local) % n_clients]
+        began = time.perf_counter()
+        if number % local == 0:
+            self._model.load_state_dict(self._global.state_dict())
+            self.optimizers["client"].state.clear()
+        own_step = turn // n_clients * local + number % local
+        loss = _local_step(self.base, self._model, self.optimizers["client"], client, own_step, self.config, lr)
+        client_s, began = time.perf_counter() - began, time.perf_counter()
+        up = down = 0
+        if (number + 1) % local == 0:
+            up = down = len(save_bytes(dict(self._model.state_dict())))
+            _add(self._sum, self._model, 1.0 / n_clients)
+            if (turn + 1) % n_clients == 0:
+                self._global.load_state_dict(self._sum.state_dict())
+                _scale(self._sum, 0.0)
+        return Step(loss, up_bytes=up, down_bytes=down, client_s=client_s, server_s=time.perf_counter() - began)
+
+    def controlnet(self) -> ControlNetModel:
+        """Return the last averaged ControlNet."""
+        return self._global
+
+
+class Split:
+    """S1: the client sends one message per step, the server trains the ControlNet, nothing comes back (Yao 2024)."""
+
+    def __init__(self, base: Base, config: TrainConfig, clients: Sequence[Client]):
+        self.base, self.config, self.clients = base, config, clients
+        activation = "symsigmoid" if config.defences.symsigmoid else "none"
+        self._model = latent_hint_controlnet(base, activation=activation, hide_prompts=config.defences.hide_prompts)
+        self.modules: dict[str, nn.Module] = {"controlnet": self._model}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"server": _adamw(self._model)}
+
+    def step(self, number: int, lr: float) -> Step:
+        """Send, receive, train."""
+        client, turn = _turn(self.clients, number)
+        began = time.perf_counter()
+        message, truth = client_send(client, turn, self.config.batch_size)
+        sent = time.perf_counter()
+        loss = server_loss(self.base, self._model, from_bytes(message))
+        _descend(loss, self.optimizers["server"], lr)
+        server_s = time.perf_counter() - sent
+        return Step(loss.item(), message, truth, len(message), 0, sent - began, server_s)
+
+    def controlnet(self) -> ControlNetModel:
+        """Return the trained ControlNet."""
+        return self._model
+
+
+class SplitGradients:
+    """Conventional split learning: a trainable hint encoder on the client, the cut gradient returned to it.
+
+    Clients take turns with one hint encoder, handed on from each to the next (Vepakomma et al. 2018); its hand-over is
+    not counted as traffic with the server.
+    """
+
+    def __init__(self, base: Base, config: TrainConfig, clients: Sequence[Client], hints: Tensor):
+        self.base, self.config, self.clients, self.hints = base, config, clients, hints
+        self._server = image_hint_controlnet(base, seed=config.seed)
+        self._encoder = detach_hint_encoder(self._server)
+        self.modules: dict[str, nn.Module] = {"controlnet": self._server, "hint_encoder": self._encoder}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "server": _adamw(self._server),
+            "client": _adamw(self._encoder),
+        }
+
+    def step(self, number: int, lr: float) -> Step:
+        """Send features, train the server's part, return their gradient, train the client's part."""
+        client, turn = _turn(self.clients, number)
+        began = time.perf_counter()
+        message, truth, _ = client_batch(client, turn, self.config.batch_size)
+        features = self._encoder((self.hints[truth.indices] + 1.0) / 2.0)
+        message = Observation(client.number, turn, **message.tensors, smashed=features.detach())
+        chain = transforms(client.defences, client_key=client.client_key)
+        up = to_bytes(protect(message, chain, client.draw(-1 - turn)))
+        sent = time.perf_counter()
+
+        received = from_bytes(up)
+        smashed = received.float().need("smashed").requires_grad_()
+        loss = server_loss(self.base, self._server, received, smashed)
+        _descend(loss, self.optimizers["server"], lr)
+        down = save_bytes({"gradient": torch.as_tensor(smashed.grad).to(received.need("smashed").dtype)})
+        returned = time.perf_counter()
+
+        self.optimizers["client"].zero_grad(set_to_none=True)
+        features.backward(load_bytes(down)["gradient"].float())
+        _update(self.optimizers["client"], lr)
+        client_s = sent - began + time.perf_counter() - returned
+        return Step(loss.item(), up, truth, len(up), len(down), client_s, returned - sent)
+
+    def controlnet(self) -> ControlNetModel:
+        """Return the two parts put together again, as a copy."""
+        return attach_hint_encoder(copy.deepcopy(self._server), copy.deepcopy(self._encoder))
+
+
+def make_scheme(base: Base, config: TrainConfig, clients: Sequence[Client], hints: Tensor) -> Scheme:
+    """Build the scheme that `config` names; `hints` are the private hint images `[n, 3, s, s]`."""
+    if config.scheme == "split_gradients":
+        return SplitGradients(base, config, clients, hints)
+    kinds: dict[str, Callable[..., Scheme]] = {"central": Central, "federated": Federated, "split": Split}
+    return kinds[config.scheme](base, config, clients)
+
+
+def _turn(clients: Sequence[Client], number: int) -> tuple[Client, int]:
+    """Return whose turn step `number` is and how many turns that client had before."""
+    return clients[number % len(clients)], number // len(clients)
+
+
+def _local_step(
+    base: Base,
+    model: ControlNetModel,
+    optimizer: torch.optim.Optimizer,
+    client: Client,
+    step: int,
+    config: TrainConfig,
+    lr: float,
+) -> float:
+    """Train where the data are: no message, no defence."""
+    message, _, chosen = client_batch(client, step, config.batch_size)
+    smashed = model.smash(message.need("noisy_latents"), client.data.hint_latents[chosen])
+    loss = server_loss(base, model, Observation(client.number, step, **message.tensors, smashed=smashed))
+    _descend(loss, optimizer, lr)
+    return loss.item()
+
+
+def _adamw(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.01)
+
+
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    if not torch.isfinite(loss):
+        return  # the training loop reports it; weights stay as they are
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    _update(optimizer, lr)
+
+
+def _update(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
+@torch.no_grad()
+def _scale(module: nn.Module, factor: float) -> None:
+    for value in module.state_dict().values():
+        value.mul_(factor)
+
+
+@torch.no_grad()
+def _add(total: nn.Module, part: nn.Module, weight: float) -> None:
+    for kept, new in zip(total.state_dict().values(), part.state_dict().values(), strict=True):
+        kept.add_(new, alpha=weight)

@@ -1,0 +1,280 @@
+"""The training loop: one for all schemes. Resumable, recorded, and observed byte for byte."""
+
+import json
+import math
+import platform
+import resource
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from splitlab import checkpoint, metrics
+from splitlab.base import Base, encoded
+from splitlab.colours import split_prompt
+from splitlab.config import TrainConfig
+from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, predict_noise
+from splitlab.data import ImageSet, digest, partition
+from splitlab.errors import InputError
+from splitlab.paths import ROOT
+from splitlab.schemes import Scheme, Step, make_scheme
+from splitlab.seeds import generator
+from splitlab.split import Client
+from splitlab.types import Callback, Truth
+from splitlab.wire import Header, write_transcript, write_truth
+
+PACKAGES = ("splitlab", "torch", "diffusers", "transformers", "safetensors", "numpy")
+
+
+@dataclass
+class Progress:
+    """What a run has gathered so far; saved with every checkpoint."""
+
+    losses: list[float]
+    messages: list[bytes]
+    truths: list[Truth]
+    up_bytes: int = 0
+    down_bytes: int = 0
+    client_s: float = 0.0
+    server_s: float = 0.0
+
+    def add(self, step: Step, *, record: int) -> None:
+        """Take in one step; keep its message if fewer than `record` are kept."""
+        self.losses.append(step.loss)
+        self.up_bytes += step.up_bytes
+        self.down_bytes += step.down_bytes
+        self.client_s += step.client_s
+        self.server_s += step.server_s
+        if step.message is not None and step.truth is not None and len(self.messages) < record:
+            self.messages.append(step.message)
+            self.truths.append(step.truth)
+
+
+def make_clients(base: Base, private: ImageSet, config: TrainConfig, *, cache: Path | None = None) -> list[Client]:
+    """Encode the private data once and share them out among the run's clients."""
+    data = encoded(base, private, cache=cache)
+    return [
+        Client(
+            number=number,
+            base=base,
+            data=data[share.start : share.stop],
+            indices=torch.arange(share.start, share.stop),
+            defences=config.defences,
+            key=config.seed,
+        )
+        for number, share in enumerate(partition(len(private), config.n_clients))
+    ]
+
+
+def train(
+    run: str,
+    config: TrainConfig,
+    base: Base,
+    private: ImageSet,
+    heldout: ImageSet,
+    *,
+    out: Path,
+    cache: Path,
+    callback: Callback | None = None,
+) -> dict[str, Any]:
+    """Train one run and write `out`: `controlnet/`, `record.json`, `timing.json`, and where activations are sent
+    `transcript.safetensors` (what the server saw) and `truth.safetensors` (what it did not).
+
+    Args:
+        run: the run's name.
+        config: the run.
+        base: public models.
+        private: the clients' data.
+        heldout: data that no scheme and no base model was trained on, for the evaluation.
+        out: folder to write; it is made.
+        cache: folder for encoded data and checkpoints. A call that was interrupted goes on from its last checkpoint
+            when repeated, and ends with bit-identical weights.
+        callback: `(what, done, total, loss)`.
+
+    Returns the record, as written.
+
+    Raises:
+        InputError: the data do not fit the base model or the batch size, the loss is not finite, or the disk is full.
+    """
+    clients = make_clients(base, private, config, cache=cache)
+    scheme = make_scheme(base, config, clients, private.hints)
+    key = digest({"config": config, "base": base.digest, "data": private.digest, "torch": torch.__version__})[:16]
+    state = cache / f"train-{key}.safetensors"
+    progress = _run(scheme, config, state, callback)
+    controlnet = scheme.controlnet().eval()
+    record = _record(run, config, base, controlnet, progress, heldout, clients[0], cache)
+
+    out.mkdir(parents=True, exist_ok=True)
+    controlnet.save_pretrained(out / "controlnet")
+    if progress.messages:
+        header = Header(
+            run, config.dataset, config.scheme, config.defences, private.size, base.digest, config.n_clients
+        )
+        write_transcript(out / "transcript.safetensors", header, progress.messages)
+        write_truth(out / "truth.safetensors", progress.truths)
+    _write_json(out / "record.json", record)
+    _write_json(out / "timing.json", _timing(config, progress))
+    state.unlink(missing_ok=True)
+    return record
+
+
+def _run(scheme: Scheme, config: TrainConfig, state: Path, callback: Callback | None) -> Progress:
+    """Run the steps that `state` does not hold yet."""
+    start, progress = _restore(scheme, state) if state.exists() else (0, Progress([], [], []))
+    bar = tqdm(range(start, config.steps), desc=config.scheme, initial=start, total=config.steps, mininterval=2)
+    number = start
+    try:
+        for number in bar:
+            step = scheme.step(number, learning_rate(number, config))
+            if not math.isfinite(step.loss):
+                raise InputError(
+                    f"the loss is {step.loss} at step {number}; lower lr (now {config.lr:g}) or check the data. "
+                    f"The checkpoint before it and all earlier outputs are intact"
+                )
+            progress.add(step, record=config.record_messages)
+            if callback:
+                callback("train", number + 1, config.steps, step.loss)
+            if (number + 1) % 25 == 0:
+                bar.set_postfix(loss=f"{sum(progress.losses[-25:]) / 25:.4f}")
+            if (number + 1) % config.checkpoint_every == 0:
+                _checkpoint(scheme, state, number + 1, progress)
+    except KeyboardInterrupt:
+        kept = number - number % config.checkpoint_every if number else 0
+        print(f"interrupted at step {number}; run it again to go on from step {max(start, kept)}")
+        raise
+    return progress
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Warm up over 5 % of the steps, then decay along a cosine to zero."""
+    warm_up = max(1, config.steps // 20)
+    return config.lr * min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+
+
+def _checkpoint(scheme: Scheme, state: Path, step: int, progress: Progress) -> None:
+    tensors = checkpoint.training_state(scheme.modules, scheme.optimizers)
+    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
+    for i, (message, truth) in enumerate(zip(progress.messages, progress.truths, strict=True)):
+        tensors[f"message/{i}"] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        tensors |= {f"truth/{i}/{name}": value for name, value in vars(truth).items()}
+    totals = {name: getattr(progress, name) for name in ("up_bytes", "down_bytes", "client_s", "server_s")}
+    checkpoint.save(state, tensors, {"step": step, "n_messages": len(progress.messages), "totals": totals})
+
+
+def _restore(scheme: Scheme, state: Path) -> tuple[int, Progress]:
+    tensors, meta = checkpoint.load(state)
+    checkpoint.restore_training_state(tensors, scheme.modules, scheme.optimizers)
+    count: int = meta["n_messages"]  # type: ignore[assignment]
+    messages = [tensors[f"message/{i}"].numpy().tobytes() for i in range(count)]
+    truths = [Truth(**{n: tensors[f"truth/{i}/{n}"] for n in ("indices", "timesteps", "noise")}) for i in range(count)]
+    totals: dict[str, Any] = meta["totals"]  # type: ignore[assignment]
+    return int(meta["step"]), Progress(tensors["losses"].tolist(), messages, truths, **totals)  # type: ignore[call-overload]
+
+
+def _record(
+    run: str,
+    config: TrainConfig,
+    base: Base,
+    controlnet: ControlNetModel,
+    progress: Progress,
+    heldout: ImageSet,
+    client: Client,
+    cache: Path,
+) -> dict[str, Any]:
+    """Evaluate the trained ControlNet and gather everything about the run that repeats exactly."""
+    samples = config.steps * config.batch_size
+    if isinstance(controlnet, LatentHintControlNet):
+        controlnet.fixed_noise = client.fixed_noise
+    chosen = heldout.subset(range(min(config.eval_samples, len(heldout))))
+    pictures = generate(
+        control_pipeline(base, controlnet), chosen.prompts, chosen.hints, generator=generator(config.seed, "generate")
+    )
+    return {
+        "run": run,
+        "config": asdict(config),
+        "base": base.digest,
+        "data": {"size": len(client.data), "heldout": heldout.digest},
+        "n_trainable": sum(p.numel() for p in controlnet.parameters()),
+        "loss": [round(x, 6) for x in progress.losses],
+        "eval_loss": round(eval_loss(base, controlnet, heldout, cache=cache), 6),
+        **control_scores(pictures, chosen),
+        "up_bytes_per_sample": round(progress.up_bytes / samples, 2),
+        "down_bytes_per_sample": round(progress.down_bytes / samples, 2),
+    }
+
+
+def control_scores(pictures: Tensor, asked: ImageSet) -> dict[str, float | None]:
+    """Score generated `pictures` `[n, 3, s, s]` against the hints they were asked to follow.
+
+    `control_iou` is None where the prompts are not shapes prompts.
+    """
+    try:
+        for prompt in asked.prompts:
+            split_prompt(prompt)
+        overlap = round(metrics.disc_iou(pictures, asked.hints).mean().item(), 4)
+    except ValueError:
+        overlap = None
+    return {
+        "control_iou": overlap,
+        "control_ssim": round(metrics.edge_ssim(pictures, asked.hints).mean().item(), 4),
+    }
+
+
+@torch.no_grad()
+def eval_loss(base: Base, controlnet: ControlNetModel, heldout: ImageSet, *, cache: Path | None = None) -> float:
+    """Return the mean denoising loss on held-out data: fixed timesteps and noise, prompts given, alike for all runs."""
+    data = encoded(base, heldout, cache=cache)
+    draw = generator("eval loss")
+    timesteps = torch.linspace(0, base.n_timesteps - 1, len(data)).long()[torch.randperm(len(data), generator=draw)]
+    noise = torch.randn(data.latents.shape, generator=draw)
+    noisy = base.noised(data.latents, noise, timesteps)
+    hints = data.hint_latents if isinstance(controlnet, LatentHintControlNet) else (heldout.hints + 1.0) / 2.0
+    total = 0.0
+    for part in torch.arange(len(data)).split(64):
+        control = controlnet(noisy[part], timesteps[part], data.text[part], controlnet_cond=hints[part])
+        noise_pred = predict_noise(base.unet, noisy[part], timesteps[part], data.text[part], control)
+        total += F.mse_loss(noise_pred, noise[part]).item() * len(part)
+    return total / len(data)
+
+
+def _timing(config: TrainConfig, progress: Progress) -> dict[str, Any]:
+    """Gather what differs from machine to machine and run to run."""
+    samples = config.steps * config.batch_size
+    return {
+        "client_s_per_sample": progress.client_s / samples,
+        "server_s_per_sample": progress.server_s / samples,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}, {platform.processor() or 'unknown processor'}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "seed": config.seed,
+    }
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, with "+" where files differ from it; None outside a checkout."""
+    git: Callable[..., subprocess.CompletedProcess[str]] = lambda *words: subprocess.run(  # noqa: E731
+        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        dirty = git("status", "--porcelain", "--", "splitlab", "notebooks", "params.yaml").stdout.strip()
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if dirty else "") if head.returncode == 0 else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)

@@ -1,0 +1,200 @@
+"""The words the whole package speaks: Observation, Truth, Knowledge, Reconstruction, PrivacyEvent."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from splitlab.errors import InputError
+
+if TYPE_CHECKING:
+    from splitlab.base import Base
+    from splitlab.config import Defences
+    from splitlab.data import ImageSet
+
+Callback = Callable[[str, int, int, float], None]
+"""`(what, done, total, objective)`: called by every long job as it goes on."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything the server receives for one client batch. None: not sent. These fields are all that leaves a client.
+
+    Attributes:
+        client: who sent it (the server knows its connections).
+        sequence: the sender's message number.
+        timesteps: `[b]` integers in [0, T): diffusion timesteps.
+        noisy_latents: `[b, c, h, w]`: sqrt(ᾱ_t) latents + sqrt(1 - ᾱ_t) noise (Ho et al. 2020, eq. 4).
+        smashed: the cut-layer activation. S1: `[b, c, h, w]`, activation(hint_latents + noisy_latents); conventional
+            split learning: `[b, k, h, w]`, the hint encoder's output.
+        noise: `[b, c, h, w]`: the diffusion noise, the label of the server's loss.
+        encoder_hidden_states: `[b, l, d]`: text embeddings; None where prompts are hidden.
+    """
+
+    client: int
+    sequence: int
+    timesteps: Tensor | None = None
+    noisy_latents: Tensor | None = None
+    smashed: Tensor | None = None
+    noise: Tensor | None = None
+    encoder_hidden_states: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that were sent, by name."""
+        named = {name: getattr(self, name) for name in OBSERVATION_FIELDS}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples the message covers (0 if it carries no tensor)."""
+        return next((len(value) for value in self.tensors.values()), 0)
+
+    def without(self, *names: str) -> "Observation":
+        """Return a copy that lacks the fields `names`: what an attacker ignorant of them would see."""
+        unknown = set(names) - set(OBSERVATION_FIELDS)
+        if unknown:
+            raise InputError(f"no such observation field: {sorted(unknown)}; fields: {', '.join(OBSERVATION_FIELDS)}")
+        kept = {name: value for name, value in self.tensors.items() if name not in names}
+        return Observation(self.client, self.sequence, **kept)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Observation":
+        """Return a copy with `change` applied to every field that was sent."""
+        return Observation(self.client, self.sequence, **{k: change(v) for k, v in self.tensors.items()})
+
+    def float(self) -> "Observation":
+        """Return a copy whose floating-point fields are float32 and whose integers are int64."""
+        return self.map(lambda value: value.float() if value.is_floating_point() else value.long())
+
+    def need(self, name: str) -> Tensor:
+        """Return the field `name`; raise InputError if it was not sent."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise InputError(
+                f"message {self.sequence} of client {self.client} carries no {name}; "
+                f"it carries {', '.join(self.tensors) or 'nothing'}: use what needs no {name}"
+            )
+        return value
+
+
+OBSERVATION_FIELDS = tuple(f.name for f in fields(Observation) if f.name not in ("client", "sequence"))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What only the client and the evaluator hold about one message.
+
+    Attributes:
+        indices: `[b]` int64 positions in the private data set.
+        timesteps: `[b]` int64.
+        noise: `[b, c, h, w]` float32.
+    """
+
+    indices: Tensor
+    timesteps: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """The adversary's prior: everything an attack may use besides the observations. This is the threat model.
+
+    Attributes:
+        base: the public pre-trained models and noise schedule.
+        scheme: which training scheme runs (public).
+        defences: which client-side defences are on, and their strengths (public; keys and draws are not).
+        size: image height and width, pixels.
+        public: auxiliary public data of the same kind as the private data.
+        ignored: observation fields the attacker is denied, for ablations.
+    """
+
+    base: "Base"
+    scheme: str
+    defences: "Defences"
+    size: int
+    public: "ImageSet"
+    ignored: tuple[str, ...] = ()
+
+    def label(self, observations: Sequence[Observation]) -> str:
+        """Say in a table cell which sent fields the attacker uses."""
+        sent = observations[0].without(*self.ignored).tensors if observations else {}
+        return " + ".join(name for name in sent)
+
+    def describe(self, observations: Sequence[Observation]) -> list[tuple[str, str]]:
+        """Return the threat model as (what, value) rows for a report."""
+        sent = list(observations[0].tensors) if observations else []
+        used = [name for name in sent if name not in self.ignored]
+        return [
+            ("adversary", "honest-but-curious server"),
+            ("scheme", self.scheme),
+            ("receives", ", ".join(sent)),
+            ("uses of it", ", ".join(used)),
+            ("knows the defences", str(self.defences)),
+            ("does not know", "keys, fixed-noise tensors, private images, hints and prompts"),
+            ("public base model", self.base.digest[:12]),
+            ("public images", f"{len(self.public)} of {self.size}x{self.size} pixels"),
+        ]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack made of the observations, sample by sample, in the order they were sent.
+
+    Attributes:
+        images: `[n, 3, h, w]` in [-1, 1].
+        hints: `[n, 3, h, w]` in [-1, 1], or None if the attack does not try.
+        objective: the attack's own objective as it went on, for pictures of progress.
+        n_evals: evaluations of the objective or network, per sample.
+        wall_s: seconds for all samples.
+    """
+
+    images: Tensor
+    hints: Tensor | None = None
+    objective: tuple[float, ...] = ()
+    n_evals: int = 0
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class PrivacyEvent:
+    """One application of a randomised mechanism; ε is a pure function of a list of these.
+
+    Attributes:
+        mechanism: e.g. "gaussian".
+        noise_multiplier: noise standard deviation over sensitivity.
+        sample_rate: Poisson sampling rate in (0, 1]; 1 where nothing is sampled.
+        steps: how often it was applied.
+        adjacency: which neighbouring data sets the bound is for, e.g. "add_remove_one".
+    """
+
+    mechanism: str
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    adjacency: str
+
+
+def stack(observations: Sequence[Observation]) -> Observation:
+    """Concatenate messages into one observation over all their samples, float32; `client` and `sequence` are -1.
+
+    Raises:
+        InputError: there are no messages, or they carry different fields.
+    """
+    if not observations:
+        raise InputError("no messages to attack; the transcript is empty")
+    names = set(observations[0].tensors)
+    for other in observations[1:]:
+        if set(other.tensors) != names:
+            raise InputError(
+                f"message {other.sequence} of client {other.client} carries {sorted(other.tensors)}, "
+                f"the first message {sorted(names)}; attack messages of one protocol at a time"
+            )
+    parts = [observation.float() for observation in observations]
+    return Observation(-1, -1, **{name: torch.cat([getattr(p, name) for p in parts]) for name in sorted(names)})
+
+
+def senders(observations: Sequence[Observation]) -> Tensor:
+    """Return `[n]` int64: which client sent each sample, aligned with `stack`."""
+    return torch.cat([torch.full((o.batch_size,), o.client, dtype=torch.int64) for o in observations])
