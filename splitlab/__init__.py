@@ -1,0 +1,59 @@
+"""splitlab: what can the other side reconstruct when a diffusion model is trained on private images?"""
+
+import logging as _logging
+import os as _os
+
+# diffusers and transformers announce optional packages that splitlab does without; errors still come through.
+_os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+_os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+_os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+_logging.getLogger("transformers").setLevel(_logging.ERROR)
+
+from splitlab.artefacts import load_reconstruction, save_reconstruction  # noqa: E402
+from splitlab.attacks import ATTACKS, attack_and_save, attack_transcript  # noqa: E402
+from splitlab.base import Base, encoded, load_base  # noqa: E402
+from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse  # noqa: E402
+from splitlab.data import ImageSet, load  # noqa: E402
+from splitlab.errors import InputError  # noqa: E402
+from splitlab.evaluate import evaluate_all  # noqa: E402
+from splitlab.params import load_params, load_split, section  # noqa: E402
+from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
+from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
+from splitlab.train import train  # noqa: E402
+from splitlab.types import Knowledge, Observation, Reconstruction, Truth  # noqa: E402
+from splitlab.wire import Transcript, read_transcript  # noqa: E402
+
+__all__ = [
+    "ATTACKS",
+    "CACHE",
+    "ROOT",
+    "AttackSpec",
+    "Base",
+    "Defences",
+    "EvaluateConfig",
+    "ImageSet",
+    "InputError",
+    "Knowledge",
+    "Observation",
+    "PretrainConfig",
+    "Reconstruction",
+    "TrainConfig",
+    "Transcript",
+    "Truth",
+    "attack_and_save",
+    "attack_transcript",
+    "encoded",
+    "evaluate_all",
+    "load",
+    "load_base",
+    "load_params",
+    "load_reconstruction",
+    "load_split",
+    "parse",
+    "pretrain",
+    "read_transcript",
+    "resolve",
+    "save_reconstruction",
+    "section",
+    "train",
+]

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from splitlab import checkpoint
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
+
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Base:
         """Encode images in [-1, 1] to latents: the posterior's mean, times the scaling factor."""
         self.latent_shape(images.shape[-1])
         parts = [self.vae.encode(part).latent_dist.mean for part in images.split(batch)]
-        return torch.cat(parts) * self.vae.config.scaling_factor
+        latents = torch.cat(parts) * self.vae.config.scaling_factor
+        return latents.contiguous()  # as from the cache: the memory layout decides how sums are rounded
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"], *, batch: int = 64) -> Float[Tensor, "b 3 s s"]:

@@ -54,6 +54,7 @@ def training_state(
     modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """Flatten weights and optimiser states to named tensors, `<name>/<entry>`."""
+    assert not set(modules) & set(optimizers), "a module and an optimiser of one name would be mixed up"
     state = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for name, optimizer in optimizers.items():
         for index, slots in optimizer.state_dict()["state"].items():

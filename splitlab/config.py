@@ -1,7 +1,7 @@
 """One frozen dataclass per section of params.yaml. An unknown key is an error that names it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from splitlab.errors import InputError
@@ -89,6 +89,12 @@ class TrainConfig:
         for name in ("n_clients", "steps", "batch_size", "local_steps", "eval_samples", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        a_round = self.local_steps * self.n_clients
+        if self.scheme == "federated" and self.steps < a_round:
+            raise InputError(
+                f"steps {self.steps} end before the first round of {self.n_clients} clients with {self.local_steps} "
+                f"local steps each, so nothing would be learned; give at least {a_round} steps"
+            )
         if not self.lr > 0:
             raise InputError(f"lr must be positive, got {self.lr}")
 
@@ -100,11 +106,13 @@ class AttackSpec:
     Attributes:
         attack: its name in `splitlab.attacks.ATTACKS`.
         ignore: observation fields to deny it, for ablations.
+        seeds: how many attackers, who differ in their draws, try; 1 for an attack without randomness.
         options: keyword arguments of the attack function.
     """
 
     attack: str
     ignore: tuple[str, ...] = ()
+    seeds: int = 3
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -130,12 +138,12 @@ class EvaluateConfig:
     seed: int = 0
 
 
-def parse(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
+def parse(kind: type[T], values: object, *, where: str) -> T:
     """Build the dataclass `kind` from a section of params.yaml.
 
     Args:
         kind: one of this module's dataclasses.
-        values: the section.
+        values: the section, keys and values; anything else is refused.
         where: the section's name, for error messages.
 
     Raises:
@@ -147,14 +155,21 @@ def parse(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise InputError(f"{where}: unknown key {', '.join(unknown)}; known keys: {', '.join(hints)}")
+    needed = (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)  # type: ignore[arg-type]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise InputError(f"{where}: key {', '.join(missing)} is missing; give it a value")
     return kind(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return parse(hint, value, where=where)  # type: ignore[arg-type]
-    if getattr(hint, "__origin__", None) is tuple and isinstance(value, list | tuple):
-        return tuple(value)
+    origin = getattr(hint, "__origin__", None)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(hint.__args__[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is tuple or (origin is dict and not isinstance(value, dict)):
+        raise InputError(f"{where}: expected {'a list' if origin is tuple else 'keys and values'}, got {value!r}")
     accepted: Any = {int: int, float: (int, float), bool: bool, str: str}.get(hint)
     if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool)):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")

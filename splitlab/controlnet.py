@@ -23,7 +23,7 @@ def symsigmoid(x: Tensor) -> Tensor:
 def symsigmoid_inverse(y: Tensor, *, iterations: int = 40) -> Tensor:
     """Invert `symsigmoid` elementwise by bisection in float64; relative error below 1e-9."""
     magnitude = y.double().abs()
-    low, high = torch.zeros_like(magnitude), torch.maximum(magnitude + 1.0, 2 * magnitude.sqrt())
+    low, high = torch.zeros_like(magnitude), torch.maximum(1.4 * magnitude, 2 * magnitude.sqrt())
     for _ in range(iterations):
         middle = (low + high) / 2
         above = symsigmoid(middle) > magnitude
@@ -59,9 +59,9 @@ class LatentHintControlNet(ControlNetModel):
     fixed_noise: Tensor | None = None
 
     def __init__(self, activation: str = "none", hide_prompts: bool = False, **controlnet: Any):
-        super().__init__(**controlnet)
         if activation not in ACTIVATIONS:
             raise InputError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        super().__init__(**controlnet)
         self.controlnet_cond_embedding = _Nothing()
         self.register_to_config(activation=activation, hide_prompts=hide_prompts)
 
@@ -108,6 +108,15 @@ class LatentHintPipeline(StableDiffusionControlNetPipeline):
         latents = self.vae.encode(hints.to(self.vae.dtype)).latent_dist.mean
         return latents * self.vae.config.scaling_factor
 
+    def prepare_latents(
+        self, batch_size: int, num_channels_latents: int, height: int, width: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Draw the initial latents; the parent reads the size off the prepared hint, in latent pixels."""
+        factor = self.vae_scale_factor
+        return super().prepare_latents(
+            batch_size, num_channels_latents, height * factor, width * factor, *args, **kwargs
+        )
+
 
 def latent_hint_controlnet(base: Base, *, activation: str = "none", hide_prompts: bool = False) -> LatentHintControlNet:
     """Build S1's ControlNet from the base's U-Net, its zero convolutions at zero."""
@@ -128,7 +137,7 @@ def image_hint_controlnet(base: Base, *, seed: int) -> ControlNetModel:
     return model.train()
 
 
-def _check_unet(unet: UNet2DConditionModel) -> None:
+def _check_unet(unet: nn.Module) -> None:
     if not isinstance(unet, UNet2DConditionModel):
         raise InputError(f"ControlNets need a UNet2DConditionModel, the base has a {type(unet).__name__}")
 

@@ -104,9 +104,7 @@ def load(source: str | Path, *, size: int | None = None, limit: int | None = Non
     text = str(source)
     rows = _hub_rows(text.removeprefix("hub:")) if text.startswith("hub:") else _local_rows(Path(source))
     samples: list[Row] = []
-    for index, (image, hint, prompt, original) in enumerate(rows):
-        if limit is not None and index >= limit:
-            break
+    for index, (image, hint, prompt, original) in enumerate(itertools.islice(rows, limit)):
         for picture in (image, hint):
             size = size or picture.shape[0]
             if picture.shape[:2] != (size, size):
@@ -151,11 +149,16 @@ def _rows(path: Path, names: set[str], read: Callable[[str], bytes]) -> Iterator
 
 
 def _metadata(path: Path, names: set[str], read: Callable[[str], bytes]) -> list[dict[str, str]]:
-    if "metadata.csv" in names:
-        return list(csv.DictReader(io.StringIO(read("metadata.csv").decode())))
-    if "metadata.jsonl" in names:
-        return [json.loads(line) for line in read("metadata.jsonl").decode().splitlines() if line.strip()]
-    raise InputError(f"{path}: no metadata.csv or metadata.jsonl; {LAYOUT}")
+    name = next((name for name in ("metadata.csv", "metadata.jsonl") if name in names), None)
+    if name is None:
+        raise InputError(f"{path}: no metadata.csv or metadata.jsonl; {LAYOUT}")
+    try:
+        table = read(name).decode()
+        if name == "metadata.csv":
+            return list(csv.DictReader(io.StringIO(table)))
+        return [dict(json.loads(line)) for line in table.splitlines() if line.strip()]
+    except Exception as error:  # zip, text, CSV and JSON readers raise many types for damaged files
+        raise InputError(f"{path}: {name} cannot be read ({error}); restore or mend it") from None
 
 
 def _decode(path: Path, name: str, read: Callable[[str], bytes]) -> np.ndarray:
@@ -182,7 +185,10 @@ def _hub_rows(name: str) -> Iterator[Row]:
             f"hub:{name}: no column {', '.join(missing)} among {', '.join(rows.column_names)}; "
             f"the columns {', '.join(COLUMNS)} are needed"
         )
-    for row in rows:
+    for index, row in enumerate(rows):
+        for column in COLUMNS[:2]:
+            if not isinstance(row[column], Image.Image):
+                raise InputError(f"hub:{name}: row {index} has no image in column {column}; it must be an image column")
         image, hint = (np.asarray(row[column].convert("RGB")) for column in COLUMNS[:2])
         yield image, hint, row["text"], ""
 

@@ -23,9 +23,14 @@ def psnr_db(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -
 
 
 def ssim(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
-    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, as torchmetrics computes it."""
-    value = structural_similarity_index_measure(images, truth, data_range=DATA_RANGE, reduction="none")
-    return torch.as_tensor(value).reshape(len(images))
+    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, as torchmetrics computes it.
+
+    It is defined for intensities, which are not negative, hence [0, 1]. Variances of flat pictures cancel, hence
+    float64.
+    """
+    pair = ((images.double() + 1.0) / 2.0, (truth.double() + 1.0) / 2.0)
+    value = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
+    return torch.as_tensor(value).reshape(len(images)).float()
 
 
 def disc_mask(image: Float[Tensor, "3 h w"]) -> Bool[Tensor, "h w"]:

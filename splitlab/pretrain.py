@@ -244,7 +244,8 @@ def _optimise(
             tensors = checkpoint.training_state(held, {"optimizer": optimizer})
             tensors |= {"step": torch.tensor(step + 1), "losses": torch.tensor(losses, dtype=torch.float64)}
             checkpoint.save(state, tensors, {"label": label})
-    return torch.tensor(losses, dtype=torch.float64).unfold(0, REPORT_EVERY, REPORT_EVERY).mean(1).tolist()
+    every = min(REPORT_EVERY, len(losses))
+    return torch.tensor(losses, dtype=torch.float64).unfold(0, every, every).mean(1).tolist()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers import ControlNetModel
@@ -49,6 +49,7 @@ class Step:
     server_s: float = 0.0
 
 
+@runtime_checkable
 class Scheme(Protocol):
     """A training scheme: `modules` and `optimizers` are its whole state between two steps."""
 
@@ -97,7 +98,7 @@ class Federated:
         self._sum = latent_hint_controlnet(base).requires_grad_(False)
         _scale(self._sum, 0.0)
         self.modules: dict[str, nn.Module] = {"client": self._model, "controlnet": self._global, "sum": self._sum}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"client": _adamw(self._model)}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"local": _adamw(self._model)}
 
     def step(self, number: int, lr: float) -> Step:
         """Take one local step; at the end of a client's turn add its weights, at the end of a round average."""
@@ -106,9 +107,9 @@ class Federated:
         began = time.perf_counter()
         if number % local == 0:
             self._model.load_state_dict(self._global.state_dict())
-            self.optimizers["client"].state.clear()
+            self.optimizers["local"].state.clear()
         own_step = turn // n_clients * local + number % local
-        loss = _local_step(self.base, self._model, self.optimizers["client"], client, own_step, self.config, lr)
+        loss = _local_step(self.base, self._model, self.optimizers["local"], client, own_step, self.config, lr)
         client_s, began = time.perf_counter() - began, time.perf_counter()
         up = down = 0
         if (number + 1) % local == 0:
@@ -181,6 +182,8 @@ class SplitGradients:
         received = from_bytes(up)
         smashed = received.float().need("smashed").requires_grad_()
         loss = server_loss(self.base, self._server, received, smashed)
+        if not torch.isfinite(loss):
+            return Step(loss.item(), up, truth, len(up))  # there is no gradient to return
         _descend(loss, self.optimizers["server"], lr)
         down = save_bytes({"gradient": torch.as_tensor(smashed.grad).to(received.need("smashed").dtype)})
         returned = time.perf_counter()

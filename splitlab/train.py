@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from splitlab import checkpoint, metrics
+from splitlab.artefacts import to_uint8
 from splitlab.base import Base, encoded
 from splitlab.colours import split_prompt
 from splitlab.config import TrainConfig
@@ -85,8 +86,11 @@ def train(
     cache: Path,
     callback: Callback | None = None,
 ) -> dict[str, Any]:
-    """Train one run and write `out`: `controlnet/`, `record.json`, `timing.json`, and where activations are sent
-    `transcript.safetensors` (what the server saw) and `truth.safetensors` (what it did not).
+    """Train one run and write `out`.
+
+    There will be `controlnet/`; `transcript.safetensors`, what the server saw (empty where it saw no activations);
+    `truth.safetensors`, what it did not see; `samples.safetensors`, images generated for held-out hints; `record.json`,
+    all numbers that repeat exactly; `timing.json`, those that do not.
 
     Args:
         run: the run's name.
@@ -110,16 +114,24 @@ def train(
     state = cache / f"train-{key}.safetensors"
     progress = _run(scheme, config, state, callback)
     controlnet = scheme.controlnet().eval()
-    record = _record(run, config, base, controlnet, progress, heldout, clients[0], cache)
+    if isinstance(controlnet, LatentHintControlNet):
+        controlnet.fixed_noise = clients[0].fixed_noise  # the first client generates
+    asked = heldout.subset(range(min(config.eval_samples, len(heldout))))
+    draw = generator(config.seed, "generate")
+    pictures = generate(control_pipeline(base, controlnet), asked.prompts, asked.hints, generator=draw)
+    record = _record(run, config, base, progress) | {
+        "n_trainable": sum(p.numel() for p in controlnet.parameters()),
+        "eval_loss": round(eval_loss(base, controlnet, heldout, cache=cache), 6),
+        **control_scores(pictures, asked),
+    }
 
     out.mkdir(parents=True, exist_ok=True)
     controlnet.save_pretrained(out / "controlnet")
-    if progress.messages:
-        header = Header(
-            run, config.dataset, config.scheme, config.defences, private.size, base.digest, config.n_clients
-        )
-        write_transcript(out / "transcript.safetensors", header, progress.messages)
-        write_truth(out / "truth.safetensors", progress.truths)
+    samples = {"images": to_uint8(pictures), "hints": to_uint8(asked.hints)}
+    checkpoint.save(out / "samples.safetensors", samples, {"prompts": asked.prompts})
+    header = Header(run, config.dataset, config.scheme, config.defences, private.size, base.digest, config.n_clients)
+    write_transcript(out / "transcript.safetensors", header, progress.messages)
+    write_truth(out / "truth.safetensors", progress.truths)
     _write_json(out / "record.json", record)
     _write_json(out / "timing.json", _timing(config, progress))
     state.unlink(missing_ok=True)
@@ -179,33 +191,14 @@ def _restore(scheme: Scheme, state: Path) -> tuple[int, Progress]:
     return int(meta["step"]), Progress(tensors["losses"].tolist(), messages, truths, **totals)  # type: ignore[call-overload]
 
 
-def _record(
-    run: str,
-    config: TrainConfig,
-    base: Base,
-    controlnet: ControlNetModel,
-    progress: Progress,
-    heldout: ImageSet,
-    client: Client,
-    cache: Path,
-) -> dict[str, Any]:
-    """Evaluate the trained ControlNet and gather everything about the run that repeats exactly."""
+def _record(run: str, config: TrainConfig, base: Base, progress: Progress) -> dict[str, Any]:
+    """Gather what a run did that repeats exactly."""
     samples = config.steps * config.batch_size
-    if isinstance(controlnet, LatentHintControlNet):
-        controlnet.fixed_noise = client.fixed_noise
-    chosen = heldout.subset(range(min(config.eval_samples, len(heldout))))
-    pictures = generate(
-        control_pipeline(base, controlnet), chosen.prompts, chosen.hints, generator=generator(config.seed, "generate")
-    )
     return {
         "run": run,
         "config": asdict(config),
         "base": base.digest,
-        "data": {"size": len(client.data), "heldout": heldout.digest},
-        "n_trainable": sum(p.numel() for p in controlnet.parameters()),
         "loss": [round(x, 6) for x in progress.losses],
-        "eval_loss": round(eval_loss(base, controlnet, heldout, cache=cache), 6),
-        **control_scores(pictures, chosen),
         "up_bytes_per_sample": round(progress.up_bytes / samples, 2),
         "down_bytes_per_sample": round(progress.down_bytes / samples, 2),
     }

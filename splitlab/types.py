@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,6 +109,7 @@ class Knowledge:
         size: image height and width, pixels.
         public: auxiliary public data of the same kind as the private data.
         ignored: observation fields the attacker is denied, for ablations.
+        cache: where encodings of the public data are kept; no knowledge, only saved time.
     """
 
     base: "Base"
@@ -116,6 +118,7 @@ class Knowledge:
     size: int
     public: "ImageSet"
     ignored: tuple[str, ...] = ()
+    cache: Path | None = None
 
     def label(self, observations: Sequence[Observation]) -> str:
         """Say in a table cell which sent fields the attacker uses."""

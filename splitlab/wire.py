@@ -23,7 +23,8 @@ from splitlab.types import OBSERVATION_FIELDS, Observation, Truth
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 256 * 2**20
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int16)
 
 
 def to_bytes(observation: Observation) -> bytes:
@@ -46,7 +47,7 @@ def from_bytes(message: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Observa
         envelope = json.loads(message[8 : 8 + length])["__metadata__"]
         tensors = load_bytes(message)
         client, sequence, version = int(envelope["c"]), int(envelope["s"]), int(envelope["v"])
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise InputError(f"corrupt message ({error}); ask the client to send it again") from None
     if version != VERSION:
         raise InputError(f"message of protocol version {version}, expected {VERSION}; update the older side")
@@ -64,8 +65,12 @@ def _checked(tensors: dict[str, Tensor], client: int, sequence: int) -> Observat
         )
     for name, tensor in tensors.items():
         ndim = {"timesteps": 1, "encoder_hidden_states": 3}.get(name, 4)
-        if tensor.ndim != ndim or tensor.dtype not in DTYPES:
-            raise InputError(f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {ndim} axes")
+        dtypes = INTEGERS if name == "timesteps" else FLOATS
+        if tensor.ndim != ndim or tensor.dtype not in dtypes:
+            raise InputError(
+                f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {ndim} axes of "
+                f"{' or '.join(str(dtype) for dtype in dtypes)}"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{where}: {name} holds NaN or infinity; check the client's data and learning rate")
     return Observation(client, sequence, **tensors)
@@ -144,8 +149,11 @@ def read_transcript(path: str | Path, *, base_digest: str | None = None) -> Tran
 
 
 def _header(path: Path, meta: dict[str, Any]) -> Header:
-    fields = meta.get("header")
-    if not isinstance(fields, dict) or not isinstance(meta.get("envelopes"), list):
+    fields, envelopes = meta.get("header"), meta.get("envelopes")
+    senders = isinstance(envelopes, list) and all(
+        isinstance(envelope, list) and [type(number) for number in envelope] == [int, int] for envelope in envelopes
+    )
+    if not isinstance(fields, dict) or not senders:
         raise InputError(f"{path}: not a splitlab transcript; `splitlab.wire.write_transcript` makes one")
     if fields.get("version") != VERSION:
         raise InputError(f"{path}: transcript version {fields.get('version')}, expected {VERSION}; record it again")
@@ -161,8 +169,17 @@ def write_truth(path: Path, truths: Sequence[Truth]) -> None:
 
 
 def read_truth(path: Path) -> Truth:
-    """Read a truth file and concatenate its messages: aligned with `types.stack` of the transcript's observations."""
+    """Read a truth file and concatenate its messages: aligned with `types.stack` of the transcript's observations.
+
+    Raises:
+        InputError: the file is missing, damaged or no truth file.
+    """
     tensors, _ = checkpoint.load(path)
     names = sorted({key.partition("/")[0] for key in tensors})
+    if not names:
+        nobody = torch.zeros(0, dtype=torch.int64)
+        return Truth(indices=nobody, timesteps=nobody, noise=torch.zeros(0, 1, 1, 1))
     columns = ("indices", "timesteps", "noise")
+    if set(tensors) != {f"{n}/{c}" for n in names for c in columns}:
+        raise InputError(f"{path}: not a truth file; `splitlab.wire.write_truth` makes one")
     return Truth(**{c: torch.cat([tensors[f"{n}/{c}"] for n in names]) for c in columns})

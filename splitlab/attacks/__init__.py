@@ -1,0 +1,145 @@
+"""What the other side can do with what it saw: one file per idea, one entry per attack.
+
+Every attack is a function `(observations, knowledge, *, generator, callback=None, ...) -> Reconstruction`. It may read
+the observations, and through `knowledge` public models and public data; no truth can reach it.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitlab.artefacts import SavedReconstruction, save_reconstruction
+from splitlab.attacks.closed_form import closed_form
+from splitlab.attacks.inverse_network import inverse_network
+from splitlab.attacks.no_information import mean_public, random_public
+from splitlab.attacks.one_step import one_step
+from splitlab.base import Base
+from splitlab.config import AttackSpec
+from splitlab.data import ImageSet
+from splitlab.errors import InputError
+from splitlab.seeds import generator as splitlab_generator
+from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+from splitlab.wire import Transcript, read_transcript
+
+ATTACKS: dict[str, Callable[..., Reconstruction]] = {
+    "mean_public": mean_public,
+    "random_public": random_public,
+    "one_step": one_step,
+    "inverse_network": inverse_network,
+    "closed_form": closed_form,
+}
+
+NO_INFORMATION = ("mean_public", "random_public")
+"""The attacks that look at no message: what all others are measured against."""
+
+
+def run_attack(
+    attack: str,
+    observations: Sequence[Observation],
+    knowledge: Knowledge,
+    *,
+    generator: torch.Generator,
+    options: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+) -> Reconstruction:
+    """Run one attack by name on what it is allowed to see, and time it.
+
+    Raises:
+        InputError: no such attack, an option it does not take, or observations that lack what it needs.
+    """
+    if attack not in ATTACKS:
+        raise InputError(f"no attack is called {attack!r}; there are {', '.join(ATTACKS)}")
+    seen = [observation.without(*knowledge.ignored) for observation in observations]
+    began = time.perf_counter()
+    try:
+        result = ATTACKS[attack](seen, knowledge, generator=generator, callback=callback, **(options or {}))
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise InputError(f"attack {attack}: {error}; see its docstring for the options it takes") from None
+        raise
+    return replace(result, wall_s=time.perf_counter() - began)
+
+
+def attack_transcript(
+    transcript: Transcript | str | Path,
+    *,
+    attack: str,
+    base: Base,
+    public: ImageSet,
+    ignore: tuple[str, ...] = (),
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
+    callback: Callback | None = None,
+) -> Reconstruction:
+    """Attack a transcript, also one that somebody else recorded.
+
+    Args:
+        transcript: the transcript, or its file.
+        attack: name of the attack.
+        base: the public base model the run used.
+        public: auxiliary public data of the same image size.
+        ignore: observation fields to deny the attacker.
+        seed: of the attack's draws.
+        options: keyword arguments of the attack.
+        cache: where encodings of the public data are kept.
+        callback: told of progress.
+
+    Raises:
+        InputError: the transcript, the data and the base model do not belong together.
+    """
+    if not isinstance(transcript, Transcript):
+        transcript = read_transcript(transcript, base_digest=base.digest)
+    knowledge = make_knowledge(transcript, base, public, ignore=ignore, cache=cache)
+    draw = splitlab_generator("attack", attack, *ignore, seed)
+    return run_attack(attack, transcript.observations, knowledge, generator=draw, options=options, callback=callback)
+
+
+def make_knowledge(
+    transcript: Transcript,
+    base: Base,
+    public: ImageSet,
+    *,
+    ignore: tuple[str, ...] = (),
+    cache: Path | None = None,
+) -> Knowledge:
+    """Gather what the adversary knows about a recorded run: its public header, models and data.
+
+    Raises:
+        InputError: they do not belong together.
+    """
+    header = transcript.header
+    if public.size != header.size:
+        raise InputError(
+            f"run {header.run}: its images have {header.size} pixels, the public data {public.size}: give others"
+        )
+    if base.digest != header.base:
+        raise InputError(f"run {header.run}: recorded with base model {header.base[:12]}, not {base.digest[:12]}")
+    return Knowledge(base, header.scheme, header.defences, header.size, public, tuple(ignore), cache)
+
+
+def attack_and_save(
+    transcript: Transcript, spec: AttackSpec, seed: int, base: Base, public: ImageSet, *, out: Path, cache: Path
+) -> SavedReconstruction:
+    """Run one attack of a grid and write `<out>/<attack>-<seed>.safetensors`."""
+    knowledge = make_knowledge(transcript, base, public, ignore=spec.ignore, cache=cache)
+    result = attack_transcript(
+        transcript,
+        attack=spec.attack,
+        base=base,
+        public=public,
+        ignore=spec.ignore,
+        seed=seed,
+        options=spec.options,
+        cache=cache,
+    )
+    observations = transcript.observations
+    rows = tuple(knowledge.describe(observations))
+    label = "nothing" if spec.attack in NO_INFORMATION else knowledge.label(observations)
+    saved = SavedReconstruction(result, spec.name, seed, label, rows)
+    save_reconstruction(out / f"{spec.name}-{seed}.safetensors", saved)
+    return saved

@@ -1,0 +1,72 @@
+"""Reconstructions on disk: what an attack leaves for the evaluation, for figures and for the explorer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitlab import checkpoint
+from splitlab.types import Reconstruction
+
+
+@dataclass(frozen=True)
+class SavedReconstruction:
+    """A reconstruction as saved, with what is known about its making.
+
+    Attributes:
+        result: images and hints, quantised to 8 bits.
+        attack: the attack's name with its ablation, e.g. "inverse_network-without-noise".
+        seed: the attacker's seed.
+        knowledge: the sent fields the attacker used.
+        threat_model: (what, value) rows.
+    """
+
+    result: Reconstruction
+    attack: str
+    seed: int
+    knowledge: str
+    threat_model: tuple[tuple[str, str], ...]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Quantise images in [-1, 1] to 0 ... 255."""
+    return images.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Bring pixels 0 ... 255 back to [-1, 1] float32."""
+    return pixels.float().div(127.5).sub(1.0)
+
+
+def save_reconstruction(path: Path, saved: SavedReconstruction) -> None:
+    """Write a reconstruction; timings stay out, so that equal attacks give equal files."""
+    result = saved.result
+    tensors = {"images": to_uint8(result.images), "objective": torch.tensor(result.objective, dtype=torch.float32)}
+    if result.hints is not None:
+        tensors["hints"] = to_uint8(result.hints)
+    meta: dict[str, Any] = {
+        "attack": saved.attack,
+        "seed": saved.seed,
+        "knowledge": saved.knowledge,
+        "threat_model": [list(row) for row in saved.threat_model],
+        "n_evals": result.n_evals,
+    }
+    checkpoint.save(path, tensors, meta)
+
+
+def load_reconstruction(path: Path) -> SavedReconstruction:
+    """Read what `save_reconstruction` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    tensors, meta = checkpoint.load(path)
+    fields: dict[str, Any] = dict(meta)
+    hints = from_uint8(tensors["hints"]) if "hints" in tensors else None
+    result = Reconstruction(
+        from_uint8(tensors["images"]), hints, tuple(tensors["objective"].tolist()), fields["n_evals"]
+    )
+    rows = tuple((what, value) for what, value in fields["threat_model"])
+    return SavedReconstruction(result, fields["attack"], fields["seed"], fields["knowledge"], rows)

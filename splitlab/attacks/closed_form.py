@@ -1,0 +1,133 @@
+"""S1's server is sent the label of its loss, the noise. With it, image and hint follow by algebra alone."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from splitlab.base import encoded
+from splitlab.controlnet import symsigmoid as activation
+from splitlab.controlnet import symsigmoid_inverse
+from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders, stack
+
+
+def closed_form(
+    observations: Sequence[Observation],
+    knowledge: Knowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+) -> Reconstruction:
+    """Solve for image and hint, exactly up to the floating-point format on the wire.
+
+    latents = (noisy_latents - sqrt(1 - ᾱ_t) noise) / sqrt(ᾱ_t)  (Ho et al. 2020, eq. 4, solved for x_0);
+    hint_latents = activation⁻¹(smashed - fixed_noise) - noisy_latents, with each client's fixed noise estimated from
+    all its messages (`estimate_fixed_noise`). Hints are solved for on scheme `split` only: elsewhere the cut lies
+    behind a trainable encoder.
+    """
+    seen, base = stack(observations), knowledge.base
+    noisy_latents = seen.need("noisy_latents")
+    images = base.decode(base.denoised(noisy_latents, seen.need("noise"), seen.need("timesteps")))
+    if knowledge.scheme != "split" or seen.smashed is None:
+        return Reconstruction(images, n_evals=1)
+
+    fixed_noise = torch.zeros_like(seen.smashed)
+    if knowledge.defences.fixed_noise:
+        public_hints = encoded(base, knowledge.public, cache=knowledge.cache).hint_latents
+        sender = senders(observations)
+        for client in sender.unique().tolist():
+            own = sender == client
+            fixed_noise[own] = estimate_fixed_noise(
+                seen.smashed[own],
+                noisy_latents[own],
+                public_hints,
+                symsigmoid=knowledge.defences.symsigmoid,
+                span=4.0 * knowledge.defences.fixed_noise,
+            )
+    hint_latents = _invert(seen.smashed - fixed_noise, knowledge.defences.symsigmoid) - noisy_latents
+    return Reconstruction(images, base.decode(hint_latents), n_evals=1)
+
+
+def _invert(smashed: Tensor, symsigmoid: bool) -> Tensor:
+    return symsigmoid_inverse(smashed) if symsigmoid else smashed
+
+
+def estimate_fixed_noise(
+    smashed: Float[Tensor, "n c h w"],
+    noisy_latents: Float[Tensor, "n c h w"],
+    public_hints: Float[Tensor, "m c h w"],
+    *,
+    symsigmoid: bool,
+    span: float,
+    levels: int = 5,
+    points: int = 41,
+) -> Float[Tensor, "c h w"]:
+    """Estimate the tensor f that one client adds to every activation, position by position, by maximum likelihood.
+
+    A value of f turns message i into the hint latent x_i(f) = activation⁻¹(smashed_i - f) - noisy_latents_i, so
+    log p(smashed_i | f) = log p(x_i(f)) - log activation'(x_i(f) + noisy_latents_i), with the density p of hint
+    latents at that position read off public data. The maximum is found on grids that narrow down.
+
+    Args:
+        smashed: one client's activations.
+        noisy_latents: its noisy latents, sample by sample.
+        public_hints: latents of public hints.
+        symsigmoid: whether the activation is on.
+        span: f is sought in [-span, span].
+        levels: how often the grid is narrowed, each time to three of its cells.
+        points: grid points per level.
+    """
+    density = _LogDensity(public_hints)
+    estimate, width = torch.zeros(smashed.shape[1:]), span
+    for _ in range(levels):
+        offsets = torch.linspace(-width, width, points)
+        scores = []
+        for offset in offsets:
+            inner = _inverse_table(smashed - (estimate + offset)) if symsigmoid else smashed - (estimate + offset)
+            score = density(inner - noisy_latents)
+            if symsigmoid:
+                score = score - _log_slope(inner)
+            scores.append(score.sum(0))
+        estimate = estimate + offsets[torch.stack(scores).argmax(0)]
+        width *= 3.0 / (points - 1)
+    return estimate
+
+
+class _LogDensity:
+    """Logarithm of a smoothed histogram per position, with a floor for what the public data do not show."""
+
+    def __init__(self, samples: Float[Tensor, "m c h w"], bins: int = 1024):
+        flat = samples.flatten(1).T.contiguous()
+        self.low, high = flat.amin() - 0.5, flat.amax() + 0.5
+        self.scale = (bins - 1) / (high - self.low)
+        cells = ((flat - self.low) * self.scale).round().long()
+        counts = torch.zeros(len(flat), bins).scatter_add_(1, cells, torch.ones_like(flat))
+        kernel = torch.exp(-0.5 * (torch.arange(-8, 9) / 2.5).square())
+        smooth = torch.nn.functional.conv1d(counts[:, None], (kernel / kernel.sum())[None, None], padding=8)[:, 0]
+        self.table = (0.98 * smooth / flat.shape[1] + 0.02 / bins).log()
+
+    def __call__(self, values: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Interpolate linearly between bins."""
+        place = ((values - self.low) * self.scale).clamp(0, self.table.shape[1] - 1.001).flatten(1).T
+        left = place.floor()
+        lower, upper = (self.table.gather(1, (left + step).long()) for step in (0, 1))
+        return torch.lerp(lower, upper, place - left).T.reshape(values.shape)
+
+
+_KNOTS = torch.linspace(0.0, 12.0, 24_001)
+_VALUES = activation(_KNOTS)
+
+
+def _inverse_table(y: Tensor) -> Tensor:
+    """Invert the activation by linear interpolation, absolute error below 1e-3: fast enough for a grid search."""
+    magnitude = y.abs().clamp_max(float(_VALUES[-2]))
+    right = torch.searchsorted(_VALUES, magnitude).clamp(1, len(_VALUES) - 1)
+    low, high = _VALUES[right - 1], _VALUES[right]
+    return (_KNOTS[right - 1] + (magnitude - low) / (high - low) * (_KNOTS[1] - _KNOTS[0])) * y.sign()
+
+
+def _log_slope(x: Tensor) -> Tensor:
+    """Return log of the activation's derivative, floored where rounding to fp16 hides it."""
+    sigmoid = torch.sigmoid(x.abs())
+    return (2 * sigmoid - 1 + 2 * x.abs() * sigmoid * (1 - sigmoid)).clamp_min(0.03).log()

@@ -1,0 +1,56 @@
+"""Shared fixtures. The import hook comes first: every annotated shape in the package is checked while tests run."""
+
+from jaxtyping import install_import_hook
+
+install_import_hook("splitlab", "beartype.beartype")
+
+import logging  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
+
+from splitlab.base import Base, load_base  # noqa: E402
+from splitlab.data import ImageSet  # noqa: E402
+
+torch.set_num_threads(1)  # the models are so small that a second thread only costs
+
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def base(base_path: Path) -> Base:
+    return load_base(base_path)
+
+
+@pytest.fixture(scope="session")
+def sd15_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load_base(tiny.save_sd15_base(tmp_path_factory.mktemp("base") / "sd15"))
+
+
+@pytest.fixture(scope="session")
+def private() -> ImageSet:
+    return tiny.small_set(12)
+
+
+@pytest.fixture(scope="session")
+def heldout() -> ImageSet:
+    return tiny.small_set(4, seed=1)
+
+
+@pytest.fixture
+def diffusers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Let pytest see diffusers' warnings: it keeps them to itself otherwise, and the package silences them."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.enable_propagation()
+    diffusers_logging.set_verbosity_warning()
+    with caplog.at_level(logging.WARNING):
+        yield caplog
+    diffusers_logging.set_verbosity(before)
+    diffusers_logging.disable_propagation()

@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from splitlab import checkpoint
+from splitlab.errors import InputError
+
+TENSORS = {"a": torch.arange(3), "b/c": torch.randn(2, 2, generator=tiny.draw()).t()}
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path):
+    checkpoint.save(tmp_path / "new" / "x.safetensors", TENSORS, {"step": 3, "names": ["ᾱ", None]})
+    tensors, meta = checkpoint.load(tmp_path / "new" / "x.safetensors")
+    assert meta == {"step": 3, "names": ["ᾱ", None]}
+    assert set(tensors) == set(TENSORS)
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.safetensors"]
+
+
+def test_a_full_disk_leaves_the_earlier_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, TENSORS, {"step": 1})
+    before = path.read_bytes()
+
+    def full(tensors: dict, target: Path, metadata: dict) -> None:
+        target.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match=r"x\.safetensors: cannot be written .*No space left.*free some disk space"):
+        checkpoint.save(path, TENSORS, {"step": 2})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        checkpoint.save(tmp_path / "file" / "x.safetensors", TENSORS, {})
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_a_damaged_file_says_so(tmp_path: Path, keep: int):
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, TENSORS, {})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"x\.safetensors: damaged .*delete it"):
+        checkpoint.load(path)
+
+
+def test_a_missing_file_says_so(tmp_path: Path):
+    with pytest.raises(InputError, match=r"gone\.safetensors: no such file"):
+        checkpoint.load(tmp_path / "gone.safetensors")
+
+
+def net_and_optimizer(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 1))
+    return net, torch.optim.AdamW(net.parameters(), lr=0.1)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        net(torch.randn(5, 3, generator=tiny.draw(step))).square().mean().backward()
+        optimizer.step()
+
+
+def test_training_state_restores_weights_and_optimizer_bit_for_bit(tmp_path: Path):
+    net, optimizer = net_and_optimizer(0)
+    train(net, optimizer, range(3))
+    state = checkpoint.training_state({"net": net}, {"adam": optimizer})
+    checkpoint.save(tmp_path / "s", state, {})
+    train(net, optimizer, range(3, 6))
+
+    again, again_optimizer = net_and_optimizer(1)
+    checkpoint.restore_training_state(checkpoint.load(tmp_path / "s")[0], {"net": again}, {"adam": again_optimizer})
+    train(again, again_optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_training_state_is_a_copy():
+    net, optimizer = net_and_optimizer(0)
+    train(net, optimizer, range(1))
+    state = checkpoint.training_state({"net": net}, {"adam": optimizer})
+    before = {name: value.clone() for name, value in state.items()}
+    train(net, optimizer, range(1, 3))
+    assert all(torch.equal(before[name], value) for name, value in state.items())
+    checkpoint.restore_training_state(state, {"net": net}, {"adam": optimizer})
+    train(net, optimizer, range(1, 3))  # must not train the saved tensors in place either
+    assert all(torch.equal(before[name], value) for name, value in state.items())

@@ -1,0 +1,158 @@
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from skimage.metrics import structural_similarity
+
+from splitlab import metrics
+from splitlab.data import ImageSet
+from splitlab.generate import rendered_digits
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ImageSet:
+    return tiny.small_set(24, size=32, seed=7)
+
+
+def noise_like(images: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    return torch.rand(images.shape, generator=tiny.draw(seed)) * 2 - 1
+
+
+def test_the_metric_of_the_truth_is_perfect(shapes: ImageSet):
+    assert (metrics.mse(shapes.images, shapes.images) == 0).all()
+    assert metrics.psnr_db(shapes.images, shapes.images).tolist() == pytest.approx([100.0] * 24)
+    assert metrics.ssim(shapes.images, shapes.images).tolist() == pytest.approx([1.0] * 24)
+    masks = torch.stack([metrics.disc_mask(image) for image in shapes.images])
+    assert (metrics.iou(masks, masks) == 1).all()
+
+
+def test_psnr_of_a_known_error():
+    # Golden: a shift of 0.2 is an MSE of 0.04; 10 log10(2^2 / 0.04) = 20 dB. A shift of 2, the whole range, is 0 dB.
+    truth = torch.full((2, 3, 16, 16), -1.0)
+    shifted = truth + torch.tensor([0.2, 2.0])[:, None, None, None]
+    assert metrics.mse(shifted, truth).tolist() == pytest.approx([0.04, 4.0], rel=1e-5)
+    assert metrics.psnr_db(shifted, truth).tolist() == pytest.approx([20.0, 0.0], abs=1e-4)
+
+
+def test_every_image_has_its_own_number(shapes: ImageSet):
+    mixed = torch.cat([shapes.images[:1], noise_like(shapes.images[1:])])
+    for measure, perfect in ((metrics.psnr_db, 100.0), (metrics.ssim, 1.0)):
+        values = measure(mixed, shapes.images)
+        assert values.shape == (24,)
+        assert values[0].item() == pytest.approx(perfect)
+        assert (values[1:] < 0.5 * perfect).all()
+    assert metrics.ssim(mixed[:1], shapes.images[:1]).shape == (1,)
+
+
+def test_ssim_agrees_with_scikit_image(shapes: ImageSet):
+    # An independent implementation of Wang et al. 2004 with the same window of sigma 1.5, on 8-bit intensities. It
+    # leaves out a border of five pixels where torchmetrics mirrors the picture, so it is given mirrored pictures.
+    noisy = (shapes.images + 0.3 * torch.randn(shapes.images.shape, generator=tiny.draw())).clamp(-1, 1)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = []
+    for pair in zip(noisy, shapes.images, strict=True):
+        one, other = (
+            np.pad(255 * (x.double().numpy() + 1) / 2, ((0, 0), (5, 5), (5, 5)), mode="reflect") for x in pair
+        )
+        expected.append(structural_similarity(one, other, data_range=255, channel_axis=0, **window))
+    assert metrics.ssim(noisy, shapes.images).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_iou_of_known_overlaps():
+    left, right, none = torch.zeros(3, 4, 4, dtype=torch.bool)
+    left[:, :2], right[:, 1:3] = True, True
+    values = metrics.iou(torch.stack([left, left, none, none]), torch.stack([left, right, left, none]))
+    # columns 0-1 against 1-2: one shared of three; two empty masks agree
+    assert values.tolist() == pytest.approx([1.0, 1 / 3, 0.0, 1.0])
+
+
+def test_discs_are_found_where_their_hints_are(shapes: ImageSet):
+    overlap = metrics.disc_iou(shapes.images, shapes.hints)
+    assert overlap.min() > 0.8  # one pixel along the edge of the smallest disc is a tenth of it
+    assert overlap.mean() > 0.9
+    # the overlap that two unrelated discs have by chance
+    assert metrics.disc_iou(shapes.images, shapes.hints.roll(1, 0)).mean() < 0.4
+
+
+def test_an_outline_that_the_frame_cuts_off_is_completed():
+    # a ring of radius 10 around the left edge's middle: only its right half is in the picture
+    y, x = np.mgrid[:32, :32]
+    distance = np.hypot(x, y - 16)
+    ring = np.where(np.abs(distance - 10) < 0.5, 1.0, -1.0)
+    mask = metrics.outline_mask(torch.from_numpy(ring).float().expand(3, -1, -1))
+    wanted = torch.from_numpy(distance <= 10.5)
+    assert metrics.iou(mask[None], wanted[None]).item() > 0.95
+
+
+def test_a_picture_without_disc_or_outline_has_an_empty_mask():
+    flat = torch.full((3, 32, 32), 0.3)
+    assert not metrics.disc_mask(flat).any()
+    assert not metrics.outline_mask(torch.full((3, 32, 32), -1.0)).any()
+
+
+def test_edges_of_an_image_match_the_hint_drawn_from_it():
+    digits = list(rendered_digits(8, np.random.default_rng(0), "x"))
+    images = torch.from_numpy(np.stack([d.image for d in digits])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    hints = torch.from_numpy(np.stack([d.hint for d in digits]))[:, None].expand(-1, 3, -1, -1).float() / 127.5 - 1
+    own = metrics.edge_ssim(images, hints)
+    assert own.min() > 0.95
+    assert metrics.edge_ssim(images, hints.roll(1, 0)).mean() < 0.6
+
+
+def test_the_truth_identifies_itself_and_noise_is_at_chance():
+    draw = tiny.draw()
+    n, k = 1000, 10
+    private = torch.rand(50, 3, 4, 4, generator=draw) * 2 - 1
+    own = torch.randint(50, (n,), generator=draw)
+    candidates = private[metrics.line_ups(50, own, k, draw)]
+    first = torch.zeros(n, dtype=torch.int64)
+    assert metrics.identified(private[own], candidates, first).all()
+    guesses = torch.rand(n, 3, 4, 4, generator=draw) * 2 - 1
+    hits = metrics.identified(guesses, candidates, first).float().mean().item()
+    # some private images are nearer to everything than others, which widens the binomial's 0.0095 a little
+    assert hits == pytest.approx(1 / k, abs=4 * math.sqrt(0.1 * 0.9 / n))
+
+
+def test_the_true_candidate_may_stand_anywhere():
+    draw = tiny.draw()
+    candidates = torch.randn(6, 4, 3, 4, 4, generator=draw)
+    place = torch.tensor([0, 1, 2, 3, 2, 1])
+    assert metrics.identified(candidates[torch.arange(6), place], candidates, place).all()
+    assert not metrics.identified(candidates[torch.arange(6), place], candidates, (place + 1) % 4).any()
+
+
+def test_a_tie_is_a_miss():
+    # a picture that occurs twice in a line-up identifies nobody
+    image = torch.rand(1, 3, 4, 4, generator=tiny.draw())
+    candidates = torch.stack([image[0], image[0], image[0] + 1])[None]
+    assert not metrics.identified(image, candidates, torch.zeros(1, dtype=torch.int64)).any()
+
+
+@pytest.mark.parametrize("size", [2, 10, 50])
+def test_line_ups_hold_distinct_indices_with_the_own_one_first(size: int):
+    own = torch.arange(50).repeat(4)
+    rows = metrics.line_ups(50, own, size, tiny.draw())
+    assert rows.shape == (200, size)
+    assert torch.equal(rows[:, 0], own)
+    assert all(len(set(row)) == size for row in rows.tolist())
+    assert rows.min() >= 0
+    assert rows.max() <= 49
+
+
+def test_every_other_index_is_equally_likely_in_a_line_up():
+    rows = metrics.line_ups(10, torch.full((9000,), 4), 2, tiny.draw())
+    counts = torch.bincount(rows[:, 1], minlength=10)
+    assert counts[4] == 0
+    others = counts[[0, 1, 2, 3, 5, 6, 7, 8, 9]]
+    assert (others - 1000).abs().max() < 150  # five standard deviations of a binomial with 9,000 draws at 1/9
+
+
+def test_inputs_are_not_modified(shapes: ImageSet):
+    images, hints = shapes.images.clone(), shapes.hints.clone()
+    metrics.disc_iou(images, hints)
+    metrics.edge_ssim(images, hints)
+    metrics.psnr_db(images, hints)
+    assert torch.equal(images, shapes.images)
+    assert torch.equal(hints, shapes.hints)
