@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -32,6 +33,31 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) 
             f"{path}: cannot be written ({error}); free some disk space and run again: "
             "earlier checkpoints and outputs are intact"
         ) from None
+
+
+def save_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file, keys sorted, so that equal content gives equal files."""
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill that takes the place of `path` only once the block has ended without an error.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written; what was at `path` is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); free some disk space and run again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -65,11 +65,11 @@ class TrainConfig:
     scheme: str = "split"
     defences: Defences = field(default_factory=Defences)
     n_clients: int = 1
-    steps: int = 900
+    steps: int = 600
     batch_size: int = 32
     lr: float = 1e-3
     local_steps: int = 10
-    record_messages: int = 24
+    record_messages: int = 16
     eval_samples: int = 64
     checkpoint_every: int = 200
     seed: int = 0
@@ -90,10 +90,10 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
         a_round = self.local_steps * self.n_clients
-        if self.scheme == "federated" and self.steps < a_round:
+        if self.scheme == "federated" and self.steps % a_round:
             raise InputError(
-                f"steps {self.steps} end before the first round of {self.n_clients} clients with {self.local_steps} "
-                f"local steps each, so nothing would be learned; give at least {a_round} steps"
+                f"{self.steps} steps are no whole number of rounds of {self.n_clients} clients with {self.local_steps} "
+                f"local steps each, and the rest would be lost; give a multiple of {a_round} steps"
             )
         if not self.lr > 0:
             raise InputError(f"lr must be positive, got {self.lr}")

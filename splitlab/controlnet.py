@@ -9,7 +9,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2D
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from splitlab.base import Base
 from splitlab.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import SavedReconstruction, load_reconstruction

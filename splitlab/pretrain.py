@@ -14,11 +14,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from splitlab import checkpoint
 from splitlab.data import ImageSet, digest
+from splitlab.errors import InputError
 from splitlab.seeds import generator
 
 MAX_TOKENS = 16
@@ -232,7 +233,7 @@ def _optimise(
             group["lr"] = lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = step_loss(step)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"{label}: the loss is {loss.item()} at step {step}; lower its learning rate")
+            raise InputError(f"{label}: the loss is {loss.item()} at step {step}; lower its learning rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,6 +1,5 @@
 """The training loop: one for all schemes. Resumable, recorded, and observed byte for byte."""
 
-import json
 import math
 import platform
 import resource
@@ -15,7 +14,7 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import to_uint8
@@ -125,17 +124,20 @@ def train(
         **control_scores(pictures, asked),
     }
 
-    out.mkdir(parents=True, exist_ok=True)
-    controlnet.save_pretrained(out / "controlnet")
-    samples = {"images": to_uint8(pictures), "hints": to_uint8(asked.hints)}
-    checkpoint.save(out / "samples.safetensors", samples, {"prompts": asked.prompts})
-    header = Header(run, config.dataset, config.scheme, config.defences, private.size, base.digest, config.n_clients)
-    write_transcript(out / "transcript.safetensors", header, progress.messages)
-    write_truth(out / "truth.safetensors", progress.truths)
-    _write_json(out / "record.json", record)
-    _write_json(out / "timing.json", _timing(config, progress))
+    with checkpoint.whole_folder(out) as folder:
+        controlnet.save_pretrained(folder / "controlnet")
+        samples = {"images": to_uint8(pictures), "hints": to_uint8(asked.hints)}
+        checkpoint.save(folder / "samples.safetensors", samples, {"prompts": asked.prompts})
+        write_transcript(folder / "transcript.safetensors", _header(run, config, base, private), progress.messages)
+        write_truth(folder / "truth.safetensors", progress.truths)
+        checkpoint.save_json(folder / "record.json", record)
+        checkpoint.save_json(folder / "timing.json", _timing(config, progress))
     state.unlink(missing_ok=True)
     return record
+
+
+def _header(run: str, config: TrainConfig, base: Base, private: ImageSet) -> Header:
+    return Header(run, config.dataset, config.scheme, config.defences, private.size, base.digest, config.n_clients)
 
 
 def _run(scheme: Scheme, config: TrainConfig, state: Path, callback: Callback | None) -> Progress:
@@ -265,9 +267,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return head.stdout.strip() + ("+" if dirty else "") if head.returncode == 0 else None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)

@@ -146,9 +146,7 @@ def test_standardising_changes_latents_but_not_pictures(public: dict[str, ImageS
 
 def test_a_loss_that_is_not_finite_names_the_step(public: dict[str, ImageSet], tmp_path: Path):
     config = PretrainConfig(**(vars(CONFIG) | {"vae_lr": 1e38}))
-    with pytest.raises(
-        (FloatingPointError, InputError), match=r"VAE: the loss is (nan|inf) at step \d; lower its learn"
-    ):
+    with pytest.raises(InputError, match=r"VAE: the loss is (nan|inf) at step \d; lower its learn"):
         pretrain(public, tmp_path / "base", config=config, cache=tmp_path)
     assert not (tmp_path / "base").exists()
 

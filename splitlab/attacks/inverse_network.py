@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from splitlab.base import Encoded, encoded
 from splitlab.config import Defences
@@ -51,11 +51,11 @@ def inverse_network(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    steps: int = 600,
-    batch: int = 64,
+    steps: int = 400,
+    batch: int = 32,
     width: int = 48,
     n_blocks: int = 4,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
 ) -> Reconstruction:
     """Train a network to undo the client on public data, then apply it to what was sent.
 
