@@ -24,7 +24,13 @@ def vae_psnr(base, images):
 def colours_followed(base, prompts):
     """Shares of generated images whose disc / ground mean colour is nearer to the prompted than to another colour."""
     images = base.pipeline(
-        prompts, height=32, width=32, num_inference_steps=25, guidance_scale=2.0, output_type="pt", generator=generator(0)
+        prompts,
+        height=32,
+        width=32,
+        num_inference_steps=25,
+        guidance_scale=2.0,
+        output_type="pt",
+        generator=generator(0),
     ).images
     other = list(np.random.default_rng(0).permutation(len(prompts)))
     hits = {"disc": [], "ground": [], "both": []}

@@ -16,7 +16,7 @@ from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, p
 from splitlab.data import ImageSet, load  # noqa: E402
 from splitlab.errors import InputError  # noqa: E402
 from splitlab.evaluate import evaluate_all  # noqa: E402
-from splitlab.figures import show_images  # noqa: E402
+from splitlab.figures import draw_figures, show_images  # noqa: E402
 from splitlab.params import load_params, load_split, section  # noqa: E402
 from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
 from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
@@ -43,6 +43,7 @@ __all__ = [
     "Truth",
     "attack_and_save",
     "attack_transcript",
+    "draw_figures",
     "encoded",
     "evaluate_all",
     "load",

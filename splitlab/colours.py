@@ -4,6 +4,8 @@ The names and values are the CSS Color Module Level 4 extended colours, each nam
 ("lightslategray" -> "light slate gray"); aliases (grey, cyan, magenta) are left out, so that a name is a colour.
 """
 
+from collections.abc import Iterable
+
 COLOURS = {
     "alice blue": "#f0f8ff",
     "antique white": "#faebd7",
@@ -155,6 +157,14 @@ def rgb(name: str) -> tuple[float, float, float]:
     """
     code = COLOURS[name]
     return int(code[1:3], 16) / 255, int(code[3:5], 16) / 255, int(code[5:7], 16) / 255
+
+
+def are_shapes(prompts: Iterable[str]) -> bool:
+    """Say whether all prompts are shapes prompts, so that discs can be looked for."""
+    try:
+        return all(split_prompt(prompt) for prompt in prompts)
+    except ValueError:
+        return False
 
 
 def split_prompt(prompt: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import SavedReconstruction, load_reconstruction
 from splitlab.base import Base
+from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -177,7 +178,7 @@ def evaluate_run(
         raise InputError(f"{reconstructions}: no reconstruction by mean_public, the no-information row; attack first")
     scored: dict[str, list[tuple[SavedReconstruction, dict[str, Tensor]]]] = {}
     for one in saved:
-        scores = score_samples(one, known, config, localise=known.config.dataset == "shapes")
+        scores = score_samples(one, known, config, localise=are_shapes(private.prompts))
         scored.setdefault(one.attack, []).append((one, scores))
     tensors = {
         f"{attack}/{one.seed}/{name}": value

@@ -1,10 +1,71 @@
-"""Pictures, drawn from saved artefacts and plain tensors only."""
+"""Pictures, drawn from saved artefacts and plain tensors only. Equal artefacts give equal bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import matplotlib
+import pandas as pd
+import torch
 from matplotlib import pyplot as plt
+from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from splitlab import checkpoint, metrics
+from splitlab.artefacts import from_uint8, load_reconstruction
+from splitlab.base import Base, load_base
+from splitlab.config import EvaluateConfig, parse
+from splitlab.data import ImageSet
+from splitlab.errors import InputError
+from splitlab.evaluate import buckets, read_json
+from splitlab.params import load_split
+from splitlab.paths import resolve
+from splitlab.types import stack
+from splitlab.wire import read_transcript, read_truth
+
+ATTACK_LABELS = {
+    "mean_public": "no information (mean public image)",
+    "random_public": "random public image",
+    "one_step-without-noise-smashed": "one-step denoising (noise ignored)",
+    "inverse_network-without-noise": "inverse network (noise ignored)",
+    "inverse_network": "inverse network (given the noise)",
+    "closed_form": "closed form (uses the sent noise)",
+}
+"""What each attack is called wherever people read of it; an attack not listed goes by its name."""
+
+SCHEME_LABELS = {
+    "central": "central",
+    "federated": "federated (FedAvg)",
+    "split_gradients": "conventional split (gradients return)",
+    "split": "S1 split (nothing returns)",
+}
+
+_COLOURS = {
+    "mean_public": "#7f7f7f",
+    "random_public": "#a6761d",
+    "one_step-without-noise-smashed": "#E69F00",
+    "inverse_network-without-noise": "#56B4E9",
+    "inverse_network": "#0072B2",
+    "closed_form": "#D55E00",
+}
+_MARKERS = dict(zip(_COLOURS, "vPsD^o", strict=True))
+_SPARE = ("#009E73", "#CC79A7", "#F0E442", "#000000")  # Okabe & Ito's palette, as above
+_RUN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+_STYLE = {
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+_GRID_COLUMNS = 10
+_DPI = 110
 
 
 def show_images(rows: Mapping[str, Tensor], *, scale: float = 0.9) -> Figure:
@@ -13,10 +74,309 @@ def show_images(rows: Mapping[str, Tensor], *, scale: float = 0.9) -> Figure:
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(scale * columns + 2.2, scale * len(rows)), squeeze=False, layout="constrained"
     )
+    _fill(axes, rows)
+    return figure
+
+
+def _fill(axes: Any, rows: Mapping[str, Tensor]) -> None:
+    """Put one row of images per line of `axes`, its label to the left."""
     for axis in axes.flat:
         axis.axis("off")
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(((image + 1.0) / 2.0).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+
+
+def attack_label(attack: str) -> str:
+    """Say in words which attack it is."""
+    return ATTACK_LABELS.get(attack, attack.replace("_", " "))
+
+
+def by_strength(attacks: pd.DataFrame) -> list[str]:
+    """Return the attacks' names, weakest first, by mean PSNR over all runs and buckets of the table."""
+    means = attacks.groupby("attack")["psnr_db"].mean()
+    return list(means.sort_values(kind="stable").index)
+
+
+def draw_figures(
+    runs: Path, reconstructions: Path, scores: Path, metrics: Path, params: Mapping[str, Any], *, out: Path
+) -> list[Path]:
+    """Draw every picture of the report as a PNG below `out`; equal inputs give equal bytes.
+
+    Args:
+        runs: folder of runs.
+        reconstructions: folder of reconstructions, one folder per attacked run.
+        scores: folder of per-sample scores.
+        metrics: folder of the two result tables.
+        params: the parameter file's content: which runs and attacks there are, and how they were scored.
+        out: folder to write; it is made.
+
+    Returns the files: per attacked run `grid-<run>.png` and `leakage-<run>.png`, per data set `loss-`, `control-` and
+    `samples-<dataset>.png`, and `bytes.png`.
+
+    Raises:
+        InputError: an artefact is missing or damaged.
+    """
+    training, attacks = (read_table(metrics / f"{name}.csv") for name in ("training", "split_attacks"))
+    config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
+    base = load_base(resolve(params["base"]["source"]))
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for run in params["attacks"]:
+        rows = attacks[attacks["run"] == run]
+        private = load_split(str(rows["dataset"].iloc[0]), "private", params)
+        picked = pick(runs / run, config)
+        order = [attack for attack in by_strength(attacks) if attack in set(rows["attack"])]
+        saved = _reconstructed(reconstructions / run, scores / f"{run}.safetensors", order, picked)
+        drawn.append(_save(draw_grid(runs / run, base, private, picked, saved), out / f"grid-{run}.png"))
+        drawn.append(_save(draw_leakage(rows, order, config), out / f"leakage-{run}.png"))
+    for dataset in training["dataset"].unique():
+        trained = training[(training["dataset"] == dataset) & training["steps"].notna()]
+        folders = {name: runs / name for name in trained["run"]}
+        yardsticks = training[(training["dataset"] == dataset) & training["steps"].isna()]
+        drawn.append(_save(draw_losses(folders), out / f"loss-{dataset}.png"))
+        drawn.append(_save(draw_control(folders, trained, yardsticks), out / f"control-{dataset}.png"))
+        drawn.append(_save(draw_samples(folders), out / f"samples-{dataset}.png"))
+    drawn.append(_save(draw_bytes(training[training["steps"].notna()]), out / "bytes.png"))
+    return drawn
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a result table.
+
+    Raises:
+        InputError: it is missing or empty.
+    """
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # the defences "none" are a word
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run `dvc repro` first, which makes it") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise InputError(f"{path}: damaged ({error}); run `dvc repro` to make it again") from None
+    if table.empty:
+        raise InputError(f"{path}: it has no rows; run `dvc repro` to make it again")
+    return table
+
+
+def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Return a figure that is no part of pyplot's state, in this module's style whatever the user's is."""
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+        return figure, figure.subplots(*shape, squeeze=False)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with style.context(["default", _STYLE]), matplotlib.rc_context({"savefig.bbox": None}):
+        figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    return path
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The samples a grid shows: their positions in the transcript, timesteps and places in the private data."""
+
+    positions: Tensor
+    timesteps: Tensor
+    indices: Tensor
+
+
+def pick(run: Path, config: EvaluateConfig) -> Picked:
+    """Take the first samples of every timestep bucket, about ten in all, in order of timestep: nothing is hand-picked.
+
+    Raises:
+        InputError: the run's truth is missing or holds no sample.
+    """
+    truth = read_truth(run / "truth.safetensors")
+    found = buckets(truth.timesteps, config)
+    if not found:
+        raise InputError(f"{run}: its transcript holds no sample to show; record the run again")
+    each = max(1, _GRID_COLUMNS // len(found))
+    chosen = torch.cat([inside[:each] for inside in found.values()])
+    chosen = chosen[truth.timesteps[chosen].argsort(stable=True)]
+    return Picked(chosen, truth.timesteps[chosen], truth.indices[chosen])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One attack's part of a grid: images and, where it recovers them, hints, with each image's PSNR in dB."""
+
+    images: Tensor
+    hints: Tensor | None
+    psnr_db: Tensor
+
+
+def _reconstructed(folder: Path, scores: Path, order: Sequence[str], picked: Picked) -> dict[str, Shown]:
+    """Load every attack's first try on the picked samples."""
+    scored, _ = checkpoint.load(scores)
+    shown = {}
+    for attack in order:
+        result = load_reconstruction(folder / f"{attack}-0.safetensors").result
+        hints = None if result.hints is None else result.hints[picked.positions]
+        psnr = scored[f"{attack}/0/psnr_db"][picked.positions]
+        shown[attack] = Shown(result.images[picked.positions], hints, psnr)
+    return shown
+
+
+def draw_grid(run: Path, base: Base, private: ImageSet, picked: Picked, shown: Mapping[str, Shown]) -> Figure:
+    """Draw what was sent and what came back: private images, received latents, each attack, then the hints.
+
+    Args:
+        run: the run's folder.
+        base: the public models; the VAE decodes what the server received.
+        private: the private data.
+        picked: which samples.
+        shown: reconstructions of those, weakest attack first.
+    """
+    seen = stack(read_transcript(run / "transcript.safetensors").observations)
+    received = base.decode(seen.need("noisy_latents")[picked.positions])
+    rows = {"private image": private.images[picked.indices], "what the server receives,\ndecoded": received}
+    rows |= {_wrapped(attack): one.images for attack, one in shown.items()}
+    rows["private hint"] = private.hints[picked.indices]
+    for attack in ("inverse_network", "closed_form"):
+        if attack in shown and (hints := shown[attack].hints) is not None:
+            rows[f"hint by {attack_label(attack).split(' (')[0]}"] = hints
+    n = len(picked.positions)
+    figure, axes = _subplots(len(rows), n, size=(0.86 * n + 2.3, 0.98 * len(rows) + 0.3))
+    _fill(axes, rows)
+    for axis, timestep in zip(axes[0], picked.timesteps.tolist(), strict=True):
+        axis.set_title(f"t = {timestep}", fontsize=9)
+    for line, one in zip(axes[2:], shown.values(), strict=False):
+        for axis, psnr in zip(line, one.psnr_db.tolist(), strict=True):
+            axis.text(0.5, -0.03, f"{psnr:.1f} dB", transform=axis.transAxes, ha="center", va="top", fontsize=7.5)
+    return figure
+
+
+def _wrapped(attack: str) -> str:
+    return attack_label(attack).replace(" (", "\n(")
+
+
+def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfig) -> Figure:
+    """Draw one run's PSNR and identification against the timestep bucket, with what bounds them.
+
+    Args:
+        rows: the run's rows of the attack table.
+        order: its attacks, weakest first.
+        config: the bucket edges.
+    """
+    figure, axes = _subplots(1, 2, size=(11.0, 4.9))
+    left, right = axes[0]
+    edges = list(zip(config.buckets, config.buckets[1:], strict=False))
+    place = {low: i for i, (low, _) in enumerate(edges)}
+    bounds = rows.drop_duplicates("t_low").sort_values("t_low")
+    where = [place[low] for low in bounds["t_low"]]
+    left.plot(where, bounds["ceiling_psnr_db"], color="#222222", lw=6, alpha=0.22, label="VAE ceiling", zorder=1)
+    left.plot(where, bounds["no_info_psnr_db"], color="#555555", ls=":", lw=2, label=attack_label("mean_public"))
+    right.plot(where, bounds["id_chance"], color="#555555", ls="--", lw=1.5, label="chance")
+    spare = iter(_SPARE)
+    for attack in order:
+        if attack == "mean_public":
+            continue  # it is the reference line
+        own = rows[rows["attack"] == attack].sort_values("t_low")
+        x = [place[low] for low in own["t_low"]]
+        look: dict[str, Any] = {"color": _COLOURS.get(attack) or next(spare), "marker": _MARKERS.get(attack, "X")}
+        look["zorder"] = 3 if attack == "closed_form" else 2
+        left.plot(x, own["psnr_db"], label=attack_label(attack), **look)
+        spread = own["psnr_db_std"].fillna(0.0)
+        left.fill_between(x, own["psnr_db"] - spread, own["psnr_db"] + spread, color=look["color"], alpha=0.12, lw=0)
+        right.plot(x, own["id_top1"], **look)
+    left.set(title="How close the reconstruction is", ylabel="PSNR, dB (band: ± 1 standard deviation)")
+    right.set(title="How often it identifies the private image", ylabel="top-1 identification", ylim=(-0.04, 1.06))
+    for axis in (left, right):
+        _timestep_axis(axis, edges, set(rows["t_low"]))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9.5)
+    return figure
+
+
+def _timestep_axis(axis: Axes, edges: Sequence[tuple[int, int]], sent: set[int]) -> None:
+    """Label the buckets, and shade those from which no timestep was ever drawn."""
+    axis.set_xticks(range(len(edges)), [f"{low}–{high - 1}" for low, high in edges])
+    axis.set(xlim=(-0.5, len(edges) - 0.5), xlabel="timestep t (more noise to the right)")
+    empty = [i for i, (low, _) in enumerate(edges) if low not in sent]
+    for i in empty:
+        axis.axvspan(i - 0.5, i + 0.5, color="#bbbbbb", alpha=0.25, lw=0)
+    if empty:
+        label = "never drawn:\nbelow the timestep floor"
+        middle = (empty[0] + empty[-1]) / 2
+        axis.text(middle, 0.5, label, transform=axis.get_xaxis_transform(), ha="center", fontsize=8.5, color="#444444")
+        axis.texts[-1].set_rotation(90 if len(empty) == 1 else 0)
+
+
+def draw_losses(runs: Mapping[str, Path], *, window: int = 25) -> Figure:
+    """Draw the runs' training losses, each the mean of the last `window` steps."""
+    figure, axes = _subplots(1, 1, size=(9.0, 4.2))
+    axis = axes[0, 0]
+    for (name, folder), colour in zip(runs.items(), _RUN_COLOURS * len(runs), strict=False):
+        loss = pd.Series(read_json(folder / "record.json")["loss"])
+        axis.plot(loss.rolling(window, min_periods=min(window, len(loss))).mean(), color=colour, label=name, lw=1.6)
+    axis.set(xlabel="optimiser step", ylabel=f"training loss (mean of {window} steps)")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def control_per_image(run: Path, *, shapes: bool) -> Tensor:
+    """Score each generated image of a run, `[n]`: disc IoU if `shapes`, else SSIM between its edges and the hint."""
+    tensors, _ = checkpoint.load(run / "samples.safetensors")
+    images, hints = from_uint8(tensors["images"]), from_uint8(tensors["hints"])
+    return metrics.disc_iou(images, hints) if shapes else metrics.edge_ssim(images, hints)
+
+
+def draw_control(runs: Mapping[str, Path], trained: pd.DataFrame, yardsticks: pd.DataFrame) -> Figure:
+    """Draw how well each run's generated images follow their hints, between no control and the VAE's ceiling."""
+    shapes = bool(trained["control_iou"].notna().any())
+    column = "control_iou" if shapes else "control_ssim"
+    figure, axes = _subplots(1, 1, size=(9.0, 1.7 + 0.42 * len(runs)))
+    axis = axes[0, 0]
+    for i, (name, folder) in enumerate(runs.items()):
+        per_image = control_per_image(folder, shapes=shapes)
+        error = float(per_image.std() / len(per_image) ** 0.5)
+        value = float(trained.set_index("run").loc[name, column])  # type: ignore[arg-type]
+        axis.errorbar(value, i, xerr=error, fmt="o", color="#0072B2", ms=8, capsize=4)
+        axis.text(value, i - 0.22, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
+    for _, row in yardsticks.iterrows():
+        ceiling = row["scheme"] == "VAE ceiling"
+        colour = "#222222" if ceiling else "#D55E00"
+        label = f"VAE's own reconstruction: {row[column]:.2f}" if ceiling else f"no control: {row[column]:.2f}"
+        axis.axvline(row[column], color=colour, ls="--" if ceiling else ":", lw=1.8, label=label)
+    axis.set_yticks(range(len(runs)), list(runs))
+    axis.set(ylim=(len(runs) - 0.5, -0.8), xlim=(0, 1.02))
+    what = "overlap (IoU) of generated and asked-for disc" if shapes else "SSIM of generated edges and hint"
+    axis.set_xlabel(f"{what}; whisker: ± 1 standard error over images")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_samples(runs: Mapping[str, Path]) -> Figure:
+    """Draw the first generated images of each run below the hints they were asked to follow."""
+    rows: dict[str, Tensor] = {}
+    previous = None
+    for name, folder in runs.items():
+        tensors, _ = checkpoint.load(folder / "samples.safetensors")
+        hints, images = (from_uint8(tensors[key][:_GRID_COLUMNS]) for key in ("hints", "images"))
+        if previous is None or not torch.equal(previous, hints):
+            rows["hint" if previous is None else f"hint for {name}"] = hints
+        rows[name], previous = images, hints
+    n = max(len(images) for images in rows.values())
+    figure, axes = _subplots(len(rows), n, size=(0.86 * n + 2.0, 0.9 * len(rows)))
+    _fill(axes, rows)
+    return figure
+
+
+def draw_bytes(trained: pd.DataFrame) -> Figure:
+    """Draw the bytes that each run moves per training sample, up and down."""
+    figure, axes = _subplots(1, 1, size=(9.0, 1.5 + 0.55 * len(trained)))
+    axis = axes[0, 0]
+    columns = {"up_bytes_per_sample": ("client to server", "#0072B2"), "down_bytes_per_sample": ("back", "#E69F00")}
+    largest = max(float(trained[name].max()) for name in columns)
+    for (name, (label, colour)), shift in zip(columns.items(), (-0.19, 0.19), strict=True):
+        values = trained[name].astype(float)
+        heights = [i + shift for i in range(len(trained))]
+        axis.barh(heights, values.clip(lower=1.0) - 1.0, left=1.0, height=0.36, color=colour, label=label)
+        for height, value in zip(heights, values, strict=True):
+            axis.text(max(value, 1.0) * 1.15, height, f"{value:,.0f}" if value else "none", va="center", fontsize=8.5)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(trained)), list(trained["run"]))
+    axis.set(xlim=(1.0, max(largest, 10.0) * 12), ylim=(len(trained) - 0.5, -0.5))
+    axis.set_xlabel("bytes per training sample (logarithmic)")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -6,8 +6,8 @@ from jaxtyping import Bool, Float, Int
 from skimage.color import rgb2gray
 from skimage.feature import canny
 from skimage.filters import threshold_otsu
+from skimage.metrics import structural_similarity
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 DATA_RANGE = 2.0
 
@@ -23,14 +23,15 @@ def psnr_db(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -
 
 
 def ssim(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
-    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, as torchmetrics computes it.
+    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window, as scikit-image computes it.
 
-    It is defined for intensities, which are not negative, hence [0, 1]. Variances of flat pictures cancel, hence
+    It is defined for intensities, which are not negative, hence [0, 1]; variances of flat pictures cancel, hence
     float64.
     """
-    pair = ((images.double() + 1.0) / 2.0, (truth.double() + 1.0) / 2.0)
-    value = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
-    return torch.as_tensor(value).reshape(len(images)).float()
+    first, second = (((part.double() + 1.0) / 2.0).numpy() for part in (images, truth))
+    options = {"channel_axis": 0, "data_range": 1.0, "gaussian_weights": True, "use_sample_covariance": False}
+    values = [structural_similarity(a, b, **options) for a, b in zip(first, second, strict=True)]
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def disc_mask(image: Float[Tensor, "3 h w"]) -> Bool[Tensor, "h w"]:

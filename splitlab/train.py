@@ -19,7 +19,7 @@ from tqdm import tqdm
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import to_uint8
 from splitlab.base import Base, encoded
-from splitlab.colours import split_prompt
+from splitlab.colours import are_shapes
 from splitlab.config import TrainConfig
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, predict_noise
 from splitlab.data import ImageSet, digest, partition
@@ -157,7 +157,7 @@ def _run(scheme: Scheme, config: TrainConfig, state: Path, callback: Callback | 
             if callback:
                 callback("train", number + 1, config.steps, step.loss)
             if (number + 1) % 25 == 0:
-                bar.set_postfix(loss=f"{sum(progress.losses[-25:]) / 25:.4f}")
+                bar.set_postfix(loss=f"{sum(progress.losses[-25:]) / 25:.4f}", refresh=False)
             if (number + 1) % config.checkpoint_every == 0:
                 _checkpoint(scheme, state, number + 1, progress)
     except KeyboardInterrupt:
@@ -211,14 +211,9 @@ def control_scores(pictures: Tensor, asked: ImageSet) -> dict[str, float | None]
 
     `control_iou` is None where the prompts are not shapes prompts.
     """
-    try:
-        for prompt in asked.prompts:
-            split_prompt(prompt)
-        overlap = round(metrics.disc_iou(pictures, asked.hints).mean().item(), 4)
-    except ValueError:
-        overlap = None
+    shapes = are_shapes(asked.prompts)
     return {
-        "control_iou": overlap,
+        "control_iou": round(metrics.disc_iou(pictures, asked.hints).mean().item(), 4) if shapes else None,
         "control_ssim": round(metrics.edge_ssim(pictures, asked.hints).mean().item(), 4),
     }
 

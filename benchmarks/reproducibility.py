@@ -1,0 +1,46 @@
+"""Run train and attack stages anew and compare every tensor, table and figure with those that are there, by hash.
+
+`python benchmarks/reproducibility.py [run ...]` (default: every run); prints what differs, exits 1 if anything does.
+Seconds and memory (`timing.json`, the three machine columns of training.csv) do not repeat, and are left out.
+"""
+
+import hashlib
+import subprocess
+import sys
+
+import pandas as pd
+
+from splitlab import ROOT, load_params
+
+MACHINE_COLUMNS = ["client_s_per_sample", "server_s_per_sample", "peak_rss_mb"]
+
+
+def fingerprints():
+    """File -> SHA-256 of every tensor, record, table and figure of the pipeline."""
+    found = {}
+    for folder in ("runs", "reconstructions", "scores", "reports/figures", "reports/metrics"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and path.name != "timing.json":
+                content = path.read_bytes()
+                if path.name == "training.csv":
+                    content = pd.read_csv(path).drop(columns=MACHINE_COLUMNS).to_csv().encode()
+                found[str(path.relative_to(ROOT))] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def main():
+    runs = sys.argv[1:] or list(load_params()["runs"])
+    attacked = [run for run in runs if run in load_params()["attacks"]]
+    before = fingerprints()
+    stages = [f"train@{run}" for run in runs] + [f"attack@{run}" for run in attacked]
+    subprocess.run(["dvc", "repro", "--force", "--single-item", *stages], cwd=ROOT, check=True)
+    subprocess.run(["dvc", "repro", "--force", "--single-item", "evaluate", "figures"], cwd=ROOT, check=True)
+    after = fingerprints()
+    differing = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    print(f"{len(after)} files compared after running {len(stages)} stages again; {len(differing)} differ")
+    print("\n".join(differing))
+    return 1 if differing or not after else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

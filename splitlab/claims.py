@@ -1,0 +1,366 @@
+"""What Yao (2024, S1) claims, what the result tables say, and a verdict by rules that are written beside it."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from splitlab.attacks import NO_INFORMATION
+from splitlab.config import Defences
+from splitlab.figures import SCHEME_LABELS, attack_label
+from splitlab.split import reference_message, sample_bytes
+
+HOLDS, PARTLY, REFUTED, UNMEASURED = "holds", "holds in part", "refuted", "not measured"
+
+SD15_LATENTS, SD15_TEXT, SD15_WIDTH = (4, 64, 64), (77, 768), 320
+"""Shapes of Stable Diffusion 1.5: latents of 512x512 pixels, text embedding, width of the U-Net's first block."""
+
+FULL, LITTLE = 0.95, 0.25
+"""An attack that goes at least FULL of the way to the ceiling recovers everything; at most LITTLE, next to nothing."""
+
+CLOSE, FAR = 0.05, 0.15
+"""Differences of control IoU: at most CLOSE is quality kept, FAR or more is quality lost."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the table of claims: what S1 says, what was measured (one entry per finding), and the verdict."""
+
+    says: str
+    measured: tuple[str, ...]
+    verdict: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What one attack got out of one run, over its timestep buckets.
+
+    Attributes:
+        run, attack: which.
+        psnr_db, std_db, ceiling_db, no_info_db: means over the buckets.
+        least, most: the smallest and largest share, over the buckets, of the way from the no-information guess to the
+            VAE's ceiling, in dB.
+        worst_gap_db: how far it stays below the ceiling in its worst bucket.
+        id_top1, id_chance: identification, mean over the buckets, and its chance level.
+        n_buckets, n, n_seeds: timestep buckets, images in all of them, attack seeds.
+        uses_noise: whether it reads the noise that the client sends.
+    """
+
+    run: str
+    attack: str
+    psnr_db: float
+    std_db: float
+    ceiling_db: float
+    no_info_db: float
+    least: float
+    most: float
+    worst_gap_db: float
+    id_top1: float
+    id_chance: float
+    n_buckets: int
+    n: int
+    n_seeds: int
+    uses_noise: bool
+
+    @property
+    def share(self) -> float:
+        """Return how far the attack gets on average, 0 at the no-information guess, 1 at the ceiling."""
+        way = self.ceiling_db - self.no_info_db
+        return (self.psnr_db - self.no_info_db) / way if way > 0 else 0.0
+
+    def __str__(self) -> str:
+        """Tell it in a sentence."""
+        return (
+            f"{self.run}: {attack_label(self.attack)} reaches {self.psnr_db:.1f} ± {self.std_db:.1f} dB where the VAE "
+            f"ceiling is {self.ceiling_db:.1f} and the no-information guess {self.no_info_db:.1f} dB "
+            f"({percent(self.least)} of the way in its worst bucket); it identifies {percent(self.id_top1)} of the "
+            f"images (chance {percent(self.id_chance)}; n = {self.n} in {counted(self.n_buckets, 'bucket')}, "
+            f"{counted(self.n_seeds, 'attack seed')})"
+        )
+
+
+def percent(value: float) -> str:
+    """Write a share as a whole percentage that says 100 only if nothing is missing."""
+    rounded = round(100 * value)
+    return f"{99 if rounded == 100 and value < 0.995 else rounded} %"
+
+
+def counted(n: int, what: str) -> str:
+    """Write a number with its noun."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def shares(rows: pd.DataFrame) -> pd.Series:
+    """Return each row's share of the way from the no-information guess to the VAE ceiling, in dB."""
+    way = (rows["ceiling_psnr_db"] - rows["no_info_psnr_db"]).clip(lower=1e-6)
+    return (rows["psnr_db"] - rows["no_info_psnr_db"]) / way
+
+
+def leaks(attacks: pd.DataFrame) -> list[Leak]:
+    """Summarise the attack table: one entry per run and attack that looks at the messages."""
+    found = []
+    for (run, attack), rows in attacks.groupby(["run", "attack"], sort=False):
+        if attack in NO_INFORMATION:
+            continue
+        mean, share = rows.mean(numeric_only=True), shares(rows)
+        found.append(
+            Leak(
+                run=str(run),
+                attack=str(attack),
+                psnr_db=float(mean["psnr_db"]),
+                std_db=float(mean["psnr_db_std"]),
+                ceiling_db=float(mean["ceiling_psnr_db"]),
+                no_info_db=float(mean["no_info_psnr_db"]),
+                least=float(share.min()),
+                most=float(share.max()),
+                worst_gap_db=float((rows["ceiling_psnr_db"] - rows["psnr_db"]).max()),
+                id_top1=float(mean["id_top1"]),
+                id_chance=float(mean["id_chance"]),
+                n_buckets=len(rows),
+                n=int(rows["n"].sum()),
+                n_seeds=int(rows["n_seeds"].max()),
+                uses_noise="noise" in str(rows["knowledge"].iloc[0]).split(" + "),
+            )
+        )
+    return found
+
+
+def strongest(found: Sequence[Leak]) -> dict[str, Leak]:
+    """Return each run's strongest attack, by mean PSNR."""
+    best: dict[str, Leak] = {}
+    for leak in found:
+        if leak.run not in best or leak.psnr_db > best[leak.run].psnr_db:
+            best[leak.run] = leak
+    return best
+
+
+def defended(training: pd.DataFrame) -> list[str]:
+    """Return the runs of S1's split that have a defence on."""
+    chosen = training[(training["scheme"] == "split") & (training["defences"] != "none")]
+    return [str(run) for run in chosen["run"]]
+
+
+def strength(defences: str, name: str) -> float:
+    """Read one defence's strength out of a table's defences cell; 1 for a switch that is on, 0 for off."""
+    found = re.search(rf"(?:^| ){name}(?:=(\S+))?(?: |$)", defences)
+    return float(found[1] or 1) if found else 0.0
+
+
+def protection(least: Sequence[float], most: Sequence[float]) -> str:
+    """Judge a protection by how far the strongest attack gets: smallest and largest share, run by run."""
+    if not least:
+        return UNMEASURED
+    if min(least) >= FULL:
+        return REFUTED
+    return HOLDS if max(most) <= LITTLE else PARTLY
+
+
+PROTECTION_RULE = (
+    f"Refuted if the strongest attack goes at least {FULL:.0%} of the way from the no-information guess to the ceiling "
+    f"in every bucket of every run named; holds if it never exceeds {LITTLE:.0%}; in part otherwise."
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the claims are judged by.
+
+    Attributes:
+        training: the training table, trained runs and yardstick rows alike.
+        attacks: the attack table.
+        sent: for each attacked run, the fields that its messages carry.
+        control: for each run with an IoU, (number of generated images, standard error of the IoU).
+    """
+
+    training: pd.DataFrame
+    attacks: pd.DataFrame
+    sent: Mapping[str, tuple[str, ...]]
+    control: Mapping[str, tuple[int, float]]
+
+    def trained(self, *schemes: str) -> pd.DataFrame:
+        """Return the rows of runs of those schemes that generate shapes, whose control can be measured as IoU."""
+        rows = self.training[self.training["steps"].notna() & self.training["control_iou"].notna()]
+        return rows[rows["scheme"].isin(schemes)] if schemes else rows
+
+    def iou(self, run: str) -> str:
+        """Write a run's IoU with its standard error."""
+        value = float(self.training.set_index("run")["control_iou"][run])
+        n, error = self.control[run]
+        return f"{run} {value:.2f} ± {error:.2f} (n = {n})"
+
+
+def claims(evidence: Evidence) -> list[Claim]:
+    """Judge S1's claims by the tables."""
+    judges: tuple[Callable[[Evidence], Claim], ...] = (
+        _no_gradient,
+        _quality,
+        _timestep_floor,
+        _activation,
+        _prompt_hiding,
+        _attacks_fail,
+        _bytes,
+    )
+    return [judge(evidence) for judge in judges]
+
+
+def _no_gradient(evidence: Evidence) -> Claim:
+    says = "The server need not send gradients back: a ControlNet can be trained on what clients send alone."
+    rule = "Holds if no byte returns and each S1 run gains at least half the IoU over no control that central gains."
+    split, central = evidence.trained("split"), evidence.trained("central")
+    free = evidence.training[evidence.training["scheme"] == "no control"]["control_iou"].dropna()
+    if split.empty or central.empty or free.empty:
+        return Claim(says, ("The runs for it are missing.",), UNMEASURED, rule)
+    floor, best = float(free.iloc[0]), float(central["control_iou"].max())
+    gains = (split["control_iou"] - floor) / max(best - floor, 1e-6)
+    returned = float(split["down_bytes_per_sample"].max())
+    measured = (
+        f"Bytes returned per sample: {returned:,.0f}.",
+        f"Control IoU (± standard error): {', '.join(evidence.iou(run) for run in split['run'])}; "
+        f"central {best:.2f}, no control {floor:.2f}. One training seed each.",
+    )
+    return Claim(says, measured, HOLDS if returned == 0 and gains.min() >= 0.5 else REFUTED, rule)
+
+
+def _quality(evidence: Evidence) -> Claim:
+    says = "Image quality is kept, compared with central, federated and conventional split training."
+    rule = (
+        f"Holds if every defended S1 run's IoU is at most {CLOSE:.2f} below the best of the others, refuted if one is "
+        f"{FAR:.2f} or more below; in part otherwise. Only control is judged: FID is not measured here."
+    )
+    own = evidence.trained("split")
+    own = own[own["defences"] != "none"]
+    others = evidence.trained("central", "federated", "split_gradients")
+    if own.empty or others.empty:
+        return Claim(says, ("The runs for it are missing.",), UNMEASURED, rule)
+    loss = float(others["control_iou"].max() - own["control_iou"].min())
+    measured = (
+        f"S1 with defences: {', '.join(evidence.iou(run) for run in own['run'])}.",
+        f"Others: {', '.join(evidence.iou(run) for run in others['run'])}. One training seed each.",
+    )
+    return Claim(says, measured, HOLDS if loss <= CLOSE else REFUTED if loss >= FAR else PARTLY, rule)
+
+
+def _timestep_floor(evidence: Evidence) -> Claim:
+    says = "The timestep floor protects the images: only strongly noised latents leave the client."
+    rows = evidence.attacks
+    floored = {r for r, d in zip(rows["run"], rows["defences"], strict=True) if strength(d, "timestep_floor")}
+    found = [leak for leak in leaks(rows) if leak.run in floored]
+    best = list(strongest(found).values())
+    measured = [f"{leak}." for leak in best] or ["No attacked run has a floor."]
+    for run, leak in strongest([leak for leak in found if not leak.uses_noise]).items():
+        own = rows[(rows["run"] == run) & (rows["attack"] == leak.attack)].sort_values("t_low")
+        first, last = own.iloc[0], own.iloc[-1]
+        measured.append(
+            f"{run}, if the sent noise is left aside: {attack_label(leak.attack)} falls from {first['psnr_db']:.1f} dB "
+            f"(t {first['t_low']:.0f}–{first['t_high'] - 1:.0f}) to {last['psnr_db']:.1f} dB (t {last['t_low']:.0f}–"
+            f"{last['t_high'] - 1:.0f}): this is the protection that S1 saw."
+        )
+    verdict = protection([leak.least for leak in best], [leak.most for leak in best])
+    return Claim(says, tuple(measured), verdict, PROTECTION_RULE)
+
+
+def _activation(evidence: Evidence) -> Claim:
+    says = "The activation symsigmoid (with fixed noise as an option) protects what is sent of the hint."
+    rule = "As above, for hints: from the mean public hint to what the same attack gets from the run without defences."
+    rows = evidence.attacks.dropna(subset=["hint_psnr_db"])
+    open_runs = rows[(rows["defences"] == "none") & rows["run"].isin(evidence.trained("split")["run"])]
+    reference = open_runs[~open_runs["attack"].isin(NO_INFORMATION)].groupby("attack")["hint_psnr_db"].mean()
+    least, most, measured = [], [], []
+    for run, own in rows[rows["dataset"].isin(open_runs["dataset"])].groupby("run", sort=False):
+        guess = own[own["attack"] == "mean_public"].set_index("t_low")["hint_psnr_db"]
+        tried = own[own["attack"].isin(reference.index)]
+        if not strength(str(own["defences"].iloc[0]), "symsigmoid") or tried.empty or guess.empty:
+            continue
+        attack = str(tried.groupby("attack")["hint_psnr_db"].mean().idxmax())
+        psnr = tried[tried["attack"] == attack].set_index("t_low")["hint_psnr_db"]
+        share = (psnr - guess) / max(float(reference[attack] - guess.mean()), 1e-6)
+        least.append(float(share.min()))
+        most.append(float(share.max()))
+        overlap = tried[tried["attack"] == attack]["hint_iou"].mean()
+        measured.append(
+            f"{run}: {attack_label(attack)} recovers hints at {psnr.mean():.1f} dB (without defences "
+            f"{reference[attack]:.1f}, mean public hint {guess.mean():.1f} dB)"
+            + (f", outline IoU {overlap:.2f}" if pd.notna(overlap) else "")
+            + f"; n = {int(tried[tried['attack'] == attack]['n'].sum())}."
+        )
+    measured.append("The image itself does not pass through the activation: see the row above.")
+    return Claim(says, tuple(measured), protection(least, most), rule)
+
+
+def _prompt_hiding(evidence: Evidence) -> Claim:
+    says = "Prompt hiding keeps the prompts private, and training with empty prompts still works."
+    rule = (
+        "Refuted if a text embedding is sent; in part if none is, but the image that the prompt describes is recovered "
+        "as above; holds otherwise."
+    )
+    rows = evidence.attacks
+    hidden = {str(r) for r, d in zip(rows["run"], rows["defences"], strict=True) if strength(d, "hide_prompts")}
+    if not hidden:
+        return Claim(says, ("No attacked run hides prompts.",), UNMEASURED, rule)
+    shown = sorted(run for run in hidden if "encoder_hidden_states" in evidence.sent.get(run, ()))
+    best = [leak for run, leak in strongest(leaks(rows)).items() if run in hidden]
+    recovered = [leak.run for leak in best if leak.least >= FULL]
+    measured = (
+        f"Text embeddings are sent in {len(shown)} of {counted(len(hidden), 'run')} that hide them.",
+        f"The image that the prompt describes is recovered in {len(recovered)} of {len(hidden)}. "
+        "Reading prompts out of the messages was not tried.",
+    )
+    return Claim(says, measured, REFUTED if shown else PARTLY if recovered else HOLDS, rule)
+
+
+def _attacks_fail(evidence: Evidence) -> Claim:
+    says = "Most attacks fail; a learned inverse network is one of two that do not."
+    own = defended(evidence.training)
+    found = [leak for leak in leaks(evidence.attacks) if leak.run in own]
+    measured = []
+    for attack in dict.fromkeys(leak.attack for leak in sorted(found, key=lambda leak: -leak.share)):
+        tries = [leak for leak in found if leak.attack == attack]
+        way = " / ".join(percent(leak.share) for leak in tries)
+        seeds = counted(max(leak.n_seeds for leak in tries), "attack seed")
+        measured.append(f"{attack_label(attack)}: {way} of the way to the ceiling ({seeds}).")
+    if found:
+        order = " / ".join(dict.fromkeys(leak.run for leak in found))
+        measured.append(f"Runs in this order: {order}; means over buckets. Security is that of the strongest attack.")
+        measured.append("Of the attacks S1 discusses, rMLE, UnSplit and FSHA have not been run here.")
+    best = strongest(found).values()
+    verdict = protection([leak.least for leak in best], [leak.most for leak in best])
+    return Claim(says, tuple(measured) or ("No defended S1 run was attacked.",), verdict, PROTECTION_RULE)
+
+
+def message_sizes() -> Iterator[tuple[str, int]]:
+    """Yield (protocol, payload bytes per sample) at Stable Diffusion 1.5's shapes, counted on messages built here."""
+    reference = reference_message(SD15_LATENTS, SD15_TEXT, SD15_WIDTH)
+    yield "S1's released code (U-Net's first block output, fp32)", sum(part.nbytes for part in reference.values())
+    for what, defences in (
+        ("ours, fp32, prompts sent", Defences()),
+        ("ours, fp32, prompts hidden", Defences(hide_prompts=True)),
+        ("ours, fp16, prompts hidden", Defences(hide_prompts=True, half=True)),
+    ):
+        yield what, sample_bytes(SD15_LATENTS, SD15_TEXT, defences)
+
+
+def _bytes(evidence: Evidence) -> Claim:
+    says = "Communication is affordable: one message up per batch, nothing down."
+    rule = "Holds if an S1 run moves fewer bytes per sample, both ways together, than federated and conventional split."
+    sizes = dict(message_sizes())
+    (reference, theirs), *_, (ours, least) = sizes.items()
+    total = evidence.training[["up_bytes_per_sample", "down_bytes_per_sample"]].sum(axis=1, min_count=1)
+    table = evidence.training.assign(total=total).dropna(subset=["steps", "control_iou"])
+    own, others = (
+        table[table["run"].isin(defended(table))],
+        table[table["scheme"].isin(["federated", "split_gradients"])],
+    )
+    measured = [
+        f"At Stable Diffusion 1.5's shapes: {theirs:,} bytes per sample in {reference}; {least:,} in {ours} "
+        f"({theirs / least:.0f} times fewer), from which the first block follows by a public linear map."
+    ]
+    if own.empty or others.empty:
+        return Claim(says, tuple(measured), UNMEASURED, rule)
+    for rows in (own, others):
+        measured += [
+            f"{row['run']} ({SCHEME_LABELS[row['scheme']]}): {row['total']:,.0f} bytes per sample, both ways."
+            for _, row in rows.iterrows()
+        ]
+    return Claim(says, tuple(measured), HOLDS if own["total"].max() < others["total"].min() else REFUTED, rule)

@@ -1,0 +1,406 @@
+"""What the explorer shows, as plain data, PNG bytes and HTML: all of it that needs neither widgets nor a browser.
+
+Truth and reconstruction stand side by side here for the eye; numbers are those of `evaluate`. Nothing is written.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from splitlab import checkpoint
+from splitlab.artefacts import SavedReconstruction, from_uint8, load_reconstruction, to_uint8
+from splitlab.attacks import ATTACKS, NO_INFORMATION, attack_transcript, make_knowledge
+from splitlab.base import Base, load_base
+from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse
+from splitlab.data import ImageSet
+from splitlab.errors import InputError
+from splitlab.evaluate import RunTruth, read_json, score_samples
+from splitlab.params import load_split
+from splitlab.paths import CACHE, resolve
+from splitlab.types import Callback, Observation, stack
+from splitlab.wire import Transcript, read_transcript, read_truth
+
+ATTACK_WORDS = {
+    "mean_public": "guess: the mean public image",
+    "random_public": "guess: a random public image",
+    "one_step": "one-step denoising",
+    "inverse_network": "inverse network",
+    "closed_form": "closed form",
+}
+FIELD_WORDS = {
+    "timesteps": "timestep",
+    "noisy_latents": "noisy latents",
+    "smashed": "activation",
+    "noise": "noise label",
+    "encoder_hidden_states": "prompt",
+}
+SCHEME_WORDS = {
+    "central": "centralised training",
+    "federated": "federated training",
+    "split_gradients": "split learning, gradients returned",
+    "split": "split learning, nothing returned",
+}
+DEFENCE_WORDS = {
+    "timestep_floor": "timesteps from {:g} up",
+    "symsigmoid": "symsigmoid activation",
+    "fixed_noise": "fixed noise per client, std {:g}",
+    "half": "fp16",
+    "hide_prompts": "prompts hidden",
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attacker's reconstruction of a run, ready to show.
+
+    Attributes:
+        attack: name of the attack with its ablation, as in `AttackSpec.name`; a live one begins with "live: ".
+        seed: the attacker's seed.
+        knowledge: the sent fields it used, joined by " + ", or "nothing".
+        threat_model: (what, value) rows.
+        images, hints: `[n, 3, h, w]` uint8; hints are None where the attack does not try.
+        scores: name -> `[n]`, as `evaluate.score_samples` returns them; empty before the evaluation.
+    """
+
+    attack: str
+    seed: int
+    knowledge: str
+    threat_model: tuple[tuple[str, str], ...]
+    images: Tensor
+    hints: Tensor | None
+    scores: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """An attacked run.
+
+    Attributes:
+        name: of the run.
+        transcript: what the server received.
+        seen: the same, all samples stacked.
+        known: configuration, truth and private data; its `ceiling` is NaN before the evaluation.
+        attempts: attack -> attempts by seed; live attacks are added here.
+        scored: whether there are scores of this transcript.
+    """
+
+    name: str
+    transcript: Transcript
+    seen: Observation
+    known: RunTruth
+    attempts: dict[str, dict[int, Attempt]]
+    scored: bool
+
+    @property
+    def timesteps(self) -> Tensor:
+        """`[n]` timestep of every recorded sample."""
+        return self.known.truth.timesteps
+
+    def within(self, low: int, high: int) -> list[int]:
+        """Return the samples with low <= t <= high, by rising timestep."""
+        order = self.timesteps.argsort(stable=True)
+        chosen = self.timesteps[order]
+        return order[(chosen >= low) & (chosen <= high)].tolist()
+
+    def prompt(self, sample: int) -> str:
+        """Return a sample's prompt."""
+        return self.known.private.prompts[int(self.known.truth.indices[sample])]
+
+    def add(self, attempt: Attempt) -> None:
+        """Take in a live attempt, in memory."""
+        self.attempts.setdefault(attempt.attack, {})[attempt.seed] = attempt
+
+
+class Artefacts:
+    """The pipeline's artefacts, read when asked for and kept until their files change.
+
+    Args:
+        params: the content of params.yaml.
+        runs: folder of runs.
+        reconstructions: folder of reconstructions, one folder per attacked run.
+        scores: folder of per-sample scores.
+        cache: folder of encoded public data, for live attacks.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        *,
+        runs: str | Path = "runs",
+        reconstructions: str | Path = "reconstructions",
+        scores: str | Path = "scores",
+        cache: Path = CACHE,
+    ):
+        self.params, self.cache = params, cache
+        self.runs, self.reconstructions, self.scores = resolve(runs), resolve(reconstructions), resolve(scores)
+        self._views: dict[str, tuple[object, RunView]] = {}
+        self._splits: dict[tuple[str, str], ImageSet] = {}
+
+    @cached_property
+    def base(self) -> Base:
+        """The public models."""
+        return load_base(resolve(self.params["base"]["source"]))
+
+    @property
+    def config(self) -> EvaluateConfig:
+        """How reconstructions are scored."""
+        return parse(EvaluateConfig, self.params["evaluate"], where="evaluate")
+
+    def split(self, dataset: str, split: str) -> ImageSet:
+        """Return a split of a data set."""
+        if (dataset, split) not in self._splits:
+            self._splits[dataset, split] = load_split(dataset, split, self.params)
+        return self._splits[dataset, split]
+
+    def attacked(self) -> list[str]:
+        """Return the runs that have reconstructions, in the order of params.yaml.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = {path.parent.name for path in self.reconstructions.glob("*/*.safetensors")}
+        if not found:
+            raise InputError(f"no run has been attacked yet: {self.reconstructions} holds no reconstructions")
+        return in_order(found, list(self.params["runs"]))
+
+    def trained(self) -> list[str]:
+        """Return the runs that have generated samples, in the order of params.yaml.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = {path.parent.name for path in self.runs.glob("*/samples.safetensors")}
+        if not found:
+            raise InputError(f"no run has finished yet: {self.runs} holds no generated samples")
+        return in_order(found, list(self.params["runs"]))
+
+    def view(self, run: str) -> RunView:
+        """Return an attacked run.
+
+        Raises:
+            InputError: an artefact is missing, damaged or of another transcript.
+        """
+        saved = sorted((self.reconstructions / run).glob("*.safetensors"))
+        files = [self.runs / run / f"{name}.safetensors" for name in ("transcript", "truth")]
+        files += [self.runs / run / "record.json", self.scores / f"{run}.safetensors", *saved]
+        stamp = [(path, path.stat().st_mtime_ns if path.exists() else None) for path in files]
+        if run not in self._views or self._views[run][0] != stamp:
+            self._views[run] = stamp, self._read(run, saved)
+        return self._views[run][1]
+
+    def _read(self, run: str, saved: Sequence[Path]) -> RunView:
+        folder = self.runs / run
+        config = parse(TrainConfig, read_json(folder / "record.json")["config"], where=f"{folder}/record.json")
+        transcript = read_transcript(folder / "transcript.safetensors", base_digest=self.base.digest)
+        truth, private = read_truth(folder / "truth.safetensors"), self.split(config.dataset, "private")
+        seen = stack(transcript.observations)
+        n = len(truth.indices)
+        if n != seen.batch_size or int(truth.indices.max()) >= len(private):
+            raise InputError(f"{folder}: transcript, truth and private data do not belong together")
+        scores = self._scores(run, n)
+        attempts: dict[str, dict[int, Attempt]] = {}
+        for one in map(load_reconstruction, saved):
+            if len(one.result.images) != n:
+                raise InputError(f"{self.reconstructions / run}: {one.attack} is of another transcript than {folder}")
+            prefix = f"{one.attack}/{one.seed}/"
+            own = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
+            attempts.setdefault(one.attack, {})[one.seed] = attempt(one, own)
+        ordered = {name: attempts[name] for name in in_order(attempts, list(ATTACKS))}
+        known = RunTruth(config, truth, private, scores.get("ceiling_psnr_db", torch.full((n,), torch.nan)))
+        return RunView(run, transcript, seen, known, ordered, bool(scores))
+
+    def _scores(self, run: str, n: int) -> dict[str, Tensor]:
+        """Return the run's per-sample scores; none if they are missing or of another transcript."""
+        path = self.scores / f"{run}.safetensors"
+        tensors = checkpoint.load(path)[0] if path.exists() else {}
+        return tensors if all(len(value) == n for value in tensors.values()) else {}
+
+    def attack_live(
+        self,
+        view: RunView,
+        attack: str,
+        *,
+        ignore: tuple[str, ...] = (),
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+    ) -> Attempt:
+        """Attack a run's transcript as the pipeline does, then score the result; nothing is written but caches.
+
+        Raises:
+            InputError: the attack needs a field that was not sent or is denied, or an option is bad.
+        """
+        public = self.split(view.transcript.header.dataset, "public")
+        observations = view.transcript.observations
+        result = attack_transcript(
+            view.transcript,
+            attack=attack,
+            base=self.base,
+            public=public,
+            ignore=ignore,
+            seed=seed,
+            options=options,
+            cache=self.cache,
+            callback=callback,
+        )
+        quantised = replace(result, images=from_uint8(to_uint8(result.images)))
+        knowledge = make_knowledge(view.transcript, self.base, public, ignore=ignore)
+        uses = "nothing" if attack in NO_INFORMATION else knowledge.label(observations)
+        name = f"live: {AttackSpec(attack, ignore).name}"
+        saved = SavedReconstruction(quantised, name, seed, uses, tuple(knowledge.describe(observations)))
+        return attempt(
+            saved, score_samples(saved, view.known, self.config, localise=view.known.config.dataset == "shapes")
+        )
+
+
+def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor]) -> Attempt:
+    """Pack a reconstruction with its scores."""
+    hints = None if saved.result.hints is None else to_uint8(saved.result.hints)
+    images = to_uint8(saved.result.images)
+    return Attempt(saved.attack, saved.seed, saved.knowledge, saved.threat_model, images, hints, scores)
+
+
+def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Sort names by the place in `order` of what stands before "-without-"; unknown ones last."""
+
+    def place(name: str) -> tuple[int, int, str]:
+        plain = name.partition("-without-")[0]
+        return (order.index(plain) if plain in order else len(order), name == plain, name)
+
+    return sorted(names, key=place)
+
+
+def attack_label(attack: str) -> str:
+    """Say an attack's name in words."""
+    live = "live: " if attack.startswith("live: ") else ""
+    plain = attack.removeprefix("live: ").partition("-without-")[0]
+    return live + ATTACK_WORDS.get(plain, plain.replace("_", " "))
+
+
+def knowledge_label(knowledge: str) -> str:
+    """Say in words which fields an attack used; the timestep, which all use, goes unsaid."""
+    used = [name for name in knowledge.split(" + ") if name != "timesteps"]
+    return " + ".join(FIELD_WORDS.get(name, name) for name in used) or "timestep"
+
+
+def attack_title(one: Attempt) -> str:
+    """Label an attempt for a menu: the attack and what it uses."""
+    return f"{attack_label(one.attack)} — uses {knowledge_label(one.knowledge)}"
+
+
+def defences_label(defences: Defences) -> str:
+    """Say in words which defences are on."""
+    active = {field.name: getattr(defences, field.name) for field in fields(defences)}
+    words = [DEFENCE_WORDS.get(name, name + " {}").format(value) for name, value in active.items() if value]
+    return ", ".join(words) or "none"
+
+
+def run_label(config: TrainConfig) -> str:
+    """Say in words what a run was."""
+    clients = "1 client" if config.n_clients == 1 else f"{config.n_clients} clients"
+    return f"{config.dataset} · {SCHEME_WORDS.get(config.scheme, config.scheme)} · {clients}"
+
+
+def png(pixels: UInt8[Tensor, "3 h w"], *, side: int = 160) -> bytes:
+    """Encode a picture as PNG, every pixel blown up to a square so that it is at least `side` pixels high."""
+    factor = max(1, math.ceil(side / pixels.shape[-2]))
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    buffer = io.BytesIO()
+    large = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    large.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def false_colour(maps: Float[Tensor, "k h w"], *, most: int = 16) -> UInt8[Tensor, "3 height width"]:
+    """Lay out the first channels as a mosaic, blue negative, white zero, red positive."""
+    maps = maps[:most]
+    columns = math.ceil(math.sqrt(len(maps)))
+    blank = columns * math.ceil(len(maps) / columns) - len(maps)
+    scale = maps.abs().quantile(0.99).clamp_min(1e-6)
+    tiles = torch.cat([maps / scale, torch.zeros(blank, *maps.shape[1:])])
+    rows = [torch.cat(list(row), 1) for row in tiles.split(columns)]
+    colours = matplotlib.colormaps["RdBu_r"](torch.cat(rows).clamp(-1, 1).add(1).div(2).numpy(), bytes=True)
+    return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A captioned picture; `png` is None where there is nothing to show, and `note` says why."""
+
+    caption: str
+    png: bytes | None
+    note: str = ""
+
+
+Groups = list[tuple[str, str, list[Picture]]]
+"""(title, subtitle, pictures): what stands together."""
+
+PRIVATE = "Private"
+WIRE = "On the wire"
+RECONSTRUCTED = "Reconstructed"
+
+
+def wire_pictures(message: Observation, base: Base) -> list[Picture]:
+    """Show the first sample of a message: what the server receives of it."""
+    seen = message.float()
+    not_sent = "not sent"
+
+    def maps(value: Tensor | None) -> bytes | None:
+        return None if value is None else png(false_colour(value[0]))
+
+    noisy = None if seen.noisy_latents is None else png(to_uint8(base.decode(seen.noisy_latents[:1]))[0])
+    return [
+        Picture("noisy latents, decoded", noisy, not_sent),
+        Picture("cut-layer activation", maps(seen.smashed), not_sent),
+        Picture("noise label", maps(seen.noise), not_sent),
+    ]
+
+
+def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Groups:
+    """Show one sample: what is private, what the server receives, what the attack makes of it."""
+    index = int(view.known.truth.indices[sample])
+    image, hint = (to_uint8(group[index]) for group in (view.known.private.images, view.known.private.hints))
+    found = None if one.hints is None else png(one.hints[sample])
+    message = view.seen.map(lambda value: value[sample : sample + 1])
+    return [
+        (PRIVATE, "only the client has these", [Picture("image", png(image)), Picture("hint", png(hint))]),
+        (WIRE, "what the server receives", wire_pictures(message, base)),
+        (
+            RECONSTRUCTED,
+            f"by {attack_label(one.attack)}",
+            [Picture("image", png(one.images[sample])), Picture("hint", found, "this attack does not try")],
+        ),
+    ]
+
+
+def sample_scores(view: RunView, one: Attempt, sample: int) -> dict[str, float]:
+    """Return one sample's scores, with `ceiling_psnr_db` and `no_info_psnr_db`; NaN where there are none."""
+    scores = {name: float(value[sample]) for name, value in one.scores.items()}
+    guesses = [
+        guess.scores["psnr_db"][sample] for guess in view.attempts.get("mean_public", {}).values() if guess.scores
+    ]
+    guess = float(torch.stack(guesses).mean()) if guesses else math.nan
+    return scores | {"ceiling_psnr_db": float(view.known.ceiling[sample]), "no_info_psnr_db": guess}
+
+
+def comparison(view: RunView, sample: int) -> list[dict[str, Any]]:
+    """Return one row per scored attack on this very sample: label, knowledge and scores by seed."""
+    rows = []
+    for attack, tries in view.attempts.items():
+        scored = [one.scores for one in tries.values() if one.scores]
+        if scored:
+            columns = {key: [float(one[key][sample]) for one in scored] for key in ("psnr_db", "ssim", "identified")}
+            uses = knowledge_label(next(iter(tries.values())).knowledge)
+            rows.append({"attack": attack, "label": attack_label(attack), "uses": uses, **columns})
+    return rows

@@ -1,0 +1,72 @@
+"""A whole project in small, for the tests of figures and report: data, runs, reconstructions, scores and tables."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from splitlab.attacks import attack_and_save
+from splitlab.base import load_base
+from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.evaluate import evaluate_all
+from splitlab.figures import draw_figures
+from splitlab.generate import write_split
+from splitlab.params import load_split
+from splitlab.train import train
+from splitlab.wire import read_transcript
+
+_FEW = {"dataset": "tiny", "steps": 4, "batch_size": 3, "local_steps": 2, "record_messages": 4, "eval_samples": 3}
+_ALL = {"timestep_floor": 500, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders as the pipeline leaves them, and the parameters it ran with."""
+
+    root: Path
+    params: dict[str, Any]
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """What `load_material` takes."""
+        return {name: self.root / name for name in ("runs", "reconstructions", "metrics", "figures")}
+
+    def draw(self, out: Path) -> list[Path]:
+        """Draw all figures below `out`."""
+        made = (self.root / name for name in ("runs", "reconstructions", "scores", "metrics"))
+        return draw_figures(*made, self.params, out=out)
+
+
+def make(root: Path, base_path: Path) -> World:
+    """Train, attack and evaluate tiny runs below `root`; figures are not drawn yet."""
+    params = {
+        "base": {"source": str(base_path)},
+        "data": {"root": str(root / "data")},
+        "runs": {
+            "central": _FEW | {"scheme": "central"},
+            "federated": _FEW | {"scheme": "federated"},
+            "split": _FEW | {"scheme": "split"},
+            "s1": _FEW | {"scheme": "split", "defences": _ALL},
+        },
+        "attacks": {run: [{"attack": "mean_public"}, {"attack": "closed_form"}] for run in ("split", "s1")},
+        "evaluate": {"buckets": [0, 500, 1000], "candidates": 6, "samples": 6},
+    }
+    for seed, (split, n) in enumerate({"private": 12, "heldout": 4, "public": 8}.items()):
+        write_split(root / "data" / split / "tiny.zip", tiny.samples(n, seed=seed))
+    base, (private, heldout, public) = (
+        load_base(base_path),
+        (load_split("tiny", split, params) for split in ("private", "heldout", "public")),
+    )
+    for run, section in params["runs"].items():
+        config = parse(TrainConfig, section, where=run)
+        train(run, config, base, private, heldout, out=root / "runs" / run, cache=root / "cache")
+    for run, specs in params["attacks"].items():
+        transcript = read_transcript(root / "runs" / run / "transcript.safetensors")
+        for section in specs:
+            spec, out = parse(AttackSpec, section, where=run), root / "reconstructions" / run
+            attack_and_save(transcript, spec, 0, base, public, out=out, cache=root / "cache")
+    config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
+    folders = {name: root / name for name in ("scores", "metrics")}
+    evaluate_all(root / "runs", root / "reconstructions", base, params, config, **folders)
+    return World(root, params)

@@ -1,0 +1,225 @@
+"""Attacks on recorded messages of the shipped base model: they reach what they should, and nothing from noise."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from splitlab import checkpoint, metrics
+from splitlab.artefacts import load_reconstruction
+from splitlab.attacks import ATTACKS, NO_INFORMATION, attack_and_save, attack_transcript, make_knowledge, run_attack
+from splitlab.attacks.closed_form import estimate_fixed_noise
+from splitlab.base import Base, encoded, load_base
+from splitlab.config import AttackSpec, Defences, TrainConfig
+from splitlab.controlnet import symsigmoid
+from splitlab.data import ImageSet, load
+from splitlab.errors import InputError
+from splitlab.paths import ROOT
+from splitlab.split import client_send
+from splitlab.train import make_clients
+from splitlab.types import Truth
+from splitlab.wire import Header, Transcript, from_bytes
+
+S1 = Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
+QUICK = {"inverse_network": {"steps": 20, "width": 16, "n_blocks": 2}}
+N_MESSAGES = 4
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),
+    reason="the shipped base model or data are missing; `make data` pulls them",
+)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Base:
+    return load_base(ROOT / "models/base")
+
+
+@pytest.fixture(scope="module")
+def public() -> ImageSet:
+    return load(ROOT / "data/public/shapes.zip", limit=600)
+
+
+@pytest.fixture(scope="module")
+def victims() -> ImageSet:
+    return load(ROOT / "data/private/shapes.zip", limit=128)
+
+
+def record(base: Base, victims: ImageSet, defences: Defences, n_clients: int = 2) -> tuple[Transcript, Truth]:
+    config = TrainConfig(defences=defences, n_clients=n_clients)
+    clients = make_clients(base, victims, config)
+    sent = [client_send(clients[i % n_clients], i // n_clients, 32) for i in range(N_MESSAGES)]
+    header = Header("test", "shapes", "split", defences, victims.size, base.digest, n_clients)
+    truths = [truth for _, truth in sent]
+    columns = {name: torch.cat([getattr(t, name) for t in truths]) for name in ("indices", "timesteps", "noise")}
+    return Transcript(header, tuple(from_bytes(message) for message, _ in sent)), Truth(**columns)
+
+
+def psnr(images: torch.Tensor, victims: ImageSet, truth: Truth) -> torch.Tensor:
+    return metrics.psnr_db(images, victims.images[truth.indices])
+
+
+@pytest.mark.parametrize("defences", [Defences(), S1, replace(S1, timestep_floor=800)], ids=str)
+def test_closed_form_reaches_the_vae_ceiling_whatever_s1_does(
+    shipped: Base, public: ImageSet, victims: ImageSet, defences: Defences
+) -> None:
+    transcript, truth = record(shipped, victims, defences)
+    found = attack_transcript(transcript, attack="closed_form", base=shipped, public=public)
+    images = victims.images[truth.indices]
+    ceiling = metrics.psnr_db(shipped.decode(shipped.encode(images)), images)
+    assert (psnr(found.images, victims, truth) - ceiling).abs().max() < 0.5
+    line_up = metrics.line_ups(len(victims), truth.indices, 100, tiny.draw())
+    own = torch.zeros(len(line_up), dtype=torch.int64)
+    assert metrics.identified(found.images, victims.images[line_up], own).all()
+
+
+def test_closed_form_is_exact_in_fp32(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
+    transcript, truth = record(shipped, victims, Defences())
+    found = attack_transcript(transcript, attack="closed_form", base=shipped, public=public)
+    data = encoded(shipped, victims)
+    # 1 / sqrt(alphas_cumprod) amplifies float32 rounding by up to 15 at the last timestep.
+    assert (found.images - shipped.decode(data.latents[truth.indices])).abs().max() < 1e-3
+    assert found.hints is not None
+    assert (found.hints - shipped.decode(data.hint_latents[truth.indices])).abs().max() < 1e-3
+
+
+def test_closed_form_recovers_hints_through_activation_and_unknown_fixed_noise(
+    shipped: Base, public: ImageSet, victims: ImageSet
+) -> None:
+    transcript, truth = record(shipped, victims, S1)
+    found = attack_transcript(transcript, attack="closed_form", base=shipped, public=public)
+    assert found.hints is not None
+    wanted = victims.hints[truth.indices]
+    mean_hint = public.hints.mean(0, keepdim=True).expand_as(wanted)
+    gain = metrics.psnr_db(found.hints, wanted).mean() - metrics.psnr_db(mean_hint, wanted).mean()
+    assert gain > 8.0  # 64 messages per client; with 256 the full runs reach the VAE's ceiling
+
+
+def test_fixed_noise_is_estimated_from_messages_alone(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
+    data = encoded(shipped, victims)
+    generator = tiny.draw(1)
+    noisy = torch.randn(data.latents.shape, generator=generator)
+    secret = 0.5 * torch.randn(data.latents.shape[1:], generator=generator)
+    smashed = symsigmoid(data.hint_latents + noisy) + secret
+    hints = encoded(shipped, public).hint_latents
+    found = estimate_fixed_noise(smashed, noisy, hints, symsigmoid=True, span=2.0)
+    assert (found - secret).abs().median() < 5e-3
+    unchanged = estimate_fixed_noise(smashed - secret, noisy, hints, symsigmoid=True, span=2.0)
+    assert unchanged.abs().median() < 5e-3  # no noise, none found
+
+
+def test_closed_form_needs_the_label(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
+    transcript, _ = record(shipped, victims, S1)
+    with pytest.raises(InputError, match="carries no noise"):
+        attack_transcript(transcript, attack="closed_form", base=shipped, public=public, ignore=("noise",))
+
+
+def test_one_step_denoising_beats_no_information_early_and_fades(
+    shipped: Base, public: ImageSet, victims: ImageSet
+) -> None:
+    transcript, truth = record(shipped, victims, Defences())
+    found = psnr(attack_transcript(transcript, attack="one_step", base=shipped, public=public).images, victims, truth)
+    guess = attack_transcript(transcript, attack="mean_public", base=shipped, public=public)
+    early, late = truth.timesteps < 200, truth.timesteps >= 800
+    assert found[early].mean() > psnr(guess.images, victims, truth)[early].mean() + 8.0
+    assert found[early].mean() > found[late].mean() + 8.0
+
+
+@pytest.mark.slow
+def test_inverse_network_learns_and_the_label_helps_it(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
+    transcript, truth = record(shipped, victims, S1)
+    found = {
+        ignore: psnr(
+            attack_transcript(
+                transcript, attack="inverse_network", base=shipped, public=public, ignore=ignore, options={"steps": 120}
+            ).images,
+            victims,
+            truth,
+        )
+        for ignore in (("noise",), ())
+    }
+    guess = psnr(
+        attack_transcript(transcript, attack="mean_public", base=shipped, public=public).images, victims, truth
+    )
+    assert found["noise",].mean() > guess.mean() + 2.0
+    late = truth.timesteps >= 700
+    assert found[()][late].mean() > found["noise",][late].mean() + 2.0
+
+
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name not in NO_INFORMATION])
+def test_pure_noise_in_place_of_the_observation_gives_nothing(
+    shipped: Base, public: ImageSet, victims: ImageSet, attack: str
+) -> None:
+    transcript, truth = record(shipped, victims, S1)
+    draw = tiny.draw(7)
+    noised = tuple(
+        o.map(lambda v: torch.randn(v.shape, generator=draw).to(v.dtype) if v.is_floating_point() else v)
+        for o in transcript.observations
+    )
+    knowledge = make_knowledge(transcript, shipped, public)
+    found = run_attack(attack, noised, knowledge, generator=tiny.draw(), options=QUICK.get(attack))
+    guess = run_attack("mean_public", noised, knowledge, generator=tiny.draw())
+    assert psnr(found.images, victims, truth).mean() < psnr(guess.images, victims, truth).mean() + 0.5
+
+
+def test_attacks_leave_their_input_alone_and_repeat_exactly(
+    shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path
+) -> None:
+    transcript, _ = record(shipped, victims, S1)
+    before = [{k: v.clone() for k, v in o.tensors.items()} for o in transcript.observations]
+    for attack in ATTACKS:
+        spec = AttackSpec(attack, options=QUICK.get(attack, {}))
+        for folder in ("a", "b"):
+            attack_and_save(transcript, spec, 0, shipped, public, out=tmp_path / folder, cache=tmp_path / "cache")
+        first, second = ((tmp_path / folder / f"{attack}-0.safetensors").read_bytes() for folder in ("a", "b"))
+        assert first == second, attack
+    for observation, tensors in zip(transcript.observations, before, strict=True):
+        assert all(torch.equal(observation.tensors[name], value) for name, value in tensors.items())
+
+
+def test_saved_reconstructions_carry_their_threat_model(
+    shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path
+) -> None:
+    transcript, _ = record(shipped, victims, S1)
+    spec = AttackSpec("one_step", ignore=("noise", "smashed"), seeds=1)
+    attack_and_save(transcript, spec, 0, shipped, public, out=tmp_path, cache=tmp_path)
+    saved = load_reconstruction(tmp_path / "one_step-without-noise-smashed-0.safetensors")
+    assert saved.knowledge == "timesteps + noisy_latents"
+    assert dict(saved.threat_model)["receives"] == "timesteps, noisy_latents, smashed, noise"
+    assert dict(saved.threat_model)["knows the defences"] == str(S1)
+    guess = attack_and_save(transcript, AttackSpec("mean_public"), 0, shipped, public, out=tmp_path, cache=tmp_path)
+    assert guess.knowledge == "nothing"
+
+
+def test_bad_calls_say_what_to_do(shipped: Base, base: Base, public: ImageSet, victims: ImageSet) -> None:
+    transcript, _ = record(shipped, victims, S1)
+    with pytest.raises(InputError, match="no attack is called 'psychic'; there are mean_public"):
+        attack_transcript(transcript, attack="psychic", base=shipped, public=public)
+    with pytest.raises(InputError, match="stepz"):
+        attack_transcript(transcript, attack="inverse_network", base=shipped, public=public, options={"stepz": 1})
+    with pytest.raises(InputError, match="no such observation field"):
+        attack_transcript(transcript, attack="closed_form", base=shipped, public=public, ignore=("gradient",))
+    with pytest.raises(InputError, match="recorded with base model"):
+        attack_transcript(transcript, attack="closed_form", base=base, public=public)
+    with pytest.raises(InputError, match="the public data 16: give others"):
+        attack_transcript(transcript, attack="closed_form", base=shipped, public=tiny.small_set(4, size=16))
+    empty = replace(transcript, observations=())
+    with pytest.raises(InputError, match="no messages to attack"):
+        attack_transcript(empty, attack="closed_form", base=shipped, public=public)
+
+
+def test_attacks_open_no_private_file(
+    shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcript, _ = record(shipped, victims, S1)
+    opened: list[str] = []
+    real = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda path: (opened.append(str(path)), real(path))[1])
+    for _ in range(2):  # the second time the encodings come from the cache
+        for attack in ATTACKS:
+            spec = AttackSpec(attack, options=QUICK.get(attack, {}))
+            attack_and_save(transcript, spec, 0, shipped, public, out=tmp_path / "out", cache=tmp_path / "cache")
+    public_cache = f"encoded-{shipped.digest[:16]}-{public.digest[:16]}.safetensors"
+    assert {Path(path).name for path in opened} == {public_cache}

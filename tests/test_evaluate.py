@@ -1,0 +1,135 @@
+"""The evaluation: perfect where the truth is given, at chance where nothing is, and clear about what is missing."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from splitlab.artefacts import SavedReconstruction, save_reconstruction
+from splitlab.base import Base
+from splitlab.config import EvaluateConfig
+from splitlab.data import ImageSet
+from splitlab.errors import InputError
+from splitlab.evaluate import (
+    ATTACK_COLUMNS,
+    TRAINING_COLUMNS,
+    buckets,
+    evaluate_run,
+    run_truth,
+    summary,
+    table,
+    training_row,
+    yardsticks,
+)
+from splitlab.train import train
+from splitlab.types import Reconstruction
+
+CONFIG = EvaluateConfig(buckets=(0, 500, 1000), candidates=6, samples=5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, base: Base, private: ImageSet, heldout: ImageSet) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "runs" / "tiny"
+    config = tiny.config(steps=4, record_messages=4)
+    train("tiny", config, base, private, heldout, out=out, cache=out.parent / "cache")
+    return out
+
+
+def saved(attack: str, images: torch.Tensor, seed: int = 0, hints: torch.Tensor | None = None) -> SavedReconstruction:
+    return SavedReconstruction(Reconstruction(images, hints), attack, seed, "noise", (("adversary", "a test"),))
+
+
+@pytest.fixture
+def reconstructions(run: Path, base: Base, private: ImageSet, tmp_path: Path) -> Path:
+    known = run_truth(run, base, private)
+    images, hints = (part[known.truth.indices] for part in (private.images, private.hints))
+    mean = private.images.mean(0, keepdim=True).expand_as(images)
+    save_reconstruction(tmp_path / "mean_public-0.safetensors", saved("mean_public", mean))
+    save_reconstruction(tmp_path / "oracle-0.safetensors", saved("oracle", images, 0, hints))
+    for seed in range(2):
+        noise = torch.rand(images.shape, generator=tiny.draw(seed)) * 2 - 1
+        save_reconstruction(tmp_path / f"noise-{seed}.safetensors", saved("noise", noise, seed))
+    return tmp_path
+
+
+def test_the_truth_scores_perfectly_and_noise_does_not(
+    run: Path, base: Base, private: ImageSet, reconstructions: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores" / "tiny.safetensors"
+    rows = evaluate_run(run, reconstructions, base, private, CONFIG, out=out)
+    frame = table(rows, ATTACK_COLUMNS)
+    assert list(frame.columns) == list(ATTACK_COLUMNS)
+    oracle, noise = (frame[frame.attack == name] for name in ("oracle", "noise"))
+    assert (oracle.psnr_db > 45).all()  # 8-bit quantisation of the saved images is all that is lost
+    assert (oracle.id_top1 == 1).all()
+    assert (oracle.ssim > 0.99).all()
+    assert (oracle.hint_iou == 1).all()
+    assert noise.hint_iou.isna().all()
+    assert (noise.n_seeds == 2).all()
+    assert (noise.psnr_db < frame[frame.attack == "mean_public"].psnr_db.min()).all()
+    assert (frame.no_info_psnr_db == frame.no_info_psnr_db.groupby([frame.t_low]).transform("first")).all()
+    assert (frame.id_chance - 1 / 6).abs().max() < 1e-4
+    assert out.exists()
+
+
+def test_equal_reconstructions_give_equal_tables(
+    run: Path, base: Base, private: ImageSet, reconstructions: Path, tmp_path: Path
+) -> None:
+    tables = []
+    for name in ("a", "b"):
+        rows = evaluate_run(run, reconstructions, base, private, CONFIG, out=tmp_path / f"{name}.scores")
+        tables.append(table(rows, ATTACK_COLUMNS).to_csv())
+    assert tables[0] == tables[1]
+    assert (tmp_path / "a.scores").read_bytes() == (tmp_path / "b.scores").read_bytes()
+
+
+def test_a_table_without_its_no_information_row_is_refused(
+    run: Path, base: Base, private: ImageSet, reconstructions: Path
+) -> None:
+    (reconstructions / "mean_public-0.safetensors").unlink()
+    with pytest.raises(InputError, match="mean_public, the no-information row"):
+        evaluate_run(run, reconstructions, base, private, CONFIG, out=reconstructions / "out")
+
+
+def test_reconstructions_of_another_run_are_refused(
+    run: Path, base: Base, private: ImageSet, reconstructions: Path
+) -> None:
+    few = private.images[:2]
+    save_reconstruction(reconstructions / "mean_public-0.safetensors", saved("mean_public", few))
+    with pytest.raises(InputError, match="2 reconstructions for"):
+        evaluate_run(run, reconstructions, base, private, CONFIG, out=reconstructions / "out")
+
+
+def test_truth_of_other_data_is_refused(run: Path, base: Base, private: ImageSet) -> None:
+    with pytest.raises(InputError, match="the data hold 1"):
+        run_truth(run, base, private.subset([0]))
+
+
+def test_buckets_hold_the_first_samples_of_their_timesteps() -> None:
+    timesteps = torch.tensor([10, 600, 20, 30, 700, 40, 50, 60])
+    found = buckets(timesteps, CONFIG)
+    assert found[0, 500].tolist() == [0, 2, 3, 5, 6]
+    assert found[500, 1000].tolist() == [1, 4]
+    assert (500, 1000) not in buckets(timesteps[:1], CONFIG)
+
+
+def test_training_rows_and_yardsticks_fill_the_table(run: Path, base: Base, heldout: ImageSet) -> None:
+    rows = [training_row(run), *yardsticks("shapes", base, heldout, samples=2)]
+    frame = table(rows, TRAINING_COLUMNS)
+    assert list(frame.columns) == list(TRAINING_COLUMNS)
+    assert frame.run.tolist() == ["tiny", "(no control: shapes)", "(VAE ceiling: shapes)"]
+    assert frame.iloc[0][["eval_loss", "up_bytes_per_sample", "peak_rss_mb"]].notna().all()
+    attacks = pd.DataFrame([{"run": "tiny", "attack": "oracle", "psnr_db": 50.0, "id_top1": 1.0}])
+    boiled = summary(frame, attacks)
+    assert boiled["attack"]["tiny"]["oracle"] == {"psnr_db": 50.0, "id_top1": 1.0}
+    assert set(boiled["train"]) == {"tiny"}
+
+
+def test_a_run_without_its_record_says_which_command_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"record.json: missing; run the stage that makes it \(`dvc repro`\)"):
+        training_row(tmp_path)
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        training_row(tmp_path)

@@ -1,0 +1,83 @@
+"""The figures: drawn twice they are equal byte for byte, carry no date, and say what is missing."""
+
+from pathlib import Path
+
+import fabricated
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from splitlab import figures
+from splitlab.config import EvaluateConfig
+from splitlab.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> fabricated.World:
+    return fabricated.make(tmp_path_factory.mktemp("figures"), base_path)
+
+
+@pytest.fixture(scope="module")
+def drawn(world: fabricated.World) -> list[Path]:
+    return world.draw(world.root / "once")
+
+
+def test_every_figure_is_drawn(drawn: list[Path]) -> None:
+    per_run = {f"{kind}-{run}.png" for kind in ("grid", "leakage") for run in ("split", "s1")}
+    per_dataset = {f"{kind}-tiny.png" for kind in ("loss", "control", "samples")}
+    assert {path.name for path in drawn} == per_run | per_dataset | {"bytes.png"}
+    for path in drawn:
+        assert min(Image.open(path).size) > 150
+
+
+def test_drawn_again_in_another_style_the_bytes_are_equal(world: fabricated.World, drawn: list[Path]) -> None:
+    with plt.style.context("dark_background"), plt.rc_context({"figure.dpi": 40, "savefig.bbox": "tight"}):
+        again = world.draw(world.root / "twice")
+    for first, second in zip(drawn, again, strict=True):
+        assert first.read_bytes() == second.read_bytes(), first.name
+
+
+def test_no_software_and_no_date_in_the_files(drawn: list[Path]) -> None:
+    for path in drawn:
+        assert not {"Software", "Date", "Creation Time"} & set(Image.open(path).info), path.name
+
+
+def test_samples_are_picked_by_bucket_in_order_of_timestep(world: fabricated.World) -> None:
+    picked = figures.pick(world.root / "runs" / "split", EvaluateConfig(buckets=(0, 500, 1000)))
+    assert (picked.timesteps.diff() >= 0).all()
+    assert {bool(t >= 500) for t in picked.timesteps.tolist()} == {False, True}
+    assert len(picked.indices) == len(picked.positions) <= 10
+
+
+def test_attacks_are_ordered_by_measured_strength() -> None:
+    table = pd.DataFrame({"attack": ["strong", "weak", "strong", "weak"], "psnr_db": [30.0, 9.0, 20.0, 11.0]})
+    assert figures.by_strength(table) == ["weak", "strong"]
+
+
+def test_known_attacks_have_words_and_unknown_ones_their_name() -> None:
+    assert figures.attack_label("closed_form") == "closed form (uses the sent noise)"
+    assert figures.attack_label("new_idea") == "new idea"
+
+
+def test_show_images_draws_one_row_per_entry() -> None:
+    figure = figures.show_images({"a": torch.zeros(3, 3, 8, 8), "b": torch.ones(2, 3, 8, 8)})
+    assert sum(bool(axis.images) for axis in figure.axes) == 5
+    plt.close(figure)
+
+
+def test_missing_and_empty_tables_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training\.csv: missing; run `dvc repro` first"):
+        figures.read_table(tmp_path / "training.csv")
+    (tmp_path / "training.csv").write_text("run,dataset\n")
+    with pytest.raises(InputError, match="no rows"):
+        figures.read_table(tmp_path / "training.csv")
+
+
+def test_the_word_none_is_no_missing_value(tmp_path: Path) -> None:
+    (tmp_path / "training.csv").write_text("run,defences,steps\na,none,3\nb,,\n")
+    table = figures.read_table(tmp_path / "training.csv")
+    assert table["defences"][0] == "none"
+    assert table["defences"].isna()[1]
+    assert table["steps"].isna()[1]

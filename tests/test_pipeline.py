@@ -1,0 +1,118 @@
+"""The pipeline as files: who may read what, parameters that parse, notebooks without outputs."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.errors import InputError
+from splitlab.params import load_params, load_split, section
+from splitlab.paths import ROOT
+from splitlab.pretrain import PretrainConfig
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PRIVATE = re.compile(r"(^|/)(data/?$|data/private|data/heldout|runs/?$|scores)|truth|record\.json|timing|samples\.")
+
+
+def stage(name: str) -> dict:
+    return STAGES[name].get("do", STAGES[name])
+
+
+def code(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def test_attack_stages_depend_on_transcript_base_and_public_data_only() -> None:
+    deps = [dep for dep in stage("attack")["deps"] if not dep.startswith(("splitlab/", "notebooks/"))]
+    assert deps == ["runs/${key}/transcript.safetensors", "data/public", "models/base"]
+
+
+def test_the_pretrain_stage_depends_on_public_data_only() -> None:
+    assert not [dep for dep in stage("pretrain")["deps"] if PRIVATE.search(dep)]
+
+
+def test_the_check_for_private_files_can_fail() -> None:
+    leaks = ["data", "data/private", "runs", "runs/${key}/truth.safetensors", "data/private/shapes.zip", "scores"]
+    assert all(PRIVATE.search(dep) for dep in leaks)
+
+
+def test_the_attack_notebook_reads_nothing_private() -> None:
+    source = code(ROOT / "notebooks/attack.ipynb")
+    assert 'load_split(transcript.header.dataset, "public", params)' in source
+    assert not re.search(r"truth|\"private\"|\"heldout\"|record\.json|evaluate", source)
+
+
+def test_attack_modules_import_neither_truth_nor_evaluation() -> None:
+    for path in (ROOT / "splitlab/attacks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = {alias.name for alias in node.names}
+                assert not names & {"Truth", "read_truth", "load_split", "load"}, path
+                assert node.module not in ("splitlab.evaluate", "splitlab.train"), path
+
+
+def test_truth_is_read_on_the_evaluators_side_only() -> None:
+    readers = {p.name for p in (ROOT / "splitlab").rglob("*.py") if re.search(r"\bread_truth\(", p.read_text())}
+    assert readers <= {"evaluate.py", "figures.py", "explore.py", "wire.py"}
+
+
+def test_every_stage_names_modules_and_notebooks_that_exist() -> None:
+    for name in STAGES:
+        for dep in stage(name)["deps"]:
+            if dep.startswith(("splitlab/", "notebooks/")):
+                assert (ROOT / dep).exists(), f"{name}: {dep}"
+
+
+def test_every_section_of_the_parameter_file_parses() -> None:
+    params = load_params()
+    parse(PretrainConfig, params["pretrain"], where="pretrain")
+    parse(EvaluateConfig, params["evaluate"], where="evaluate")
+    runs = {name: parse(TrainConfig, run, where=name) for name, run in params["runs"].items()}
+    for run, specs in params["attacks"].items():
+        assert runs[run].scheme in ("split", "split_gradients")
+        names = [parse(AttackSpec, spec, where=run).name for spec in specs]
+        assert len(set(names)) == len(names), "two attacks would write the same file"
+        assert "mean_public" in names, "no table without its no-information row"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[1]", "expected sections"),
+        ("a: [", "not valid YAML"),
+        ("{base: 1, data: 1, pretrain: 1, runs: 1, attacks: 1, evaluate: 1, sweep: 1}", "unknown section sweep"),
+        ("{base: 1}", "no section attacks, data"),
+    ],
+)
+def test_a_bad_parameter_file_is_one_clear_error(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=says):
+        load_params(path)
+    with pytest.raises(InputError, match="no such parameter file"):
+        load_params(tmp_path / "other.yaml")
+
+
+def test_a_run_that_is_not_there_names_those_that_are() -> None:
+    params = load_params()
+    with pytest.raises(InputError, match="nothing called 'shapes-s9' in runs; there: shapes-central"):
+        section(params, "runs", "shapes-s9")
+    with pytest.raises(InputError, match="no public split of data set 'faces'"):
+        load_split("faces", "public", params)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_without_outputs_and_write_to_scratch_by_default(path: Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    assert not re.search(r"^\s*(def|class) ", code(path), re.M), "a notebook defines nothing: put it in the package"
+    for name in ("out", "scores", "metrics"):
+        for value in re.findall(rf"^{name} = \"(.*)\"", code(path), re.M):
+            if path.stem not in ("figures", "explore", "report") or name == "out":
+                assert value.startswith("scratch/"), f"{path.stem}: {name} = {value}"

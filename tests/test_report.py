@@ -1,0 +1,218 @@
+"""The report: one file that needs nothing else, verdicts that follow the numbers, clear words where data lack."""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fabricated
+import nbformat
+import pandas as pd
+import pytest
+
+from splitlab import claims, html, report
+from splitlab.errors import InputError
+from splitlab.paths import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> fabricated.World:
+    world = fabricated.make(tmp_path_factory.mktemp("report"), base_path)
+    world.draw(world.folders["figures"])
+    return world
+
+
+@pytest.fixture(scope="module")
+def material(world: fabricated.World) -> report.Material:
+    return report.load_material(**world.folders)
+
+
+@pytest.fixture(scope="module")
+def index(world: fabricated.World) -> Path:
+    executed = world.root / "executed" / "report.ipynb"
+    return report.write_report(world.folders, executed=executed, out=world.root / "index.html")
+
+
+def evidence(material: report.Material, change: Callable[[pd.DataFrame, pd.DataFrame], None]) -> claims.Evidence:
+    training, attacks = material.evidence.training.copy(), material.evidence.attacks.copy()
+    change(training, attacks)
+    return replace(material.evidence, training=training, attacks=attacks)
+
+
+def verdicts(found: claims.Evidence) -> dict[str, str]:
+    names = ("gradient", "quality", "floor", "activation", "prompts", "attacks", "bytes")
+    return dict(zip(names, (claim.verdict for claim in claims.claims(found)), strict=True))
+
+
+def attack_at(share: float) -> Callable[[pd.DataFrame, pd.DataFrame], None]:
+    """Let the closed form go `share` of the way from 10 dB to a ceiling of 30 dB, for images and for hints."""
+
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        attacks[["no_info_psnr_db", "ceiling_psnr_db"]] = 10.0, 30.0
+        closed, undefended = attacks["attack"] == "closed_form", attacks["run"] == "split"
+        attacks["psnr_db"] = 10.0
+        attacks.loc[closed, "psnr_db"] = 10.0 + 20.0 * share
+        attacks["hint_psnr_db"] = 10.0
+        attacks.loc[closed, "hint_psnr_db"] = 10.0 + 20.0 * share
+        attacks.loc[closed & undefended, "hint_psnr_db"] = 30.0
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"), [(0.1, claims.HOLDS), (0.6, claims.PARTLY), (0.97, claims.REFUTED), (-0.2, claims.HOLDS)]
+)
+def test_protection_verdicts_follow_the_strongest_attack(material: report.Material, share: float, verdict: str) -> None:
+    found = verdicts(evidence(material, attack_at(share)))
+    assert {found[name] for name in ("floor", "activation", "attacks")} == {verdict}
+    assert found["prompts"] == (claims.PARTLY if share > 0.95 else claims.HOLDS)
+
+
+def test_one_bucket_that_holds_out_is_enough_against_refuted(material: report.Material) -> None:
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        attack_at(1.0)(training, attacks)
+        last = attacks[(attacks["run"] == "s1") & (attacks["attack"] == "closed_form")].index[-1]
+        attacks.loc[last, "psnr_db"] = 12.0
+
+    assert verdicts(evidence(material, change))["floor"] != claims.REFUTED
+
+
+@pytest.mark.parametrize(("iou", "verdict"), [(0.8, claims.HOLDS), (0.7, claims.PARTLY), (0.5, claims.REFUTED)])
+def test_the_quality_verdict_follows_the_iou(material: report.Material, iou: float, verdict: str) -> None:
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        training.loc[training["steps"].notna(), "control_iou"] = 0.8
+        training.loc[training["run"] == "s1", "control_iou"] = iou
+
+    assert verdicts(evidence(material, change))["quality"] == verdict
+
+
+def test_a_returned_byte_or_no_gain_refutes_that_no_gradient_need_return(material: report.Material) -> None:
+    def works(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        training["control_iou"] = training["scheme"].map(lambda name: 0.2 if name == "no control" else 0.8)
+
+    def returns(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        works(training, attacks)
+        training.loc[training["run"] == "s1", "down_bytes_per_sample"] = 1.0
+
+    def learns_nothing(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        works(training, attacks)
+        training.loc[training["run"] == "s1", "control_iou"] = 0.25
+
+    assert verdicts(evidence(material, works))["gradient"] == claims.HOLDS
+    assert verdicts(evidence(material, returns))["gradient"] == claims.REFUTED
+    assert verdicts(evidence(material, learns_nothing))["gradient"] == claims.REFUTED
+
+
+def test_a_sent_prompt_refutes_prompt_hiding(material: report.Material) -> None:
+    assert "encoder_hidden_states" not in material.evidence.sent["s1"]
+    shown = replace(material.evidence, sent={"s1": ("timesteps", "encoder_hidden_states")})
+    assert verdicts(shown)["prompts"] == claims.REFUTED
+
+
+def test_claims_without_their_runs_are_not_measured(material: report.Material) -> None:
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        training.drop(training[training["scheme"] != "split"].index, inplace=True)
+        attacks.drop(attacks[attacks["run"] == "s1"].index, inplace=True)
+
+    assert set(verdicts(evidence(material, change)).values()) == {claims.UNMEASURED}
+
+
+def test_the_summary_says_what_the_tables_say(material: report.Material) -> None:
+    strong, weak = (
+        report.summary(replace(material, evidence=evidence(material, attack_at(share)))).data for share in (1.0, 0.1)
+    )
+    assert "do not keep the images" in strong
+    assert "do not keep the images" not in weak
+
+
+def test_message_sizes_at_stable_diffusions_shapes() -> None:
+    sizes = list(dict(claims.message_sizes()).values())
+    # S1's released code: 320·64·64·4 + 4·64·64·2 + 4·64·64·4 + 8 + 77·768·4; ours: 3 maps of 4·64·64 in fp16 + 2
+    assert sizes[0] == 5_577_736
+    assert sizes[-1] == 98_306
+
+
+def test_percentages_say_100_only_where_nothing_is_missing() -> None:
+    assert [claims.percent(x) for x in (1.0, 0.996, 0.994, 0.01, 0.0)] == ["100 %", "100 %", "99 %", "1 %", "0 %"]
+
+
+def test_defences_are_read_from_the_tables_words() -> None:
+    words = "timestep_floor=600 symsigmoid fixed_noise=0.5 half hide_prompts"
+    assert claims.strength(words, "timestep_floor") == 600
+    assert claims.strength(words, "symsigmoid") == 1
+    assert claims.strength("none", "symsigmoid") == 0
+    assert report.in_words(words) == "timestep floor 600, symsigmoid, fixed noise 0.5, 16 bits, hidden prompts"
+
+
+def test_the_page_loads_nothing(index: Path) -> None:
+    text = index.read_text()
+    loads = re.findall(r'<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)="?([^">\s]*)', text)
+    assert loads
+    assert all(target.startswith("data:image/png;base64,") for target in loads)
+    assert not re.search(r"@import|url\(\s*[\"']?http|<link|<iframe", text)
+    assert "default-src 'none'" in text
+    assert len(text) < 8e6
+
+
+def test_the_page_shows_results_and_no_code(index: Path) -> None:
+    text = index.read_text()
+    assert "What was found" in text
+    assert "load_material" not in text
+    assert not re.search(r">\s*(nan|None|NaN)\s*<|\bnan\b dB", text)
+    assert not re.search(r"\d\.\d{5,}", re.sub(r'src="data:[^"]*"', "", text).split("</style>")[1])
+    assert all(f'href="#{anchor}"' in text for anchor in re.findall(r'<h2 id="([^"]*)"', text))
+    assert text.count("<figure>") == text.count("<figcaption>") == 8
+
+
+def test_interactive_cells_and_widgets_do_not_reach_the_page() -> None:
+    cells = [nbformat.v4.new_markdown_cell("# Title & more"), nbformat.v4.new_markdown_cell("a slider")]
+    cells[1].metadata["tags"] = ["interactive"]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {"state": {}}})
+    text = html.page(notebook)
+    assert "<title>Title &amp; more</title>" in text
+    assert "a slider" not in text
+
+
+def test_the_notebook_is_committed_without_outputs() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "report.ipynb", as_version=4)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+def test_missing_tables_end_the_command_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--metrics", str(tmp_path), "--out", str(tmp_path / "index.html")]) == 1
+    assert "training.csv: missing; run `dvc repro` first" in capsys.readouterr().err
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_missing_figures_are_named(world: fabricated.World, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"leakage-split\.png: missing; run `dvc repro` first"):
+        report.load_material(**(world.folders | {"figures": tmp_path}))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_shows_the_page_without_any_request_or_error(index: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    requests, errors = [], []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(index.as_uri())
+        assert page.locator("nav a").count() >= 8
+        image = page.locator("figure img").first
+        narrow = image.bounding_box()["width"]
+        image.click()
+        assert image.bounding_box()["width"] > narrow
+        page.keyboard.press("Escape")
+        assert image.bounding_box()["width"] == narrow
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        browser.close()
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert errors == []
