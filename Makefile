@@ -8,6 +8,8 @@ export TQDM_MININTERVAL := 5
 # DVC and the hub client ask nobody for updates or statistics.
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Idle threads sleep: on a busy machine, spinning ones made a step up to 20 times slower (docs/measurements.md).
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: report test lab setup data lint reproducible data-regenerate clean
 .DEFAULT_GOAL := report
@@ -18,7 +20,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@python3 -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")'
 	@echo "== installing into $(VENV) (about 3 minutes)"
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c requirements.lock -e '.[dev]' | grep -vE '^(Requirement already|Looking in|Obtaining|  )' || true
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c requirements.lock -e '.[dev]' | grep -E '^(Collecting|Downloading|ERROR|error)' || true
 	@$(BIN)/python -c 'import splitlab' || { echo "the installation is incomplete: run '$(BIN)/pip install -c requirements.lock -e .[dev]' to see why"; exit 1; }
 	@touch $@
 

@@ -51,6 +51,7 @@ def save_reconstruction(path: Path, saved: SavedReconstruction) -> None:
         "seed": saved.seed,
         "knowledge": saved.knowledge,
         "threat_model": [list(row) for row in saved.threat_model],
+        "used": list(result.used),
         "n_evals": result.n_evals,
     }
     checkpoint.save(path, tensors, meta)
@@ -65,8 +66,8 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     tensors, meta = checkpoint.load(path)
     fields: dict[str, Any] = dict(meta)
     hints = from_uint8(tensors["hints"]) if "hints" in tensors else None
-    result = Reconstruction(
-        from_uint8(tensors["images"]), hints, tuple(tensors["objective"].tolist()), fields["n_evals"]
-    )
+    used = tuple(fields["used"])
+    objective = tuple(tensors["objective"].tolist())
+    result = Reconstruction(from_uint8(tensors["images"]), hints, used, objective, fields["n_evals"])
     rows = tuple((what, value) for what, value in fields["threat_model"])
     return SavedReconstruction(result, fields["attack"], fields["seed"], fields["knowledge"], rows)

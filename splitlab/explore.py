@@ -20,7 +20,7 @@ from torch import Tensor
 
 from splitlab import checkpoint
 from splitlab.artefacts import SavedReconstruction, from_uint8, load_reconstruction, to_uint8
-from splitlab.attacks import ATTACKS, NO_INFORMATION, attack_transcript, make_knowledge
+from splitlab.attacks import ATTACKS, attack_transcript, make_knowledge
 from splitlab.base import Base, load_base
 from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
@@ -254,11 +254,12 @@ class Artefacts:
             cache=self.cache,
             callback=callback,
         )
-        quantised = replace(result, images=from_uint8(to_uint8(result.images)))
+        hints = None if result.hints is None else from_uint8(to_uint8(result.hints))
+        quantised = replace(result, images=from_uint8(to_uint8(result.images)), hints=hints)  # as if saved and loaded
         knowledge = make_knowledge(view.transcript, self.base, public, ignore=ignore)
-        uses = "nothing" if attack in NO_INFORMATION else knowledge.label(observations)
+        uses = " + ".join(result.used) or "nothing"
         name = f"live: {AttackSpec(attack, ignore).name}"
-        saved = SavedReconstruction(quantised, name, seed, uses, tuple(knowledge.describe(observations)))
+        saved = SavedReconstruction(quantised, name, seed, uses, tuple(knowledge.describe(observations, result.used)))
         return attempt(
             saved, score_samples(saved, view.known, self.config, localise=view.known.config.dataset == "shapes")
         )
@@ -361,7 +362,7 @@ def wire_pictures(message: Observation, base: Base) -> list[Picture]:
 
     noisy = None if seen.noisy_latents is None else png(to_uint8(base.decode(seen.noisy_latents[:1]))[0])
     return [
-        Picture("noisy latents, decoded", noisy, not_sent),
+        Picture("noisy latents", noisy, not_sent),
         Picture("cut-layer activation", maps(seen.smashed), not_sent),
         Picture("noise label", maps(seen.noise), not_sent),
     ]

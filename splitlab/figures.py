@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
@@ -29,7 +28,7 @@ from splitlab.wire import read_transcript, read_truth
 ATTACK_LABELS = {
     "mean_public": "no information (mean public image)",
     "random_public": "random public image",
-    "one_step-without-noise-smashed": "one-step denoising (noise ignored)",
+    "one_step": "one-step denoising (noise ignored)",
     "inverse_network-without-noise": "inverse network (noise ignored)",
     "inverse_network": "inverse network (given the noise)",
     "closed_form": "closed form (uses the sent noise)",
@@ -46,7 +45,7 @@ SCHEME_LABELS = {
 _COLOURS = {
     "mean_public": "#7f7f7f",
     "random_public": "#a6761d",
-    "one_step-without-noise-smashed": "#E69F00",
+    "one_step": "#E69F00",
     "inverse_network-without-noise": "#56B4E9",
     "inverse_network": "#0072B2",
     "closed_form": "#D55E00",
@@ -99,6 +98,7 @@ def by_strength(attacks: pd.DataFrame) -> list[str]:
     return list(means.sort_values(kind="stable").index)
 
 
+@style.context(["default", _STYLE])  # in this module's style, whatever the user's is
 def draw_figures(
     runs: Path, reconstructions: Path, scores: Path, metrics: Path, params: Mapping[str, Any], *, out: Path
 ) -> list[Path]:
@@ -160,15 +160,13 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    """Return a figure that is no part of pyplot's state, in this module's style whatever the user's is."""
-    with style.context(["default", _STYLE]):
-        figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-        return figure, figure.subplots(*shape, squeeze=False)
+    """Return a figure that is no part of pyplot's state, and its axes."""
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    return figure, figure.subplots(*shape, squeeze=False)
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with style.context(["default", _STYLE]), matplotlib.rc_context({"savefig.bbox": None}):
-        figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
     return path
 
 
@@ -302,7 +300,7 @@ def _timestep_axis(axis: Axes, edges: Sequence[tuple[int, int]], sent: set[int])
         axis.texts[-1].set_rotation(90 if len(empty) == 1 else 0)
 
 
-def draw_losses(runs: Mapping[str, Path], *, window: int = 25) -> Figure:
+def draw_losses(runs: Mapping[str, Path], *, window: int = 50) -> Figure:
     """Draw the runs' training losses, each the mean of the last `window` steps."""
     figure, axes = _subplots(1, 1, size=(9.0, 4.2))
     axis = axes[0, 0]
@@ -327,12 +325,13 @@ def draw_control(runs: Mapping[str, Path], trained: pd.DataFrame, yardsticks: pd
     column = "control_iou" if shapes else "control_ssim"
     figure, axes = _subplots(1, 1, size=(9.0, 1.7 + 0.42 * len(runs)))
     axis = axes[0, 0]
+    backdrop = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
     for i, (name, folder) in enumerate(runs.items()):
         per_image = control_per_image(folder, shapes=shapes)
         error = float(per_image.std() / len(per_image) ** 0.5)
         value = float(trained.set_index("run").loc[name, column])  # type: ignore[arg-type]
         axis.errorbar(value, i, xerr=error, fmt="o", color="#0072B2", ms=8, capsize=4)
-        axis.text(value, i - 0.22, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
+        axis.text(value, i - 0.22, f"{value:.2f}", ha="center", va="bottom", fontsize=9, bbox=backdrop)
     for _, row in yardsticks.iterrows():
         ceiling = row["scheme"] == "VAE ceiling"
         colour = "#222222" if ceiling else "#D55E00"
@@ -366,7 +365,10 @@ def draw_bytes(trained: pd.DataFrame) -> Figure:
     """Draw the bytes that each run moves per training sample, up and down."""
     figure, axes = _subplots(1, 1, size=(9.0, 1.5 + 0.55 * len(trained)))
     axis = axes[0, 0]
-    columns = {"up_bytes_per_sample": ("client to server", "#0072B2"), "down_bytes_per_sample": ("back", "#E69F00")}
+    columns = {
+        "up_bytes_per_sample": ("client to server", "#0072B2"),
+        "down_bytes_per_sample": ("server to client", "#E69F00"),
+    }
     largest = max(float(trained[name].max()) for name in columns)
     for (name, (label, colour)), shift in zip(columns.items(), (-0.19, 0.19), strict=True):
         values = trained[name].astype(float)

@@ -43,11 +43,15 @@ table { border-collapse: collapse; font-size: 0.86rem; line-height: 1.4; width: 
 th { text-align: left; vertical-align: bottom; background: var(--wash); border-bottom: 2px solid var(--line); }
 td, th { padding: 0.42rem 0.6rem; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.number { white-space: nowrap; }
 td.name { white-space: nowrap; }
 td ul { margin: 0; padding-left: 1.1em; }
 td li { margin: 0 0 0.35rem; }
-tr.group td { border-top: 2px solid #aab4c0; }
+tr.group th { background: #fff; padding-top: 1rem; border-bottom: 1px solid #aab4c0; }
+tr.group th small { color: var(--soft); font-weight: 400; margin-left: 0.8em; }
+td.says { width: 23%; font-weight: 600; }
+td code { white-space: normal; }
 td small, .note { color: var(--soft); font-size: 0.86em; }
 td small { display: block; margin-top: 0.4rem; }
 .verdict { display: inline-block; white-space: nowrap; padding: 0.1rem 0.55rem; border-radius: 1rem; font-weight: 600;
@@ -125,8 +129,8 @@ def _with_contents(body: str) -> str:
     """Put a table of contents, made of the second-level headings, in front of the first of them."""
     headings = re.findall(r'<h2 id="([^"]*)">(.*?)(?:<a |</h2>)', body, re.DOTALL)
     items = "".join(f'<li><a href="#{anchor}">{html.escape(_plain(text))}</a></li>' for anchor, text in headings)
-    contents = f'<nav aria-label="Contents"><strong>Contents</strong><ol>{items}</ol></nav>\n' if items else ""
-    return contents + body
+    nav = f'<nav aria-label="Contents"><strong>Contents</strong><ol>{items}</ol></nav>\n' if items else ""
+    return body.replace("<h2 ", f"{nav}<h2 ", 1)
 
 
 def _plain(text: str) -> str:

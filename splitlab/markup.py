@@ -11,12 +11,14 @@ STYLE = """<style>
   --line: var(--jp-border-color2, #e0e0e0); --hit: #c8402f; --bar: #9db4c8; --good: #2e7d4f;
   color: var(--fg); font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif); }
 .sl .dim { color: var(--dim); }
-.sl-groups { display: flex; flex-wrap: wrap; gap: 14px 26px; margin: 10px 0 6px; }
+.sl-groups { display: flex; gap: 24px; margin: 10px 0 6px; }
 .sl-group { border-top: 3px solid var(--bar); padding-top: 5px; }
+.sl-groups figure { flex: 0 1 160px; min-width: 0; }
 .sl-group.private { border-color: var(--good); } .sl-group.reconstructed { border-color: var(--hit); }
 .sl-pictures { display: flex; gap: 8px; margin-top: 6px; }
-.sl figure { margin: 0; width: clamp(84px, 10.4vw, 160px); }
-.sl img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; border-radius: 3px; margin: 0; }
+.sl figure { margin: 0; }
+.sl img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; border-radius: 3px; margin: 0;
+  outline: 1px solid var(--line); }
 .sl figcaption { color: var(--dim); font-size: 12px; text-align: center; margin-top: 2px; }
 .sl-nothing { aspect-ratio: 1; border: 1px dashed var(--line); border-radius: 3px; display: flex; align-items: center;
   justify-content: center; text-align: center; color: var(--dim); padding: 8px; box-sizing: border-box; }
@@ -80,9 +82,12 @@ def groups(content: Sequence[tuple[str, str, Sequence[Any]]]) -> str:
             + f"<figcaption>{escape(p.caption)}</figcaption></figure>"
             for p in pictures
         )
+        size = len(pictures)
         kind = escape(title.lower().replace(" ", "-"))
         heading = f"<b>{escape(title)}</b> <span class='dim'>{escape(subtitle)}</span>"
-        parts.append(f'<div class="sl-group {kind}">{heading}<div class="sl-pictures">{figures}</div></div>')
+        width = f"flex: {size} 1 0; max-width: {168 * size - 8}px"
+        body = f'{heading}<div class="sl-pictures">{figures}</div>'
+        parts.append(f'<div class="sl-group {kind}" style="{width}">{body}</div>')
     return block(f'<div class="sl-groups">{"".join(parts)}</div>')
 
 

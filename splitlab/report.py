@@ -17,28 +17,12 @@ from IPython.display import HTML, Markdown
 
 from splitlab import html as pages
 from splitlab.artefacts import load_reconstruction
-from splitlab.attacks import NO_INFORMATION
-from splitlab.claims import (
-    FULL,
-    HOLDS,
-    PARTLY,
-    REFUTED,
-    UNMEASURED,
-    Claim,
-    Evidence,
-    claims,
-    counted,
-    defended,
-    leaks,
-    message_sizes,
-    percent,
-    shares,
-    strength,
-    strongest,
-)
+from splitlab.attacks import ATTACKS, NO_INFORMATION
+from splitlab.claims import Claim, Evidence, claims, counted, leaks, message_sizes, percent, shares, strongest
 from splitlab.errors import InputError
 from splitlab.evaluate import read_json
 from splitlab.figures import SCHEME_LABELS, attack_label, by_strength, control_per_image, read_table
+from splitlab.findings import findings
 from splitlab.paths import ROOT, resolve
 
 DASH = "–"
@@ -117,109 +101,24 @@ def _figure_names(material: Material) -> list[str]:
     return [*own, *(f"{kind}-{data}.png" for data in datasets for kind in ("control", "samples", "loss")), "bytes.png"]
 
 
-# Sentences
-
-
 def summary(material: Material) -> Markdown:
     """Say what was found, in a few sentences made from the tables."""
-    found = [*_main_finding(material), *_side_findings(material), *_use_findings(material)]
-    return Markdown("\n".join(f"- {sentence}" for sentence in found))
-
-
-def _main_finding(material: Material) -> list[str]:
-    """Say what the strongest attack gets out of the defended runs of S1's split."""
-    own = defended(material.evidence.training)
-    best = [leak for run, leak in strongest(leaks(material.evidence.attacks)).items() if run in own]
-    if not best:
-        return ["No run of S1's split with defences was attacked."]
-    names = " and ".join(dict.fromkeys(attack_label(leak.attack) for leak in best))
-    chance = percent(max(leak.id_chance for leak in best))
-    found = percent(min(leak.id_top1 for leak in best))
-    gap = max(leak.worst_gap_db for leak in best)
-    if min(leak.least for leak in best) >= FULL:
-        first = (
-            f"**S1's defences do not keep the images from the server.** In every timestep bucket of "
-            f"{counted(len(best), 'defended run')} ({', '.join(leak.run for leak in best)}), the attack *{names}* "
-            f"comes within {max(gap, 0.05):.1f} dB of the VAE ceiling, the best that any attack on latents can reach, "
-            f"and it singles out at least {found} of the private images (chance {chance})."
-        )
-    else:
-        least, most = percent(min(leak.least for leak in best)), percent(max(leak.most for leak in best))
-        first = (
-            f"**S1's defences withstand the attacks in part.** The strongest (*{names}*) gets between {least} and "
-            f"{most} of the way from the no-information guess to the VAE ceiling, depending on run and timestep, and "
-            f"identifies at least {found} of the private images (chance {chance})."
-        )
-    why = (
-        "The reason is the protocol, not a trained attacker: the server computes the loss, so it is *sent the noise*, "
-        "and noisy latents minus known noise are latents. No defence of S1's touches that."
-    )
-    return [first, why] if all(leak.attack == "closed_form" for leak in best) else [first]
-
-
-def _side_findings(material: Material) -> list[str]:
-    """Say what the timestep floor does, what an attacker without the noise sees, and that other schemes leak."""
-    attacks = material.evidence.attacks
-    best, found = strongest(leaks(attacks)), []
-    floors: dict[float, list[float]] = {}
-    for run, words in attacks.drop_duplicates("run").set_index("run")["defences"].items():
-        if str(run) in best and str(run) in material.evidence.control:
-            floors.setdefault(strength(str(words), "timestep_floor"), []).append(best[str(run)].least)
-    if len(floors) > 1:
-        parts = ", ".join(f"{percent(min(least))} at floor {floor:.0f}" for floor, least in sorted(floors.items()))
-        found.append(f"**The timestep floor.** How far the strongest attack gets in its worst bucket: {parts}.")
-    own = defended(material.evidence.training)
-    blind = strongest([leak for leak in leaks(attacks) if not leak.uses_noise and leak.run in own])
-    for run, leak in list(blind.items())[:1]:
-        rows = attacks[(attacks["run"] == run) & (attacks["attack"] == leak.attack)].sort_values("t_low")
-        first, last = rows["psnr_db"].iloc[0], rows["psnr_db"].iloc[-1]
-        found.append(
-            f"**An attacker who leaves the sent noise aside** sees a protection that is not there: "
-            f"{attack_label(leak.attack)} goes from {first:.1f} dB at the least noisy to {last:.1f} dB at the noisiest "
-            f"timesteps of {run}."
-        )
-    for run in material.trained[material.trained["scheme"] == "split_gradients"]["run"]:
-        if run in best:
-            found.append(f"**Conventional split learning** sends the same fields. {best[run]}.")
-    return found
-
-
-def _use_findings(material: Material) -> list[str]:
-    """Say how the trained models do, and count the verdicts."""
-    found = []
-    judged = claims(material.evidence)
-    rows = material.evidence.trained()
-    if not rows.empty:
-        low, high = rows["control_iou"].min(), rows["control_iou"].max()
-        every = material.evidence.training
-        free = every[every["scheme"] == "no control"]["control_iou"].dropna()
-        reference = f" (no control: {free.iloc[0]:.2f})" if len(free) else ""
-        own = rows[rows["run"].isin(defended(rows))]["control_iou"]
-        span = f"; S1 with defences lies at {own.min():.2f} to {own.max():.2f}" if len(own) else ""
-        found.append(
-            f"**What training is worth.** The generated discs overlap the asked-for ones with an IoU of {low:.2f} to "
-            f"{high:.2f} over all schemes{reference}{span}."
-        )
-    kinds = (HOLDS, PARTLY, REFUTED, UNMEASURED)
-    counts = {kind: sum(claim.verdict == kind for claim in judged) for kind in kinds}
-    tally = ", ".join(f"{n} {'hold' if kind == HOLDS and n != 1 else kind}" for kind, n in counts.items() if n)
-    found.append(f"**Of {len(judged)} claims of S1's**, by the rules stated in the table below: {tally}.")
-    return found
+    return Markdown("\n".join(f"- {sentence}" for sentence in findings(material.evidence)))
 
 
 # Tables
 
 
-def _table(columns: Mapping[str, str], rows: Iterable[Sequence[str]], *, group: bool = False) -> HTML:
-    """Lay out cells that are HTML already; `columns` maps titles to a CSS class; `group` rules off new first cells."""
-    head = "".join(f'<th class="{kind}">{title}</th>' for title, kind in columns.items())
-    body, previous = [], None
-    for row in rows:
-        new = group and previous is not None and row[0] != previous
-        cells = ["" if group and not new and row[0] == previous else row[0], *row[1:]]
-        marked = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(columns.values(), cells, strict=True))
-        body.append(f'<tr class="group">{marked}</tr>' if new else f"<tr>{marked}</tr>")
-        previous = row[0]
+def _table(columns: Mapping[str, str], groups: Mapping[str, Iterable[Sequence[str]]]) -> HTML:
+    """Lay out cells that are HTML already; `columns` maps titles to CSS classes, `groups` headings (or "") to rows."""
+    body = []
+    for title, rows in groups.items():
+        if title:
+            body.append(f'<tr class="group"><th colspan="{len(columns)}" scope="rowgroup">{title}</th></tr>')
+        for row in rows:
+            cells = (f'<td class="{kind}">{cell}</td>' for kind, cell in zip(columns.values(), row, strict=True))
+            body.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f'<th class="{kind}" scope="col">{title}</th>' for title, kind in columns.items())
     return HTML(f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
 
 
@@ -238,20 +137,18 @@ def in_words(defences: str) -> str:
 def runs_table(material: Material) -> HTML:
     """List the training runs."""
     columns = {"run": "name", "data": "", "scheme": "", "defences": "", "clients": "number", "steps": "number"}
-    return _table(
-        columns,
+    rows = [
         (
-            (
-                html.escape(row["run"]),
-                html.escape(row["dataset"]),
-                SCHEME_LABELS.get(row["scheme"], html.escape(row["scheme"])),
-                html.escape(in_words(row["defences"])),
-                number(row["n_clients"]),
-                number(row["steps"]),
-            )
-            for _, row in material.trained.iterrows()
-        ),
-    )
+            html.escape(row["run"]),
+            html.escape(row["dataset"]),
+            SCHEME_LABELS.get(row["scheme"], html.escape(row["scheme"])),
+            html.escape(in_words(row["defences"])),
+            number(row["n_clients"]),
+            number(row["steps"]),
+        )
+        for _, row in material.trained.iterrows()
+    ]
+    return _table(columns, {"": rows})
 
 
 def threat_models(material: Material) -> HTML:
@@ -260,18 +157,16 @@ def threat_models(material: Material) -> HTML:
     names = list(dict.fromkeys(name for rows in every for name in rows))
     shared = [name for name in names if len({rows.get(name) for rows in every}) == 1]
     own = [name for name in names if name not in shared and name != "uses of it"]
-    common = _table(
-        {"in every run": "name", " ": ""},
-        ((html.escape(name), html.escape(every[0][name])) for name in shared),
+    common = [(html.escape(name), html.escape(every[0][name])) for name in shared]
+    single = [
+        (html.escape(run), *(html.escape(_spelled(name, rows.get(name, DASH))) for name in own))
+        for run, rows in material.threat_models.items()
+    ]
+    tables = (
+        _table({"in every run": "name", " ": ""}, {"": common}),
+        _table({"run": "name"} | dict.fromkeys(own, ""), {"": single}),
     )
-    single = _table(
-        {"run": "name"} | dict.fromkeys(own, ""),
-        (
-            (html.escape(run), *(html.escape(_spelled(name, rows.get(name, DASH))) for name in own))
-            for run, rows in material.threat_models.items()
-        ),
-    )
-    return HTML(common.data + single.data)
+    return HTML("".join(table.data for table in tables))
 
 
 def _spelled(name: str, value: str) -> str:
@@ -282,104 +177,136 @@ def _spelled(name: str, value: str) -> str:
 
 def claims_table(material: Material) -> HTML:
     """Set S1's claims against the measurements, each with its verdict and the rule behind it."""
-    return _table({"S1 says": "", "we measured": "", "verdict": ""}, map(_claim_row, claims(material.evidence)))
+    columns = {"S1 says": "says", "we measured": "", "verdict": ""}
+    return _table(columns, {"": map(_claim_row, claims(material.evidence))})
 
 
 def _claim_row(claim: Claim) -> tuple[str, str, str]:
-    findings = "".join(f"<li>{html.escape(one)}</li>" for one in claim.measured)
+    entries = []
+    for one in claim.measured:
+        lead, colon, rest = one.partition(": ")
+        short = colon and len(lead) < 60
+        entries.append(f"<b>{html.escape(lead)}</b>: {html.escape(rest)}" if short else html.escape(one))
+    found = "".join(f"<li>{entry}</li>" for entry in entries)
     verdict = f'<span class="verdict {claim.verdict.replace(" ", "-")}">{claim.verdict}</span>'
-    return html.escape(claim.says), f"<ul>{findings}</ul><small>{html.escape(claim.rule)}</small>", verdict
+    return html.escape(claim.says), f"<ul>{found}</ul><small>{html.escape(claim.rule)}</small>", verdict
+
+
+def attack_legend(material: Material) -> HTML:
+    """Say what each attack does and which sent fields it reads, strongest first."""
+    attacks, rows = material.evidence.attacks, []
+    for attack in by_strength(attacks)[::-1]:
+        fields = min(attacks[attacks["attack"] == attack]["knowledge"].unique(), key=len)
+        known = ATTACKS.get(attack.split("-")[0])
+        does = (known.__doc__ or "").partition("\n")[0] if known else DASH
+        reads = fields if fields == "nothing" else f"<code>{html.escape(fields.replace(' + ', ', '))}</code>"
+        rows.append((html.escape(attack_label(attack)), html.escape(does), reads))
+    return _table({"attack": "name", "what it does": "", "reads": ""}, {"": rows})
 
 
 def attack_table(material: Material) -> HTML:
     """Show every attack on every run, means over its timestep buckets, strongest first."""
     attacks = material.evidence.attacks.assign(share=shares(material.evidence.attacks))
-    columns = {"run": "name", "attack": "", "reads": ""} | dict.fromkeys(
-        ("PSNR, dB", "± images", "± seeds", "ceiling, dB", "way", "SSIM", "top-1", "hint, dB", "seeds", "n"), "number"
+    columns = {"attack": "name"} | dict.fromkeys(
+        ("PSNR, dB", "± images", "± seeds", "way", "SSIM", "top-1", "hint, dB", "hint IoU", "seeds"), "number"
     )
-    order = by_strength(attacks)[::-1]
-    rows = []
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for run in material.attacked:
-        for attack in order:
-            own = attacks[(attacks["run"] == run) & (attacks["attack"] == attack)]
-            if own.empty:
-                continue
-            mean = own.mean(numeric_only=True)
-            several = own["n_seeds"].max() > 1
-            rows.append(
-                (
-                    html.escape(run),
-                    html.escape(attack_label(attack)),
-                    html.escape(own["knowledge"].iloc[0].replace("_", " ")),
-                    number(mean["psnr_db"], 1),
-                    number(mean["psnr_db_std"], 1),
-                    number(mean["psnr_db_seed_std"] if several else None, 1),
-                    number(mean["ceiling_psnr_db"], 1),
-                    DASH if attack in NO_INFORMATION else percent(mean["share"]),
-                    number(mean["ssim"], 2),
-                    percent(mean["id_top1"]),
-                    number(mean["hint_psnr_db"], 1),
-                    number(own["n_seeds"].max()),
-                    number(own["n"].sum()),
-                )
-            )
-    return _table(columns, rows, group=True)
+        of_run = attacks[attacks["run"] == run]
+        one = of_run.drop_duplicates("t_low")
+        title = (
+            f"{html.escape(run)} <small>VAE ceiling {number(one['ceiling_psnr_db'].mean(), 1)} dB, chance "
+            f"{percent(one['id_chance'].mean())}, n = {number(one['n'].sum())} in {counted(len(one), 'bucket')}</small>"
+        )
+        tables = ((attack, of_run[of_run["attack"] == attack]) for attack in by_strength(attacks)[::-1])
+        groups[title] = [_attack_row(attack, rows) for attack, rows in tables if len(rows)]
+    return _table(columns, groups)
+
+
+def _attack_row(attack: str, rows: pd.DataFrame) -> tuple[str, ...]:
+    mean, seeds = rows.mean(numeric_only=True), int(rows["n_seeds"].max())
+    return (
+        html.escape(attack_label(attack)),
+        number(mean["psnr_db"], 1),
+        number(mean["psnr_db_std"], 1),
+        number(mean["psnr_db_seed_std"] if seeds > 1 else None, 1),
+        DASH if attack in NO_INFORMATION else percent(mean["share"]),
+        number(mean["ssim"], 2),
+        percent(mean["id_top1"]),
+        number(mean["hint_psnr_db"], 1),
+        number(mean["hint_iou"], 2),
+        str(seeds),
+    )
 
 
 def cost_table(material: Material) -> HTML:
     """Show what each scheme costs: bytes, seconds and memory, with the machine they were measured on."""
     columns = {"run": "name", "scheme": ""} | dict.fromkeys(
-        ("up, B/sample", "back, B/sample", "client, ms/sample", "server, ms/sample", "peak memory, MB"), "number"
-    )
-    table = _table(
-        columns,
         (
+            "up, bytes per sample",
+            "down, bytes per sample",
+            "client, ms per sample",
+            "server, ms per sample",
+            "peak memory, MB",
+        ),
+        "number",
+    )
+    rows = []
+    for _, row in material.trained.iterrows():
+        timing = material.timings[row["run"]]  # the tables round seconds
+        rows.append(
             (
                 html.escape(row["run"]),
                 SCHEME_LABELS.get(row["scheme"], html.escape(row["scheme"])),
                 number(row["up_bytes_per_sample"]),
                 number(row["down_bytes_per_sample"]),
-                number(row["client_s_per_sample"], 3, scale=1e3),
-                number(row["server_s_per_sample"], 3, scale=1e3),
-                number(row["peak_rss_mb"]),
+                number(timing["client_s_per_sample"] or None, 3, scale=1e3),
+                number(timing["server_s_per_sample"] or None, 3, scale=1e3),
+                number(timing["peak_rss_mb"]),
             )
-            for _, row in material.trained.iterrows()
-        ),
+        )
+    machines = dict.fromkeys(
+        f"{one['machine']}, {counted(one['threads'], 'thread')}" for one in material.timings.values()
     )
-    machines = dict.fromkeys(f"{one['machine']}, {one['threads']} threads" for one in material.timings.values())
     note = (
-        f"Measured on: {'; '.join(html.escape(machine) for machine in machines)}. Times are of one run each and differ "
-        "from machine to machine. Encoding by the frozen VAE and text model, done once per data set, is not counted; "
-        "in the central scheme all work is booked as the server's. Memory is of the whole process, clients and server."
+        f"Measured on: {'; '.join(html.escape(machine) for machine in machines)}. Times are of one run each, with "
+        "whatever else the machine was doing: read them as orders of magnitude. Encoding by the frozen VAE and text "
+        "model, done once per data set, is not counted; in the central scheme all work is booked as the server's. "
+        "Memory is of the whole process, clients and server."
     )
-    return HTML(f'{table.data}<p class="note">{note}</p>')
+    return HTML(f'{_table(columns, {"": rows}).data}<p class="note">{note}</p>')
 
 
 def message_table() -> HTML:
     """Show what one training sample costs on the wire at Stable Diffusion 1.5's shapes, protocol by protocol."""
     sizes = list(message_sizes())
     first = sizes[0][1]
-    columns = {"one message, latents 4×64×64, text 77×768": "", "bytes per sample": "number", "share": "number"}
-    return _table(columns, ((html.escape(what), f"{size:,}", f"{100 * size / first:.1f} %") for what, size in sizes))
+    columns = {"latents 4×64×64, text 77×768": "", "bytes per sample": "number", "of S1's": "number"}
+    return _table(columns, {"": [(html.escape(what), f"{n:,}", f"{100 * n / first:.1f} %") for what, n in sizes]})
 
 
 def provenance(material: Material) -> HTML:
     """Show with which code, seeds, versions and base model each run was made."""
-    columns = dict.fromkeys(("run", "code", "training seed", "base model", "Python", "versions"), "")
-    return _table(
-        columns | {"run": "name"},
+    columns = {"run": "name"} | dict.fromkeys(("commit", "training seed", "base model", "Python", "packages"), "")
+    packages = {run: _packages(timing) for run, timing in material.timings.items()}
+    alike = len(set(packages.values())) == 1
+    rows = [
         (
-            (
-                html.escape(run),
-                html.escape(str(timing["commit"] or "no checkout")),
-                str(timing["seed"]),
-                f"<code>{html.escape(material.bases[run][:12])}</code>",
-                html.escape(str(timing["python"])),
-                html.escape(", ".join(f"{name} {version}" for name, version in timing["versions"].items())),
-            )
-            for run, timing in material.timings.items()
-        ),
-    )
+            html.escape(run),
+            html.escape(str(timing["commit"] or "no checkout")),
+            str(timing["seed"]),
+            f"<code>{html.escape(material.bases[run][:12])}</code>",
+            html.escape(str(timing["python"])),
+            "as below" if alike else packages[run],
+        )
+        for run, timing in material.timings.items()
+    ]
+    note = f'<p class="note">Packages of all runs: {next(iter(packages.values()))}.</p>' if alike and packages else ""
+    return HTML(_table(columns, {"": rows}).data + note)
+
+
+def _packages(timing: Mapping[str, Any]) -> str:
+    return html.escape(", ".join(f"{name} {version}" for name, version in timing["versions"].items()))
 
 
 # Pictures
@@ -426,8 +353,8 @@ def utility(material: Material) -> HTML:
             ("samples", "generated images for the same held-out hints and prompts, by run."),
             (
                 "loss",
-                "training loss. Levels of runs with different timestep floors cannot be compared: noisier latents "
-                "make the noise easier to predict.",
+                "training loss. Its level cannot be compared between runs with different timestep floors, or with and "
+                "without prompts: both change how hard the noise is to predict.",
             ),
         ):
             parts.append(figure(material.figures / f"{kind}-{data}.png", f"{data}: {caption}"))

@@ -120,20 +120,14 @@ class Knowledge:
     ignored: tuple[str, ...] = ()
     cache: Path | None = None
 
-    def label(self, observations: Sequence[Observation]) -> str:
-        """Say in a table cell which sent fields the attacker uses."""
-        sent = observations[0].without(*self.ignored).tensors if observations else {}
-        return " + ".join(name for name in sent)
-
-    def describe(self, observations: Sequence[Observation]) -> list[tuple[str, str]]:
-        """Return the threat model as (what, value) rows for a report."""
+    def describe(self, observations: Sequence[Observation], used: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the threat model as (what, value) rows for a report; `used`: the fields an attack looked at."""
         sent = list(observations[0].tensors) if observations else []
-        used = [name for name in sent if name not in self.ignored]
         return [
             ("adversary", "honest-but-curious server"),
             ("scheme", self.scheme),
             ("receives", ", ".join(sent)),
-            ("uses of it", ", ".join(used)),
+            ("uses of it", ", ".join(used) or "nothing"),
             ("knows the defences", str(self.defences)),
             ("does not know", "keys, fixed-noise tensors, private images, hints and prompts"),
             ("public base model", self.base.digest[:12]),
@@ -148,6 +142,7 @@ class Reconstruction:
     Attributes:
         images: `[n, 3, h, w]` in [-1, 1].
         hints: `[n, 3, h, w]` in [-1, 1], or None if the attack does not try.
+        used: the observation fields the attack looked at; none for a guess without information.
         objective: the attack's own objective as it went on, for pictures of progress.
         n_evals: evaluations of the objective or network, per sample.
         wall_s: seconds for all samples.
@@ -155,6 +150,7 @@ class Reconstruction:
 
     images: Tensor
     hints: Tensor | None = None
+    used: tuple[str, ...] = ()
     objective: tuple[float, ...] = ()
     n_evals: int = 0
     wall_s: float = 0.0

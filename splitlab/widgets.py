@@ -6,7 +6,7 @@ A thin layer: what is shown comes from `splitlab.explore`, how it looks from `sp
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ from splitlab.playground import Playground
 
 WIDE = widgets.Layout(width="min(640px, 100%)")
 DESCRIBED = {"description_width": "84px"}
-MAKE_IT = "<code>dvc repro</code> makes what is missing; then run this cell again."
+MAKE_IT = "<code>dvc repro</code> makes what is missing."
 
 
 class Explorer(widgets.VBox):
@@ -52,16 +52,14 @@ class Explorer(widgets.VBox):
         self.timesteps = widgets.IntRangeSlider(
             description="timesteps", min=0, max=1000, step=50, value=(0, 1000), layout=WIDE, style=DESCRIBED
         )
-        self.sample = widgets.IntSlider(
-            description="sample", min=0, max=0, layout=WIDE, style=DESCRIBED, readout_format="d"
-        )
+        self.sample = widgets.IntSlider(description="sample", max=0, readout=False, layout=WIDE, style=DESCRIBED)
         self.about, self.caption, self.pictures, self.scores, self.comparison, self.threats = _htmls(6)
         threats = widgets.Accordion(children=[self.threats], titles=("Threat model of this attack",))
         self.message = widgets.HTML()
         self._body = widgets.VBox(
             [
-                *(self.about, widgets.HBox([self.attack, self.seed]), self.timesteps),
-                *(widgets.HBox([self.sample, self.caption]), self.pictures, self.scores, self.comparison, threats),
+                *(self.about, _row([self.attack, self.seed]), self.timesteps),
+                *(_row([self.sample, self.caption]), self.pictures, self.scores, self.comparison, threats),
             ]
         )
         self.children = [widgets.HTML(markup.STYLE), self.message, self.run, self._body]
@@ -161,7 +159,7 @@ class Explorer(widgets.VBox):
         self._samples = self.view.within(*self.timesteps.value)
         with self._quietly():
             self.sample.max = max(0, len(self._samples) - 1)
-            self.sample.value = self._samples.index(kept) if kept in self._samples else 0
+            self.sample.value = self._samples.index(kept) if kept in self._samples else len(self._samples) // 2
             self.sample.disabled = not self._samples
         self._show()
 
@@ -184,7 +182,8 @@ class Explorer(widgets.VBox):
             )
             self.caption.value = self.scores.value = self.comparison.value = ""
             return
-        caption = f"<b>t = {int(view.timesteps[sample])}</b> &ensp; “{markup.escape(view.prompt(sample))}”"
+        place = f"{self.sample.value + 1} of {len(self._samples)}"
+        caption = f"<b>t = {int(view.timesteps[sample])}</b> · “{markup.escape(view.prompt(sample))}” · {place}"
         self.caption.value = markup.block(caption)
         self.pictures.value = markup.groups(sample_groups(view, one, sample, self.artefacts.base))
         self.scores.value, self.comparison.value = self._numbers(view, one, sample)
@@ -218,12 +217,12 @@ class AttackPanel(widgets.VBox):
     def __init__(self, explorer: Explorer):
         super().__init__()
         self.explorer = explorer
-        self.attack = _dropdown("attack")
-        self.attack.options = [(attack_label(name), name) for name in ATTACKS]
+        self.attack = _dropdown("attack", [(attack_label(name), name) for name in ATTACKS])
+        self.attack.value = "closed_form"  # the quickest that tells something
         self.seed = widgets.IntText(description="seed", value=0, layout=widgets.Layout(width="170px"), style=DESCRIBED)
         self.fields = {name: _checkbox(f"use {FIELD_WORDS[name]}") for name in FIELD_WORDS if name != "timesteps"}
         self.options: dict[str, Any] = {}
-        self._options = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
+        self._options = _row([])
         self.button = widgets.Button(description="Attack now", button_style="primary", icon="play")
         self.cancel = widgets.Button(description="Cancel", icon="stop", disabled=True)
         self.progress = widgets.FloatProgress(min=0.0, max=1.0, layout=widgets.Layout(width="320px"))
@@ -232,10 +231,10 @@ class AttackPanel(widgets.VBox):
         self._stop = threading.Event()
         self._shown_at = 0.0
         self.children = [
-            widgets.HBox([self.attack, self.seed]),
-            widgets.HBox(list(self.fields.values()), layout=widgets.Layout(flex_flow="row wrap")),
+            _row([self.attack, self.seed]),
+            _row(list(self.fields.values())),
             self._options,
-            widgets.HBox([self.button, self.cancel, self.progress, self.status]),
+            _row([self.button, self.cancel, self.progress, self.status]),
             self.message,
         ]
         self.attack.observe(lambda change: self._list_options(), "value")
@@ -272,7 +271,11 @@ class AttackPanel(widgets.VBox):
         job = {"attack": self.attack.value, "ignore": ignore, "seed": self.seed.value, "options": options}
         self._stop.clear()
         self.button.disabled, self.cancel.disabled, self.message.value = True, False, ""
-        self.progress.value, self.progress.bar_style, self.status.value = 0.0, "", "attacking …"
+        self.progress.value, self.progress.bar_style, self.status.value = (
+            0.0,
+            "",
+            "attacking … (public data are encoded first)",
+        )
         self.thread = threading.Thread(target=self._work, args=(view, job), daemon=True)
         self.thread.start()
 
@@ -286,13 +289,13 @@ class AttackPanel(widgets.VBox):
                 self.progress.value, self.progress.bar_style = 1.0, "success"
                 self.status.value = f"done in {time.perf_counter() - began:.1f} s: see “live” among the attacks above"
         except Cancelled:
-            self.status.value = "cancelled"
+            self.message.value = ""
         except Exception as error:  # a thread's traceback would go nowhere
             self.message.value = markup.message(f"{type(error).__name__}: {error}")
         finally:
             if self.progress.bar_style != "success":
                 self.progress.bar_style = "warning"
-                self.status.value = self.status.value.replace("attacking …", "stopped")
+                self.status.value = "cancelled" if self._stop.is_set() else "stopped"
             self.button.disabled, self.cancel.disabled = False, True
 
     def _tell(self, what: str, done: int, total: int, objective: float) -> None:
@@ -312,13 +315,14 @@ class Gallery(widgets.VBox):
         super().__init__()
         self.artefacts, self.shown = artefacts, shown
         self.run = _dropdown("run")
-        self.first = widgets.IntSlider(description="first", step=shown, layout=WIDE, style=DESCRIBED)
+        self.first = widgets.IntSlider(description="from", step=shown, layout=WIDE, style=DESCRIBED)
         self.about, self.pictures = _htmls(2)
         self.message = widgets.HTML()
         self._samples: tuple[Any, Any, list[str]] | None = None
         self.children = [widgets.HTML(markup.STYLE), self.message]
         with _reported(self.message):
-            self.run.options = artefacts.trained()
+            names = artefacts.trained()
+            self.run.options, self.run.value = names, names[0]
             self._load()
             self.children = [*self.children, self.run, self.about, self.first, self.pictures]
         self.run.observe(lambda change: self._load(), "value")
@@ -358,27 +362,27 @@ class PlaygroundPanel(widgets.VBox):
         super().__init__()
         self.artefacts, self.n_images = artefacts, n_images
         self.playground: Playground | None = None
-        self.dataset = _dropdown("data")
-        self.image = widgets.IntSlider(description="image", layout=WIDE, style=DESCRIBED)
-        self.timestep = widgets.IntSlider(description="timestep", value=500, layout=WIDE, style=DESCRIBED)
+        self.image = widgets.IntSlider(description="image", value=1, layout=WIDE, style=DESCRIBED)
+        self.timestep = widgets.IntSlider(description="timestep", value=500, max=999, layout=WIDE, style=DESCRIBED)
         self.symsigmoid, self.half = _checkbox("symsigmoid", value=True), _checkbox("fp16", value=True)
         self.label = _checkbox("noise label sent")
         self.fixed_noise = widgets.FloatSlider(
             description="fixed noise", value=0.5, max=2.0, step=0.25, style=DESCRIBED, continuous_update=False
         )
         self.messages = widgets.SelectionSlider(
-            description="samples seen", options=(1, 4, 16, 64, 128), value=64, style=DESCRIBED, continuous_update=False
+            description="seen so far", options=(1, 4, 16, 64, 128), value=64, style=DESCRIBED, continuous_update=False
         )
         self.pictures, self.scores = _htmls(2)
         self.message = widgets.HTML()
         public = resolve(artefacts.params["data"]["root"]) / "public"
         names = sorted({path.stem for path in public.glob("*")})
-        self.dataset.options = names
-        self.dataset.value = dataset if dataset in names else (names[0] if names else None)
+        self.dataset = _dropdown("data", names)
+        if dataset in names:
+            self.dataset.value = dataset
         self.children = [
             *(widgets.HTML(markup.STYLE), self.dataset, self.image, self.timestep),
-            widgets.HBox([self.symsigmoid, self.half, self.label]),
-            widgets.HBox([self.fixed_noise, self.messages], layout=widgets.Layout(flex_flow="row wrap")),
+            _row([self.symsigmoid, self.half, self.label]),
+            _row([self.fixed_noise, self.messages]),
             *(self.message, self.pictures, self.scores),
         ]
         self.dataset.observe(lambda change: self._load(), "value")
@@ -437,15 +441,20 @@ def _reported(area: widgets.HTML, *, make_it: str = MAKE_IT) -> Iterator[None]:
         yield
         area.value = ""
     except InputError as error:
-        area.value = markup.message(error, hint=make_it)
+        area.value = markup.message(error, hint="" if "dvc" in str(error) else make_it)
 
 
-def _dropdown(description: str, *, width: str = "min(640px, 100%)") -> widgets.Dropdown:
-    return widgets.Dropdown(description=description, layout=widgets.Layout(width=width), style=DESCRIBED)
+def _dropdown(description: str, options: Sequence[Any] = (), *, width: str = "min(640px, 100%)") -> widgets.Dropdown:
+    layout = widgets.Layout(width=width)
+    return widgets.Dropdown(description=description, options=options, layout=layout, style=DESCRIBED)
 
 
 def _checkbox(description: str, *, value: bool = True) -> widgets.Checkbox:
     return widgets.Checkbox(description=description, value=value, indent=False, layout=widgets.Layout(width="170px"))
+
+
+def _row(children: Sequence[widgets.Widget]) -> widgets.HBox:
+    return widgets.HBox(children, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
 
 
 def _htmls(count: int) -> list[widgets.HTML]:

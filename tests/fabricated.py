@@ -38,8 +38,20 @@ class World:
         return draw_figures(*made, self.params, out=out)
 
 
-def make(root: Path, base_path: Path) -> World:
-    """Train, attack and evaluate tiny runs below `root`; figures are not drawn yet."""
+_MADE: dict[Path, World] = {}
+
+
+def world(base_path: Path) -> World:
+    """Return the one world of this test session, beside the base model; figures are drawn."""
+    if base_path not in _MADE:
+        made = _make(base_path.parent / "world", base_path)
+        made.draw(made.folders["figures"])
+        _MADE[base_path] = made
+    return _MADE[base_path]
+
+
+def _make(root: Path, base_path: Path) -> World:
+    """Train, attack and evaluate tiny runs below `root`."""
     params = {
         "base": {"source": str(base_path)},
         "data": {"root": str(root / "data")},

@@ -183,9 +183,9 @@ def test_saved_reconstructions_carry_their_threat_model(
     shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path
 ) -> None:
     transcript, _ = record(shipped, victims, S1)
-    spec = AttackSpec("one_step", ignore=("noise", "smashed"), seeds=1)
+    spec = AttackSpec("one_step", seeds=1)
     attack_and_save(transcript, spec, 0, shipped, public, out=tmp_path, cache=tmp_path)
-    saved = load_reconstruction(tmp_path / "one_step-without-noise-smashed-0.safetensors")
+    saved = load_reconstruction(tmp_path / "one_step-0.safetensors")
     assert saved.knowledge == "timesteps + noisy_latents"
     assert dict(saved.threat_model)["receives"] == "timesteps, noisy_latents, smashed, noise"
     assert dict(saved.threat_model)["knows the defences"] == str(S1)

@@ -66,9 +66,9 @@ def test_an_observation_cannot_be_changed():
 
 def test_knowledge_describes_the_threat_model(base: Base):
     knowledge = Knowledge(base, "split", Defences(half=True), 16, tiny.small_set(3), ignored=("noise",))
-    rows = dict(knowledge.describe([message()]))
+    rows = dict(knowledge.describe([message()], ("timesteps", "noisy_latents")))
     assert rows["receives"] == "timesteps, noisy_latents, smashed, noise, encoder_hidden_states"
-    assert rows["uses of it"] == "timesteps, noisy_latents, smashed, encoder_hidden_states"
+    assert rows["uses of it"] == "timesteps, noisy_latents"
     assert rows["knows the defences"] == "half"
     assert rows["public images"] == "3 of 16x16 pixels"
-    assert knowledge.label([message()]) == "timesteps + noisy_latents + smashed + encoder_hidden_states"
+    assert dict(knowledge.describe([message()], ()))["uses of it"] == "nothing"

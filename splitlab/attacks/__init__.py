@@ -138,8 +138,7 @@ def attack_and_save(
         cache=cache,
     )
     observations = transcript.observations
-    rows = tuple(knowledge.describe(observations))
-    label = "nothing" if spec.attack in NO_INFORMATION else knowledge.label(observations)
-    saved = SavedReconstruction(result, spec.name, seed, label, rows)
+    rows = tuple(knowledge.describe(observations, result.used))
+    saved = SavedReconstruction(result, spec.name, seed, " + ".join(result.used) or "nothing", rows)
     save_reconstruction(out / f"{spec.name}-{seed}.safetensors", saved)
     return saved

@@ -11,6 +11,9 @@ from splitlab.controlnet import symsigmoid as activation
 from splitlab.controlnet import symsigmoid_inverse
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders, stack
 
+LABELLED = ("timesteps", "noisy_latents", "noise")
+"""What image latents follow from; hint latents need `smashed` besides."""
+
 
 def closed_form(
     observations: Sequence[Observation],
@@ -30,7 +33,7 @@ def closed_form(
     noisy_latents = seen.need("noisy_latents")
     images = base.decode(base.denoised(noisy_latents, seen.need("noise"), seen.need("timesteps")))
     if knowledge.scheme != "split" or seen.smashed is None:
-        return Reconstruction(images, n_evals=1)
+        return Reconstruction(images, used=LABELLED, n_evals=1)
 
     fixed_noise = torch.zeros_like(seen.smashed)
     if knowledge.defences.fixed_noise:
@@ -46,7 +49,7 @@ def closed_form(
                 span=4.0 * knowledge.defences.fixed_noise,
             )
     hint_latents = _invert(seen.smashed - fixed_noise, knowledge.defences.symsigmoid) - noisy_latents
-    return Reconstruction(images, base.decode(hint_latents), n_evals=1)
+    return Reconstruction(images, base.decode(hint_latents), used=(*LABELLED, "smashed"), n_evals=1)
 
 
 def _invert(smashed: Tensor, symsigmoid: bool) -> Tensor:

@@ -90,7 +90,9 @@ def inverse_network(
             [network(m, t / base.n_timesteps) for m, t in zip(maps.split(256), timesteps.split(256), strict=True)]
         )
     latents, hint_latents = found.split(channels, 1)
-    return Reconstruction(base.decode(latents), base.decode(hint_latents), tuple(losses), n_evals=1)
+    return Reconstruction(
+        base.decode(latents), base.decode(hint_latents), ("timesteps", *inputs), tuple(losses), n_evals=1
+    )
 
 
 def _imitable(knowledge: Knowledge) -> bool:

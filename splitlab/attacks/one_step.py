@@ -22,6 +22,7 @@ def one_step(
     """
     seen, base = stack(observations), knowledge.base
     noisy_latents, timesteps = seen.need("noisy_latents"), seen.need("timesteps")
+    used = [name for name in ("timesteps", "noisy_latents", "encoder_hidden_states") if name in seen.tensors]
     text = seen.encoder_hidden_states
     if text is None:
         text = torch.zeros(len(timesteps), *base.text_shape)
@@ -31,4 +32,4 @@ def one_step(
         images.append(base.decode(base.denoised(noisy_latents[part], noise_pred, timesteps[part])))
         if callback:
             callback("one_step", len(images) * batch, len(timesteps), 0.0)
-    return Reconstruction(torch.cat(images), n_evals=1)
+    return Reconstruction(torch.cat(images), used=tuple(used), n_evals=1)

@@ -1,0 +1,66 @@
+"""A whole project in a folder, made in seconds: tiny data and base model, two attacked runs, one that was not."""
+
+import shutil
+from pathlib import Path
+
+import tiny
+import yaml
+
+from splitlab import generate
+from splitlab.attacks import attack_and_save
+from splitlab.base import load_base
+from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.data import load
+from splitlab.evaluate import evaluate_run
+from splitlab.train import train
+from splitlab.wire import read_transcript
+
+S1 = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
+FEW = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4}
+RUNS = {
+    "plain": FEW | {"scheme": "split"},
+    "guarded": FEW | {"scheme": "split", "n_clients": 2, "defences": S1},
+    "central": FEW | {"scheme": "central"},
+}
+ATTACKS = [
+    {"attack": "mean_public", "seeds": 1},
+    {"attack": "random_public", "seeds": 2},
+    {"attack": "inverse_network", "ignore": ["noise"], "seeds": 1, "options": {"steps": 3, "width": 8}},
+    {"attack": "closed_form", "seeds": 1},
+]
+
+
+def project(root: Path, base_path: Path) -> Path:
+    """Fabricate a project below `root`, in the places that params.yaml and the notebooks name."""
+    params = {
+        "base": {"source": "models/base"},
+        "data": {"root": "data"},
+        "pretrain": {},
+        "runs": RUNS,
+        "attacks": dict.fromkeys(("plain", "guarded"), ATTACKS),
+        "evaluate": {"candidates": 10},
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    shutil.copytree(base_path, root / "models" / "base")
+    base = load_base(root / "models" / "base")
+    data = {}
+    for seed, (split, n) in enumerate({"private": 12, "public": 24, "heldout": 4}.items()):
+        path = root / "data" / split / "shapes.zip"
+        generate.write_split(path, tiny.samples(n, seed=seed))
+        data[split] = load(path)
+    cache = root / ".cache"
+    for run, values in RUNS.items():
+        config = parse(TrainConfig, values, where=run)
+        train(run, config, base, data["private"], data["heldout"], out=root / "runs" / run, cache=cache)
+    for run in params["attacks"]:
+        transcript = read_transcript(root / "runs" / run / "transcript.safetensors")
+        out = root / "reconstructions" / run
+        for values in ATTACKS:
+            spec = parse(AttackSpec, values, where=run)
+            for seed in range(spec.seeds):
+                attack_and_save(transcript, spec, seed, base, data["public"], out=out, cache=cache)
+        scores = root / "scores" / f"{run}.safetensors"
+        config = EvaluateConfig(candidates=10)
+        evaluate_run(root / "runs" / run, out, base, data["private"], config, out=scores)
+    return root

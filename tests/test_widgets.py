@@ -1,0 +1,370 @@
+import ast
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import fabricate
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from splitlab import checkpoint, explore, markup, metrics
+from splitlab.artefacts import to_uint8
+from splitlab.config import Defences
+from splitlab.explore import Artefacts
+from splitlab.paths import ROOT
+from splitlab.playground import Playground
+from splitlab.widgets import AttackPanel, Explorer, Gallery, PlaygroundPanel
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Path:
+    return fabricate.project(tmp_path_factory.mktemp("project") / "p", base_path)
+
+
+@pytest.fixture
+def project(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "project"))
+
+
+@pytest.fixture
+def artefacts(project: Path) -> Artefacts:
+    return opened(project)
+
+
+@pytest.fixture
+def explorer(artefacts: Artefacts) -> Explorer:
+    return Explorer(artefacts)
+
+
+def opened(project: Path) -> Artefacts:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["base"]["source"], params["data"]["root"] = str(project / "models/base"), str(project / "data")
+    folders = {name: project / name for name in ("runs", "reconstructions", "scores")}
+    return Artefacts(params, cache=project / ".cache", **folders)
+
+
+def files(project: Path) -> dict[Path, int]:
+    return {
+        path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file() and ".cache" not in path.parts
+    }
+
+
+def test_only_attacked_runs_are_offered_and_described_in_words(explorer: Explorer):
+    assert list(explorer.run.options) == ["plain", "guarded"]
+    assert "defences" in explorer.about.value
+    assert "none" in explorer.about.value
+    explorer.run.value = "guarded"
+    for words in ("split learning, nothing returned", "2 clients", "timesteps from 200 up", "fixed noise per client"):
+        assert words in explorer.about.value
+
+
+def test_moving_the_sample_slider_shows_the_next_sample(explorer: Explorer):
+    view, before = explorer.view, (explorer.position, explorer.pictures.value)
+    explorer.sample.value += 1
+    images = view.known.private.images[view.known.truth.indices]
+    assert not torch.equal(images[before[0]], images[explorer.position])
+    assert explorer.pictures.value != before[1]
+    truth = explore.png(to_uint8(images[explorer.position]))
+    assert markup.image(truth, "Private: image") in explorer.pictures.value
+    assert f"t = {int(view.timesteps[explorer.position])}" in explorer.caption.value
+    assert view.prompt(explorer.position) in explorer.caption.value
+
+
+def test_the_slider_walks_through_the_chosen_timesteps_in_order(explorer: Explorer):
+    view = explorer.view
+    explorer.timesteps.value = (300, 700)
+    seen = []
+    for place in range(explorer.sample.max + 1):
+        explorer.sample.value = place
+        seen.append(int(view.timesteps[explorer.position]))
+    wanted = view.timesteps[(view.timesteps >= 300) & (view.timesteps <= 700)]
+    assert seen == sorted(wanted.tolist())
+
+
+def test_a_sample_stays_shown_while_the_range_holds_it(explorer: Explorer):
+    explorer.sample.value = 10
+    position = explorer.position
+    explorer.timesteps.value = (int(explorer.view.timesteps[position]) // 50 * 50, 1000)
+    assert explorer.position == position
+
+
+def test_an_empty_range_is_said_to_be_empty(explorer: Explorer):
+    explorer.run.value = "guarded"
+    explorer.timesteps.value = (0, 100)
+    assert "No recorded sample has a timestep from 0 to 100" in explorer.pictures.value
+    assert explorer.comparison.value == ""
+    explorer.timesteps.value = (0, 1000)
+    assert "<img" in explorer.pictures.value
+
+
+def test_shown_scores_are_those_of_the_evaluation(explorer: Explorer, project: Path):
+    scores, _ = checkpoint.load(project / "scores" / "plain.safetensors")
+    for attack in explorer.view.attempts:
+        explorer.attack.value = attack
+        for place in (0, 5, 11):
+            explorer.sample.value = place
+            sample = explorer.position
+            shown = explore.sample_scores(explorer.view, explorer.current, sample)
+            assert shown["psnr_db"] == scores[f"{attack}/0/psnr_db"][sample]
+            assert shown["no_info_psnr_db"] == scores["mean_public/0/psnr_db"][sample]
+            assert shown["ceiling_psnr_db"] == scores["ceiling_psnr_db"][sample]
+            assert f"<b>{shown['psnr_db']:.1f} dB</b><span>PSNR</span>" in explorer.scores.value
+            verdict = "yes" if scores[f"{attack}/0/identified"][sample] else "no"
+            assert f"<b>{verdict}</b><span>identified among 10</span>" in explorer.scores.value
+
+
+def test_the_comparison_holds_every_attack_and_every_seed(explorer: Explorer, project: Path):
+    scores, _ = checkpoint.load(project / "scores" / "plain.safetensors")
+    rows = {row["attack"]: row for row in explore.comparison(explorer.view, 3)}
+    assert list(rows) == ["mean_public", "random_public", "inverse_network-without-noise", "closed_form"]
+    assert rows["random_public"]["psnr_db"] == [float(scores[f"random_public/{seed}/psnr_db"][3]) for seed in (0, 1)]
+    assert explorer.comparison.value.count('class="bar"') == len(rows)
+    assert "noise label" in rows["closed_form"]["uses"]
+    assert "noise label" not in rows["inverse_network-without-noise"]["uses"]
+
+
+def test_attack_and_seed_choose_the_reconstruction_and_its_threat_model(explorer: Explorer):
+    explorer.attack.value = "random_public"
+    assert list(explorer.seed.options) == [0, 1]
+    assert not explorer.seed.disabled
+    sample, first = explorer.position, explorer.pictures.value
+    tries = explorer.view.attempts["random_public"]
+    assert not torch.equal(tries[0].images[sample], tries[1].images[sample])
+    explorer.seed.value = 1
+    assert explorer.pictures.value != first
+    assert markup.image(explore.png(tries[1].images[sample]), "Reconstructed: image") in explorer.pictures.value
+    explorer.attack.value = "inverse_network-without-noise"
+    assert explorer.seed.disabled
+    uses = dict(explorer.current.threat_model)["uses of it"]
+    assert "noise," not in uses.replace("noisy_latents", "")
+    assert uses in explorer.threats.value
+
+
+def test_dragging_reads_no_file(explorer: Explorer, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: Path):
+        raise AssertionError(f"read {path}")
+
+    monkeypatch.setattr(checkpoint, "load", refuse)
+    for place in range(explorer.sample.max):
+        explorer.sample.value = place
+    assert explorer.message.value == ""
+
+
+def test_a_run_is_read_again_when_its_files_change(artefacts: Artefacts, project: Path):
+    view = artefacts.view("plain")
+    assert artefacts.view("plain") is view
+    (project / "reconstructions/plain/closed_form-0.safetensors").unlink()
+    assert "closed_form" not in artefacts.view("plain").attempts
+
+
+def remove(path: str) -> Callable[[Path], None]:
+    return lambda project: shutil.rmtree(project / path) if (project / path).is_dir() else (project / path).unlink()
+
+
+def damage(path: str) -> Callable[[Path], None]:
+    return lambda project: (project / path).write_bytes(b"not what it was")
+
+
+def misplace(project: Path) -> None:
+    shutil.copy(project / "reconstructions/guarded/closed_form-0.safetensors", project / "reconstructions/plain")
+    tensors, meta = checkpoint.load(project / "reconstructions/plain/closed_form-0.safetensors")
+    shorter = {name: value[:5] for name, value in tensors.items()}
+    checkpoint.save(project / "reconstructions/plain/closed_form-0.safetensors", shorter, meta)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (remove("reconstructions"), "no run has been attacked yet"),
+        (remove("runs/plain"), "record.json: missing"),
+        (remove("runs/plain/truth.safetensors"), "truth.safetensors: no such file"),
+        (remove("models"), "base model"),
+        (remove("data/private"), "private"),
+        (damage("reconstructions/plain/closed_form-0.safetensors"), "closed_form-0.safetensors: damaged"),
+        (damage("scores/plain.safetensors"), "plain.safetensors: damaged"),
+        (misplace, "of another transcript"),
+    ],
+)
+def test_what_is_missing_is_said_with_the_command_that_makes_it(
+    project: Path, spoil: Callable[[Path], None], said: str
+):
+    spoil(project)
+    explorer = Explorer(opened(project))
+    assert said in explorer.message.value
+    assert "dvc" in explorer.message.value
+    assert explorer._body.layout.display == "none"
+    AttackPanel(explorer)
+
+
+def test_a_good_run_can_be_chosen_after_a_bad_one(project: Path):
+    remove("runs/plain")(project)
+    explorer = Explorer(opened(project))
+    explorer.run.value = "guarded"
+    assert explorer.message.value == ""
+    assert "<img" in explorer.pictures.value
+
+
+def test_without_scores_the_pictures_are_shown_nevertheless(project: Path):
+    remove("scores")(project)
+    explorer = Explorer(opened(project))
+    assert "<img" in explorer.pictures.value
+    assert "dvc repro evaluate" in explorer.scores.value
+
+
+def test_a_live_attack_scores_as_in_the_pipeline_and_writes_nothing(explorer: Explorer, project: Path):
+    before = files(project)
+    panel = AttackPanel(explorer)
+    panel.attack.value = "closed_form"
+    panel.button.click()
+    panel.thread.join(60)
+    assert panel.progress.bar_style == "success", panel.message.value
+    assert explorer.attack.value == "live: closed_form"
+    live, saved = explorer.current, explorer.view.attempts["closed_form"][0]
+    assert torch.equal(live.images, saved.images)
+    assert live.scores.keys() == saved.scores.keys()
+    assert all(torch.equal(live.scores[name], saved.scores[name]) for name in saved.scores)
+    assert files(project) == before
+
+
+def test_a_live_attack_takes_fields_options_and_seed(explorer: Explorer):
+    panel = AttackPanel(explorer)
+    panel.attack.value = "inverse_network"
+    panel.options["steps"].value, panel.options["width"].value, panel.seed.value = 3, 8, 0
+    panel.fields["noise"].value = False
+    panel.button.click()
+    panel.thread.join(60)
+    assert explorer.attack.value == "live: inverse_network-without-noise"
+    assert torch.equal(explorer.current.images, explorer.view.attempts["inverse_network-without-noise"][0].images)
+
+
+def test_a_live_attack_that_lacks_its_field_says_so(explorer: Explorer):
+    panel = AttackPanel(explorer)
+    panel.attack.value = "closed_form"
+    panel.fields["noise"].value = False
+    panel.button.click()
+    panel.thread.join(60)
+    assert "carries no noise" in panel.message.value
+    assert panel.status.value == "stopped"
+    assert not panel.button.disabled
+
+
+def test_a_live_attack_can_be_cancelled(explorer: Explorer):
+    panel = AttackPanel(explorer)
+    panel.attack.value = "inverse_network"
+    panel.options["steps"].value = 1_000_000
+    panel.button.click()
+    panel.cancel.click()
+    panel.thread.join(60)
+    assert not panel.thread.is_alive()
+    assert panel.status.value == "cancelled"
+    assert not any(name.startswith("live") for name in explorer.view.attempts)
+
+
+def test_the_gallery_shows_every_runs_pairs(artefacts: Artefacts, project: Path):
+    gallery = Gallery(artefacts, shown=3)
+    assert list(gallery.run.options) == ["plain", "guarded", "central"]
+    tensors, meta = checkpoint.load(project / "runs/plain/samples.safetensors")
+    assert gallery.pictures.value.count("<figure") == 3
+    gallery.first.value = 3
+    assert meta["prompts"][3] in gallery.pictures.value
+    assert markup.image(explore.png(tensors["hints"][3], side=96), "hint") in gallery.pictures.value
+    gallery.run.value = "central"
+    assert "centralised" in gallery.about.value
+
+
+def test_the_gallery_says_when_nothing_was_trained(project: Path):
+    remove("runs")(project)
+    assert "dvc repro" in Gallery(opened(project)).message.value
+
+
+def test_the_playgrounds_closed_form_reaches_the_ceiling_without_defences(artefacts: Artefacts):
+    playground = Playground(artefacts.base, artefacts.split("shapes", "public"), n_client=12)
+    trial = playground.trial(3, 700, Defences())
+    assert trial.psnr_db == pytest.approx(trial.ceiling_psnr_db, abs=0.05)
+    hint = playground.images.hints[3:4]
+    ceiling = metrics.psnr_db(artefacts.base.decode(artefacts.base.encode(hint)), hint)
+    assert trial.hint_psnr_db == pytest.approx(float(ceiling), abs=0.05)
+
+
+def test_the_hint_needs_no_label(artefacts: Artefacts):
+    playground = Playground(artefacts.base, artefacts.split("shapes", "public"), n_client=12)
+    defences = Defences(symsigmoid=True, half=True)
+    sent, hidden = (playground.trial(3, 700, defences, send_label=label) for label in (True, False))
+    assert hidden.hint_psnr_db == sent.hint_psnr_db
+    assert hidden.psnr_db != sent.psnr_db
+    assert hidden.size_bytes < sent.size_bytes
+    label = hidden.groups[1][2][2]
+    assert (label.caption, label.png, label.note) == ("noise label", None, "not sent")
+
+
+def test_every_control_of_the_playground_changes_what_is_shown(artefacts: Artefacts):
+    panel = PlaygroundPanel(artefacts)
+    assert panel.message.value == ""
+    changes = {
+        panel.image: 5,
+        panel.timestep: 100,
+        panel.symsigmoid: False,
+        panel.half: False,
+        panel.fixed_noise: 1.0,
+        panel.messages: 4,
+        panel.label: False,
+    }
+    for widget, value in changes.items():
+        before = panel.pictures.value + panel.scores.value
+        assert widget.value != value
+        widget.value = value
+        assert panel.pictures.value + panel.scores.value != before, widget.description
+
+
+def test_the_playground_says_when_data_or_base_are_missing(project: Path):
+    remove("data/public")(project)
+    panel = PlaygroundPanel(opened(project))
+    assert "dvc pull" in panel.message.value
+
+
+def test_a_picture_is_blown_up_pixel_by_pixel():
+    pixels = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    large = np.asarray(Image.open(io.BytesIO(explore.png(pixels, side=150))))
+    assert large.shape == (160, 160, 3)
+    assert np.array_equal(large[5::10, 5::10], pixels.permute(1, 2, 0).numpy())
+
+
+def test_false_colour_is_red_above_zero_blue_below_and_one_tile_per_channel():
+    maps = torch.stack([torch.full((2, 2), value) for value in (1.0, -1.0, 0.0)])
+    red, green, blue = explore.false_colour(maps).int()
+    assert red.shape == (4, 4)
+    assert (red[:2, :2] > blue[:2, :2] + 50).all()
+    assert (blue[:2, 2:] > red[:2, 2:] + 50).all()
+    assert (red[2:, :2] > 240).all()
+    assert (green[2:, :2] > 240).all()
+
+
+def test_text_from_data_is_escaped(explorer: Explorer):
+    evil = '<img src=x onerror="alert(1)">'
+    private = explorer.view.known.private
+    object.__setattr__(private, "prompts", (evil,) * len(private))
+    explorer.sample.value += 1
+    assert "onerror" in explorer.caption.value
+    for shown in (
+        explorer.caption.value,
+        markup.gallery([(b"", b"", evil)]),
+        markup.message(evil),
+        markup.rows([(evil, evil)]),
+    ):
+        assert evil not in shown
+        assert "<img src=x" not in shown
+
+
+def test_only_the_widgets_module_imports_ipywidgets():
+    importers = set()
+    for path in (ROOT / "splitlab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.startswith(("ipywidgets", "splitlab.widgets")) for name in names):
+                importers.add(path.name)
+    assert importers == {"widgets.py"}
