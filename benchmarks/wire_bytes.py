@@ -12,7 +12,7 @@ LATENTS, TEXT, UNET_WIDTH = (4, 64, 64), (77, 768), 320
 
 
 def main():
-    s1 = Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
+    s1 = Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.1, half=True, hide_prompts=True)
     reference = sum(tensor.nbytes for tensor in reference_message(LATENTS, TEXT, UNET_WIDTH).values())
     ours = {str(defences): sample_bytes(LATENTS, TEXT, defences) for defences in (Defences(), s1)}
     print(json.dumps({"released protocol": reference} | ours, indent=1))

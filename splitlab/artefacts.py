@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from splitlab import checkpoint
+from splitlab.errors import InputError
 from splitlab.types import Reconstruction
 
 
@@ -66,6 +67,8 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     tensors, meta = checkpoint.load(path)
     fields: dict[str, Any] = dict(meta)
     hints = from_uint8(tensors["hints"]) if "hints" in tensors else None
+    if "used" not in fields:
+        raise InputError(f"{path}: made by an older version; attack again (`dvc repro`)")
     used = tuple(fields["used"])
     objective = tuple(tensors["objective"].tolist())
     result = Reconstruction(from_uint8(tensors["images"]), hints, used, objective, fields["n_evals"])

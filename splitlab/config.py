@@ -67,7 +67,7 @@ class TrainConfig:
     n_clients: int = 1
     steps: int = 600
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 2e-3
     local_steps: int = 10
     record_messages: int = 16
     eval_samples: int = 64

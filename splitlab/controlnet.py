@@ -50,13 +50,7 @@ class LatentHintControlNet(ControlNetModel):
         activation: what the sum goes through, "none" or "symsigmoid".
         hide_prompts: replace text embeddings by zeros, as in S1's training with hidden prompts.
         **controlnet: the arguments of `ControlNetModel`.
-
-    Attributes:
-        fixed_noise: `[c, h, w]` or None: the secret tensor of the client that generates, if it trained with one. It
-            is never saved with the model.
     """
-
-    fixed_noise: Tensor | None = None
 
     def __init__(self, activation: str = "none", hide_prompts: bool = False, **controlnet: Any):
         if activation not in ACTIVATIONS:
@@ -72,8 +66,7 @@ class LatentHintControlNet(ControlNetModel):
 
     def smash(self, noisy_latents: Tensor, hint_latents: Tensor) -> Tensor:
         """Return the cut-layer activation `[b, c, h, w]`: the client's part."""
-        smashed = ACTIVATIONS[self.config.activation](hint_latents + noisy_latents)
-        return smashed if self.fixed_noise is None else smashed + self.fixed_noise
+        return ACTIVATIONS[self.config.activation](hint_latents + noisy_latents)
 
     def forward_smashed(self, smashed: Tensor, timesteps: Tensor, text: Tensor) -> ControlNetOutput:
         """Run the server's part: everything after the cut."""

@@ -1,4 +1,4 @@
-"""Reconstructions meet the truth: the only module that reads both. Everything else is on one side or the other."""
+"""Reconstructions meet the truth, here and nowhere before; figures and explorer show what was scored here."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -113,12 +113,7 @@ def _identified(images: Tensor, indices: Tensor, private: ImageSet, config: Eval
     """Pick each image's nearest among a line-up of private images, the same line-up for every attack."""
     size = min(config.candidates, len(private))
     line_up = metrics.line_ups(len(private), indices, size, generator("line-up", config.seed))
-    own = torch.zeros(64, dtype=torch.int64)
-    found = [
-        metrics.identified(part, private.images[chosen], own[: len(part)])
-        for part, chosen in zip(images.split(64), line_up.split(64), strict=True)
-    ]
-    return torch.cat(found)
+    return metrics.identified(images, private.images, line_up)
 
 
 def attack_rows(
@@ -149,7 +144,7 @@ def attack_rows(
                     "n": len(chosen),
                     "n_seeds": len(tries),
                     "psnr_db": psnr.mean().item(),
-                    "psnr_db_std": psnr.std().item(),
+                    "psnr_db_std": psnr.std(unbiased=False).item(),
                     "ssim": columns["ssim"].mean().item(),
                     "mse": columns["mse"].mean().item(),
                     "id_top1": columns["identified"].mean().item(),
@@ -274,7 +269,9 @@ def training_row(run: Path) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, digits: int = 4) -> pd.DataFrame:
     """Make a table of the given columns, numbers rounded so that equal results give equal files."""
     frame = pd.DataFrame(rows, columns=list(columns))
-    return frame.round(digits)
+    return frame.round(
+        {"client_s_per_sample": 7, "server_s_per_sample": 7} | {c: digits for c in columns if "_s_per_" not in c}
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from splitlab import checkpoint
 from splitlab.artefacts import SavedReconstruction, from_uint8, load_reconstruction, to_uint8
 from splitlab.attacks import ATTACKS, attack_transcript, make_knowledge
 from splitlab.base import Base, load_base
+from splitlab.colours import are_shapes
 from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -242,7 +243,6 @@ class Artefacts:
             InputError: the attack needs a field that was not sent or is denied, or an option is bad.
         """
         public = self.split(view.transcript.header.dataset, "public")
-        observations = view.transcript.observations
         result = attack_transcript(
             view.transcript,
             attack=attack,
@@ -254,15 +254,19 @@ class Artefacts:
             cache=self.cache,
             callback=callback,
         )
-        hints = None if result.hints is None else from_uint8(to_uint8(result.hints))
-        quantised = replace(result, images=from_uint8(to_uint8(result.images)), hints=hints)  # as if saved and loaded
+        hints = None if result.hints is None else _as_saved(result.hints)
+        quantised = replace(result, images=_as_saved(result.images), hints=hints)
         knowledge = make_knowledge(view.transcript, self.base, public, ignore=ignore)
-        uses = " + ".join(result.used) or "nothing"
+        rows = tuple(knowledge.describe(view.transcript.observations, result.used))
         name = f"live: {AttackSpec(attack, ignore).name}"
-        saved = SavedReconstruction(quantised, name, seed, uses, tuple(knowledge.describe(observations, result.used)))
-        return attempt(
-            saved, score_samples(saved, view.known, self.config, localise=view.known.config.dataset == "shapes")
-        )
+        saved = SavedReconstruction(quantised, name, seed, " + ".join(result.used) or "nothing", rows)
+        localise = are_shapes(view.known.private.prompts)
+        return attempt(saved, score_samples(saved, view.known, self.config, localise=localise))
+
+
+def _as_saved(images: Tensor) -> Tensor:
+    """Quantise as saving and loading does, memory layout included: it decides how sums are rounded."""
+    return from_uint8(to_uint8(images).contiguous())
 
 
 def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor]) -> Attempt:
@@ -291,7 +295,7 @@ def attack_label(attack: str) -> str:
 
 def knowledge_label(knowledge: str) -> str:
     """Say in words which fields an attack used; the timestep, which all use, goes unsaid."""
-    used = [name for name in knowledge.split(" + ") if name != "timesteps"]
+    used = [name for name in in_order(knowledge.split(" + "), list(FIELD_WORDS)) if name != "timesteps"]
     return " + ".join(FIELD_WORDS.get(name, name) for name in used) or "timestep"
 
 

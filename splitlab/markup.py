@@ -9,9 +9,9 @@ from typing import Any
 STYLE = """<style>
 .sl { --fg: var(--jp-ui-font-color1, #212121); --dim: var(--jp-ui-font-color2, #616161);
   --line: var(--jp-border-color2, #e0e0e0); --hit: #c8402f; --bar: #9db4c8; --good: #2e7d4f;
-  color: var(--fg); font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif); }
+  color: var(--fg); font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif); overflow-x: auto; }
 .sl .dim { color: var(--dim); }
-.sl-groups { display: flex; gap: 24px; margin: 10px 0 6px; }
+.sl-groups { display: flex; gap: 24px; margin: 10px 0 6px; padding: 0 1px; }
 .sl-group { border-top: 3px solid var(--bar); padding-top: 5px; }
 .sl-groups figure { flex: 0 1 160px; min-width: 0; }
 .sl-group.private { border-color: var(--good); } .sl-group.reconstructed { border-color: var(--hit); }
@@ -31,7 +31,7 @@ STYLE = """<style>
 .sl td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .sl td.wrap { white-space: normal; }
 .sl tr.chosen td { font-weight: 600; }
-.sl td.plot { width: 300px; min-width: 300px; padding: 0; position: relative; height: 24px; }
+.sl td.plot { width: 300px; min-width: 150px; padding: 0; position: relative; height: 24px; }
 .sl .bar { position: absolute; top: 6px; bottom: 6px; left: 0; background: var(--bar); border-radius: 0 2px 2px 0; }
 .sl tr.chosen .bar { background: var(--hit); }
 .sl .rule { position: absolute; top: 0; bottom: 0; width: 0; border-left: 2px solid var(--fg); }

@@ -88,13 +88,15 @@ def edge_ssim(images: Float[Tensor, "n 3 h w"], hints: Float[Tensor, "n 3 h w"])
 
 
 def identified(
-    images: Float[Tensor, "n c h w"], candidates: Float[Tensor, "n k c h w"], truth: Int[Tensor, " n"]
+    images: Float[Tensor, "n c h w"], gallery: Float[Tensor, "m c h w"], line_up: Int[Tensor, "n k"]
 ) -> Bool[Tensor, " n"]:
-    """Say whether the candidate nearest to each image, in mean squared error, is the true one (a tie is a miss)."""
-    distances = (images[:, None] - candidates).square().mean((2, 3, 4))
-    own = distances.gather(1, truth[:, None])
-    others = distances.scatter(1, truth[:, None], torch.inf)
-    return (own < others.min(1, keepdim=True).values)[:, 0]
+    """Say whether, of the gallery images in its line-up, the first is the one nearest to each image.
+
+    Nearest in mean squared error; a tie is a miss.
+    """
+    flat = images.flatten(1).double(), gallery.flatten(1).double()
+    distances = torch.cdist(*flat).gather(1, line_up)
+    return distances[:, 0] < distances[:, 1:].min(1).values
 
 
 def line_ups(n_private: int, indices: Int[Tensor, " n"], size: int, draw: torch.Generator) -> Int[Tensor, "n k"]:

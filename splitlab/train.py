@@ -1,6 +1,7 @@
 """The training loop: one for all schemes. Resumable, recorded, and observed byte for byte."""
 
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -113,8 +114,6 @@ def train(
     state = cache / f"train-{key}.safetensors"
     progress = _run(scheme, config, state, callback)
     controlnet = scheme.controlnet().eval()
-    if isinstance(controlnet, LatentHintControlNet):
-        controlnet.fixed_noise = clients[0].fixed_noise  # the first client generates
     asked = heldout.subset(range(min(config.eval_samples, len(heldout))))
     draw = generator(config.seed, "generate")
     pictures = generate(control_pipeline(base, controlnet), asked.prompts, asked.hints, generator=draw)
@@ -243,12 +242,22 @@ def _timing(config: TrainConfig, progress: Progress) -> dict[str, Any]:
         "server_s_per_sample": progress.server_s / samples,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {platform.processor() or 'unknown processor'}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": _commit(),
         "seed": config.seed,
     }
+
+
+def _processor() -> str:
+    """Name the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"
 
 
 def _commit() -> str | None:

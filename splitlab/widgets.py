@@ -53,9 +53,8 @@ class Explorer(widgets.VBox):
             description="timesteps", min=0, max=1000, step=50, value=(0, 1000), layout=WIDE, style=DESCRIBED
         )
         self.sample = widgets.IntSlider(description="sample", max=0, readout=False, layout=WIDE, style=DESCRIBED)
-        self.about, self.caption, self.pictures, self.scores, self.comparison, self.threats = _htmls(6)
+        self.about, self.caption, self.pictures, self.scores, self.comparison, self.threats, self.message = _htmls(7)
         threats = widgets.Accordion(children=[self.threats], titles=("Threat model of this attack",))
-        self.message = widgets.HTML()
         self._body = widgets.VBox(
             [
                 *(self.about, _row([self.attack, self.seed]), self.timesteps),
@@ -66,18 +65,12 @@ class Explorer(widgets.VBox):
         self.view: RunView | None = None
         self._samples: list[int] = []
         self._quiet = False
-        for widget, handler in self._handlers().items():
+        for widget, handler in (
+            *((self.run, self._load_run), (self.attack, self._list_seeds), (self.timesteps, self._list_samples)),
+            *((self.seed, self._show), (self.sample, self._show)),
+        ):
             widget.observe(self._when_loud(handler), "value")
         self._start()
-
-    def _handlers(self) -> dict[Any, Callable[[], None]]:
-        return {
-            self.run: self._load_run,
-            self.attack: self._list_seeds,
-            self.seed: self._show,
-            self.timesteps: self._list_samples,
-            self.sample: self._show,
-        }
 
     def _when_loud(self, handler: Callable[[], None]) -> Callable[[object], None]:
         """Call `handler` when the user changes something, not when a handler does; report bad input where it shows."""
@@ -132,8 +125,8 @@ class Explorer(widgets.VBox):
                 ),
             ]
         )
+        self._set_samples(None)
         self._list_attacks(self.attack.value)
-        self._list_samples()
 
     def _list_attacks(self, wanted: str | None) -> None:
         assert self.view is not None, "a run is loaded first"
@@ -154,14 +147,17 @@ class Explorer(widgets.VBox):
         self._show()
 
     def _list_samples(self) -> None:
+        self._set_samples(self.position)
+        self._show()
+
+    def _set_samples(self, kept: int | None) -> None:
+        """Walk through the samples in the timestep range, from `kept` on if it is one of them."""
         assert self.view is not None, "a run is loaded first"
-        kept = self.position
         self._samples = self.view.within(*self.timesteps.value)
         with self._quietly():
             self.sample.max = max(0, len(self._samples) - 1)
             self.sample.value = self._samples.index(kept) if kept in self._samples else len(self._samples) // 2
             self.sample.disabled = not self._samples
-        self._show()
 
     def add(self, attempt: Attempt, view: RunView) -> None:
         """Take in a live attempt and show it, if its run is still the one shown."""
@@ -175,11 +171,11 @@ class Explorer(widgets.VBox):
             return
         self.threats.value = markup.rows(one.threat_model)
         if sample is None:
-            low, high = self.timesteps.value
-            floor = int(view.timesteps.min())
-            self.pictures.value = markup.message(
+            (low, high), floor = self.timesteps.value, int(view.timesteps.min())
+            text = (
                 f"No recorded sample has a timestep from {low} to {high}; this run's begin at {floor}. Widen the range."
             )
+            self.pictures.value = markup.message(text)
             self.caption.value = self.scores.value = self.comparison.value = ""
             return
         place = f"{self.sample.value + 1} of {len(self._samples)}"
@@ -271,11 +267,7 @@ class AttackPanel(widgets.VBox):
         job = {"attack": self.attack.value, "ignore": ignore, "seed": self.seed.value, "options": options}
         self._stop.clear()
         self.button.disabled, self.cancel.disabled, self.message.value = True, False, ""
-        self.progress.value, self.progress.bar_style, self.status.value = (
-            0.0,
-            "",
-            "attacking … (public data are encoded first)",
-        )
+        self.progress.value, self.progress.bar_style, self.status.value = 0.0, "", "preparing and attacking …"
         self.thread = threading.Thread(target=self._work, args=(view, job), daemon=True)
         self.thread.start()
 
@@ -316,8 +308,7 @@ class Gallery(widgets.VBox):
         self.artefacts, self.shown = artefacts, shown
         self.run = _dropdown("run")
         self.first = widgets.IntSlider(description="from", step=shown, layout=WIDE, style=DESCRIBED)
-        self.about, self.pictures = _htmls(2)
-        self.message = widgets.HTML()
+        self.about, self.pictures, self.message = _htmls(3)
         self._samples: tuple[Any, Any, list[str]] | None = None
         self.children = [widgets.HTML(markup.STYLE), self.message]
         with _reported(self.message):
@@ -338,13 +329,8 @@ class Gallery(widgets.VBox):
             config = parse(TrainConfig, record["config"], where=f"{folder}/record.json")
             overlap = record.get("control_iou")
             followed = f"disc overlap {overlap:.2f}, " if overlap is not None else ""
-            self.about.value = markup.rows(
-                [
-                    ("run", run_label(config)),
-                    ("defences", defences_label(config.defences)),
-                    ("follows the hints", f"{followed}SSIM of edges {record['control_ssim']:.2f}"),
-                ]
-            )
+            followed += f"SSIM of edges {record['control_ssim']:.2f}"
+            self.about.value = markup.rows([*_run_rows(config), ("follows the hints", followed)])
             self.first.max = (len(prompts) - 1) // self.shown * self.shown
             self._show()
 
@@ -370,10 +356,9 @@ class PlaygroundPanel(widgets.VBox):
             description="fixed noise", value=0.5, max=2.0, step=0.25, style=DESCRIBED, continuous_update=False
         )
         self.messages = widgets.SelectionSlider(
-            description="seen so far", options=(1, 4, 16, 64, 128), value=64, style=DESCRIBED, continuous_update=False
+            description="seen so far", options=(1, 4, 16, 64, 128), value=16, style=DESCRIBED, continuous_update=False
         )
-        self.pictures, self.scores = _htmls(2)
-        self.message = widgets.HTML()
+        self.pictures, self.scores, self.message = _htmls(3)
         public = resolve(artefacts.params["data"]["root"]) / "public"
         names = sorted({path.stem for path in public.glob("*")})
         self.dataset = _dropdown("data", names)
@@ -442,6 +427,10 @@ def _reported(area: widgets.HTML, *, make_it: str = MAKE_IT) -> Iterator[None]:
         area.value = ""
     except InputError as error:
         area.value = markup.message(error, hint="" if "dvc" in str(error) else make_it)
+
+
+def _run_rows(config: TrainConfig) -> list[tuple[str, str]]:
+    return [("run", run_label(config)), ("defences", defences_label(config.defences))]
 
 
 def _dropdown(description: str, options: Sequence[Any] = (), *, width: str = "min(640px, 100%)") -> widgets.Dropdown:

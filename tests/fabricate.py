@@ -19,7 +19,7 @@ S1 = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": Tru
 FEW = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4}
 RUNS = {
     "plain": FEW | {"scheme": "split"},
-    "guarded": FEW | {"scheme": "split", "n_clients": 2, "defences": S1},
+    "guarded": FEW | {"scheme": "split", "n_clients": 2, "defences": S1, "record_messages": 2},
     "central": FEW | {"scheme": "central"},
 }
 ATTACKS = [

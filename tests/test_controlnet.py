@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 from diffusers import ControlNetModel, UNet2DModel
-from safetensors import safe_open
 
 from splitlab.base import Base
 from splitlab.controlnet import (
@@ -100,7 +99,6 @@ def test_a_latent_hint_is_added_in_front_of_an_ordinary_controlnet(base: Base, a
 def test_the_two_halves_are_the_whole(base: Base):
     noisy, timesteps, text, hint = inputs(base)
     model = awake(latent_hint_controlnet(base, activation="symsigmoid", hide_prompts=True))
-    model.fixed_noise = torch.randn(4, 4, 4, generator=tiny.draw(8))
     whole = residuals(model, noisy, timesteps, text, hint)
     with torch.no_grad():
         server = model.forward_smashed(model.smash(noisy, hint), timesteps, text)
@@ -116,14 +114,6 @@ def test_hidden_prompts_are_zeros_to_the_controlnet(base: Base):
     assert all(map(torch.equal, hidden, residuals(hiding, noisy, timesteps, zeros, hint)))
     assert all(map(torch.equal, hidden, residuals(seeing, noisy, timesteps, zeros, hint)))
     assert not torch.equal(hidden[-1], residuals(seeing, noisy, timesteps, text, hint)[-1])
-
-
-def test_the_fixed_noise_of_a_client_is_added_after_the_activation(base: Base):
-    noisy, _, _, hint = inputs(base)
-    model = latent_hint_controlnet(base, activation="symsigmoid")
-    without = model.smash(noisy, hint)
-    model.fixed_noise = torch.randn(4, 4, 4, generator=tiny.draw())
-    torch.testing.assert_close(model.smash(noisy, hint) - without, model.fixed_noise.expand(2, -1, -1, -1))
 
 
 @pytest.mark.parametrize(("activation", "hide_prompts"), [("none", False), ("symsigmoid", True), ("symsigmoid", False)])
@@ -153,17 +143,6 @@ def test_an_ordinary_controlnet_is_saved_and_loaded_without_a_warning(
     arguments = (noisy, timesteps, text, hint)
     assert all(map(torch.equal, residuals(model, *arguments), residuals(again, *arguments)))
     assert [record.message for record in diffusers_log.records] == []
-
-
-def test_the_secret_tensor_is_never_saved(base: Base, tmp_path: Path):
-    model = latent_hint_controlnet(base)
-    names = set(model.state_dict())
-    model.fixed_noise = torch.full((4, 4, 4), 0.123)
-    model.save_pretrained(tmp_path / "c")
-    with safe_open(next((tmp_path / "c").glob("*.safetensors")), framework="pt") as file:
-        assert set(file.keys()) == names
-    assert "0.123" not in (tmp_path / "c" / "config.json").read_text()
-    assert LatentHintControlNet.from_pretrained(tmp_path / "c").fixed_noise is None
 
 
 def test_an_unknown_activation_is_refused_by_name():

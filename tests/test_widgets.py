@@ -92,6 +92,16 @@ def test_a_sample_stays_shown_while_the_range_holds_it(explorer: Explorer):
     assert explorer.position == position
 
 
+def test_a_run_with_fewer_samples_can_follow_one_with_more(explorer: Explorer):
+    explorer.sample.value = explorer.sample.max
+    explorer.attack.value = "random_public"
+    explorer.run.value = "guarded"
+    assert len(explorer.view.timesteps) == 12
+    assert explorer.position in range(12)
+    assert explorer.attack.value == "random_public"
+    assert "of 12" in explorer.caption.value
+
+
 def test_an_empty_range_is_said_to_be_empty(explorer: Explorer):
     explorer.run.value = "guarded"
     explorer.timesteps.value = (0, 100)
