@@ -38,10 +38,10 @@ test: data ## the whole suite
 	python -m pytest --cov=splitlab --cov-report=term:skip-covered --cov-fail-under=90
 
 lab: data ## JupyterLab on the explorer
-	jupyter lab notebooks/explore.ipynb
+	jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url=None notebooks/explore.ipynb
 
 lint: setup ## what pre-commit checks
-	ruff check . && ruff format --check . && mypy && nbstripout --verify notebooks/*.ipynb
+	ruff check . && ruff format --check . && mypy && nbstripout --keep-id --verify notebooks/*.ipynb
 
 reproducible: data ## run train and attack stages twice and compare every tensor, table and figure
 	python benchmarks/reproducibility.py
