@@ -129,7 +129,7 @@ def test_another_config_does_not_go_on_from_a_checkpoint(run: Run, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         run(tiny.config(), callback=interrupt_at(5))
     seen: list[int] = []
-    run(tiny.config(lr=2e-3), callback=lambda what, done, total, loss: seen.append(done))
+    run(tiny.config(lr=3e-3), callback=lambda what, done, total, loss: seen.append(done))
     assert seen == [1, 2, 3, 4, 5, 6]
     assert len(states(tmp_path)) == 1  # the other run's checkpoint is left to it
 
