@@ -44,9 +44,10 @@ def from_uint8(pixels: Tensor) -> Tensor:
 def save_reconstruction(path: Path, saved: SavedReconstruction) -> None:
     """Write a reconstruction; timings stay out, so that equal attacks give equal files."""
     result = saved.result
-    tensors = {"images": to_uint8(result.images), "objective": torch.tensor(result.objective, dtype=torch.float32)}
-    if result.hints is not None:
-        tensors["hints"] = to_uint8(result.hints)
+    tensors = {"objective": torch.tensor(result.objective, dtype=torch.float32)}
+    for name in ("images", "hints"):
+        if getattr(result, name) is not None:
+            tensors[name] = to_uint8(getattr(result, name))
     meta: dict[str, Any] = {
         "attack": saved.attack,
         "seed": saved.seed,
@@ -54,6 +55,7 @@ def save_reconstruction(path: Path, saved: SavedReconstruction) -> None:
         "threat_model": [list(row) for row in saved.threat_model],
         "used": list(result.used),
         "n_evals": result.n_evals,
+        "prompts": None if result.prompts is None else list(result.prompts),
     }
     checkpoint.save(path, tensors, meta)
 
@@ -66,11 +68,12 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     """
     tensors, meta = checkpoint.load(path)
     fields: dict[str, Any] = dict(meta)
-    hints = from_uint8(tensors["hints"]) if "hints" in tensors else None
-    if "used" not in fields:
+    images, hints = (from_uint8(tensors[name]) if name in tensors else None for name in ("images", "hints"))
+    if "prompts" not in fields:
         raise InputError(f"{path}: made by an older version; attack again (`dvc repro`)")
     used = tuple(fields["used"])
     objective = tuple(tensors["objective"].tolist())
-    result = Reconstruction(from_uint8(tensors["images"]), hints, used, objective, fields["n_evals"])
+    prompts = None if fields["prompts"] is None else tuple(fields["prompts"])
+    result = Reconstruction(images, hints, prompts, used, objective, fields["n_evals"])
     rows = tuple((what, value) for what, value in fields["threat_model"])
     return SavedReconstruction(result, fields["attack"], fields["seed"], fields["knowledge"], rows)

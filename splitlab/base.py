@@ -115,16 +115,28 @@ class Base:
     def noised(
         self, latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], timesteps: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """Return sqrt(ᾱ_t) latents + sqrt(1 - ᾱ_t) noise (Ho et al. 2020, eq. 4)."""
-        alphas = self.alphas_cumprod[timesteps][:, None, None, None]
-        return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+        """Noise latents to timesteps: `noised` at ᾱ_t."""
+        return noised(latents, noise, self.alphas_cumprod[timesteps][:, None, None, None])
 
     def denoised(
         self, noisy_latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], timesteps: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
         """Invert `noised`: the latents, given the noise or a prediction of it (Ho et al. 2020, eq. 15)."""
-        alphas = self.alphas_cumprod[timesteps][:, None, None, None]
-        return (noisy_latents - (1 - alphas).sqrt() * noise) / alphas.sqrt()
+        return denoised(noisy_latents, noise, self.alphas_cumprod[timesteps][:, None, None, None])
+
+
+def noised(
+    latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alphas: Float[Tensor, "b 1 1 1"]
+) -> Float[Tensor, "b c h w"]:
+    """Return sqrt(ᾱ) latents + sqrt(1 - ᾱ) noise (Ho et al. 2020, eq. 4)."""
+    return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+
+
+def denoised(
+    noisy_latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alphas: Float[Tensor, "b 1 1 1"]
+) -> Float[Tensor, "b c h w"]:
+    """Solve `noised` for the latents (Ho et al. 2020, eq. 15)."""
+    return (noisy_latents - (1 - alphas).sqrt() * noise) / alphas.sqrt()
 
 
 @dataclass(frozen=True)

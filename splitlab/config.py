@@ -8,7 +8,14 @@ from splitlab.errors import InputError
 
 T = TypeVar("T")
 
-SCHEMES = ("central", "federated", "split_gradients", "split")
+SCHEMES = ("central", "federated", "split_gradients", "split", "u_shaped")
+
+SENDING = ("split_gradients", "split", "u_shaped")
+"""The schemes whose clients send activations."""
+
+
+SERVERS = ("honest", "hijack")
+"""How a server may behave."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +24,30 @@ class Defences:
 
     Attributes:
         timestep_floor: timesteps are drawn from [floor, T) (S1's timestep sampling policy).
+        feature_noise: standard deviation σ1 of Gaussian noise, drawn anew for every sample, on the noisy latents and
+            on what is computed from them; the label does not reveal it. 0: off.
+        independent_draws: draw the feature noise for each field apart, after the activation; else one draw covers all.
+        matched: scale the noised message and name the timestep it then has, so that the public U-Net still fits it
+            (`splitlab.defences.signal_level`).
         symsigmoid: replace the cut-layer sum x by |x| (2 sigmoid(x) - 1) (S1's activation).
         fixed_noise: standard deviation of one Gaussian tensor per client, added to every cut-layer activation; 0: off.
+        key_mixing: mix that many samples, which share timestep and noise, by a secret row-stochastic key; 0: off.
+        patch_shuffle: cut messages into square patches of that side, in latent pixels, and permute them by a secret
+            permutation; 0: off.
+        fresh_keys: draw mixing keys and permutations anew for every message and sample; else one per client.
         half: send fp16 (and 16-bit timesteps).
         hide_prompts: send no text embeddings; the server trains with zeros.
     """
 
     timestep_floor: int = 0
+    feature_noise: float = 0.0
+    independent_draws: bool = False
+    matched: bool = False
     symsigmoid: bool = False
     fixed_noise: float = 0.0
+    key_mixing: int = 0
+    patch_shuffle: int = 0
+    fresh_keys: bool = False
     half: bool = False
     hide_prompts: bool = False
 
@@ -33,8 +55,19 @@ class Defences:
         """Refuse values no client could apply."""
         if self.timestep_floor < 0:
             raise InputError(f"timestep_floor must be 0 or more, got {self.timestep_floor}")
-        if not self.fixed_noise >= 0:
-            raise InputError(f"fixed_noise is a standard deviation and must be 0 or more, got {self.fixed_noise}")
+        for name in ("fixed_noise", "feature_noise"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is a standard deviation and must be 0 or more, got {getattr(self, name)}")
+        if self.key_mixing < 0 or self.key_mixing == 1:
+            raise InputError(f"key_mixing is a number of samples, 2 or more (0: off), got {self.key_mixing}")
+        if self.patch_shuffle < 0:
+            raise InputError(f"patch_shuffle is a patch's side and must be 0 or more, got {self.patch_shuffle}")
+        if (self.independent_draws or self.matched) and not self.feature_noise:
+            raise InputError("independent_draws and matched say how feature_noise is added: give it, or remove them")
+        if self.independent_draws and self.matched:
+            raise InputError("matched needs one draw over all fields: remove independent_draws")
+        if self.fresh_keys and not (self.key_mixing or self.patch_shuffle):
+            raise InputError("fresh_keys needs a key: switch key_mixing or patch_shuffle on, or remove it")
 
     def __str__(self) -> str:
         """Name the defences that are on, as tables show them; "none" where there are none."""
@@ -50,12 +83,15 @@ class TrainConfig:
         dataset: a shipped data set's name, or a path (to a folder with private / public / heldout splits).
         scheme: who computes what: one of `SCHEMES`.
         defences: the clients' defences (schemes that send activations only).
+        server: "honest", or "hijack": it returns gradients that steer the clients (split_gradients only; FSHA).
+        samples: use the first that many private samples only; 0: all.
         n_clients: private data are shared out among that many clients, who take turns (federated: run in parallel).
         steps: optimiser steps on batches of `batch_size`, summed over clients.
         batch_size: samples per message.
         lr: peak learning rate of AdamW, after a warm-up of 5 % and before cosine decay.
         local_steps: federated only: steps a client takes between two averagings.
-        record_messages: how many messages, from the first, the transcript keeps.
+        record_messages: how many messages the transcript keeps.
+        record_from: the step whose message is the first that the transcript keeps.
         eval_samples: held-out hints to generate images for.
         checkpoint_every: steps between checkpoints.
         seed: of every draw of the run.
@@ -64,12 +100,15 @@ class TrainConfig:
     dataset: str = "shapes"
     scheme: str = "split"
     defences: Defences = field(default_factory=Defences)
+    server: str = "honest"
+    samples: int = 0
     n_clients: int = 1
     steps: int = 600
     batch_size: int = 32
     lr: float = 2e-3
     local_steps: int = 10
     record_messages: int = 16
+    record_from: int = 0
     eval_samples: int = 64
     checkpoint_every: int = 200
     seed: int = 0
@@ -78,14 +117,29 @@ class TrainConfig:
         """Refuse contradictions at construction."""
         if self.scheme not in SCHEMES:
             raise InputError(f"scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
-        sends = self.scheme in ("split", "split_gradients")
-        if not sends and self.defences != Defences():
+        if self.scheme not in SENDING and self.defences != Defences():
             raise InputError(
                 f"scheme {self.scheme!r} sends no activations, so these defences do nothing: {self.defences}; "
                 "remove them, or use scheme 'split'"
             )
         if self.scheme == "split_gradients" and self.defences.symsigmoid:
             raise InputError("symsigmoid is for latent hints; split_gradients has a trained hint encoder: remove it")
+        if self.scheme == "split_gradients" and self.defences.feature_noise and not self.defences.independent_draws:
+            raise InputError("split_gradients sends features of another shape: add independent_draws to feature_noise")
+        if self.defences.key_mixing and self.batch_size % self.defences.key_mixing:
+            raise InputError(
+                f"batch_size {self.batch_size} is no multiple of key_mixing {self.defences.key_mixing}: change either"
+            )
+        if self.server not in SERVERS:
+            raise InputError(f"server {self.server!r} is unknown; choose one of {', '.join(SERVERS)}")
+        if self.server != "honest" and self.scheme != "split_gradients":
+            raise InputError(
+                f"scheme {self.scheme!r} returns no gradient, so a server that hijacks has no lever; "
+                "set server to 'honest', or use scheme 'split_gradients'"
+            )
+        for name in ("samples", "record_from"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("n_clients", "steps", "batch_size", "local_steps", "eval_samples", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -105,7 +159,7 @@ class AttackSpec:
 
     Attributes:
         attack: its name in `splitlab.attacks.ATTACKS`.
-        ignore: observation fields to deny it, for ablations.
+        ignore: observation fields to deny it, or "defences" (it takes the client for undefended), for ablations.
         seeds: how many attackers, who differ in their draws, try; 1 for an attack without randomness.
         options: keyword arguments of the attack function.
     """

@@ -4,11 +4,12 @@ A defence is public; what it draws and the client's key are not. Each names the 
 it to that. The timestep floor is no transform of a message: it decides how timesteps are drawn, before there is one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from splitlab.config import Defences
@@ -18,6 +19,9 @@ from splitlab.seeds import generator
 from splitlab.types import Observation
 
 Transform = Callable[[Observation, torch.Generator], Observation]
+
+FEATURES = ("noisy_latents", "smashed")
+"""The fields that depend on the private image and that the label does not cover."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,75 @@ class Defence:
     apply: Transform
 
 
-def draw_timesteps(defences: Defences, batch: int, n_timesteps: int, draw: torch.Generator) -> Int[Tensor, " b"]:
+def draw_timesteps(
+    defences: Defences, batch: int, alphas_cumprod: Float[Tensor, " T"], draw: torch.Generator
+) -> Int[Tensor, " b"]:
     """Draw timesteps uniformly from [timestep_floor, T) (S1's timestep sampling policy).
+
+    The matched client stops where the message's own noise level would exceed the schedule's. Samples that are mixed
+    with one another share a timestep.
 
     Raises:
         InputError: the floor leaves no timestep.
     """
-    if defences.timestep_floor >= n_timesteps:
-        raise InputError(
-            f"timestep_floor {defences.timestep_floor} leaves none of the {n_timesteps} timesteps: lower it"
-        )
-    return torch.randint(defences.timestep_floor, n_timesteps, (batch,), generator=draw)
+    last = len(alphas_cumprod)
+    if defences.matched:
+        last = int((alphas_cumprod / (1 + defences.feature_noise**2) >= alphas_cumprod[-1]).sum())
+    if defences.timestep_floor >= last:
+        raise InputError(f"timestep_floor {defences.timestep_floor} leaves none of the {last} timesteps: lower it")
+    group = defences.key_mixing or 1
+    drawn = torch.randint(defences.timestep_floor, last, (math.ceil(batch / group),), generator=draw)
+    return drawn.repeat_interleave(group)[:batch]
+
+
+def draw_noise(defences: Defences, shape: tuple[int, ...], draw: torch.Generator) -> Float[Tensor, "b c h w"]:
+    """Draw the diffusion noise of a batch; samples that are mixed with one another share it."""
+    group = defences.key_mixing or 1
+    drawn = torch.randn((math.ceil(shape[0] / group), *shape[1:]), generator=draw)
+    return drawn.repeat_interleave(group, 0)[: shape[0]]
+
+
+def sent_timesteps(
+    defences: Defences, timesteps: Int[Tensor, " b"], alphas_cumprod: Float[Tensor, " T"]
+) -> Int[Tensor, " b"]:
+    """Return the timesteps that messages name: the matched client's are those whose ᾱ is nearest ᾱ_t / (1 + σ1²)."""
+    if not defences.matched:
+        return timesteps
+    wanted = alphas_cumprod[timesteps] / (1 + defences.feature_noise**2)
+    return (alphas_cumprod[None] - wanted[:, None]).abs().argmin(1)
+
+
+def signal_level(
+    defences: Defences, sent: Int[Tensor, " b"], alphas_cumprod: Float[Tensor, " T"]
+) -> Float[Tensor, "b 1 1 1"]:
+    """Return ᾱ of the noised latents before feature noise, from the timestep that the message names; public.
+
+    The matched client sends (noisy_latents + σ1 n) / sqrt(1 + σ1²), n ~ N(0, 1), and the timestep s of the noise
+    level that this has: ᾱ_s = ᾱ / (1 + σ1²).
+    """
+    alphas = alphas_cumprod[sent]
+    if defences.matched:
+        alphas = (alphas * (1 + defences.feature_noise**2)).clamp_max(1.0)
+    return alphas[:, None, None, None]
+
+
+def label_share(
+    defences: Defences, sent: Int[Tensor, " b"], alphas_cumprod: Float[Tensor, " T"]
+) -> Float[Tensor, "b 1 1 1"]:
+    """Return k, the share of a message's noise that its label covers: the loss is |k noise_pred - noise|².
+
+    k² = (1 - ᾱ) / (1 - ᾱ + σ1²) for the matched client: with that factor the minimiser is the denoiser of what was
+    sent. 1 for every other client.
+    """
+    noise = 1 - signal_level(defences, sent, alphas_cumprod)
+    if not defences.matched:
+        return torch.ones_like(noise)
+    return (noise / (noise + defences.feature_noise**2)).sqrt()
+
+
+def feature_scale(defences: Defences) -> float:
+    """Return what the noised features are multiplied by: 1 / sqrt(1 + σ1²) for the matched client, else 1."""
+    return 1 / math.sqrt(1 + defences.feature_noise**2) if defences.matched else 1.0
 
 
 def fixed_noise_tensor(defences: Defences, shape: tuple[int, ...], client_key: int) -> Tensor:
@@ -47,19 +109,27 @@ def fixed_noise_tensor(defences: Defences, shape: tuple[int, ...], client_key: i
     return torch.randn(shape, generator=generator("fixed noise", client_key)) * defences.fixed_noise
 
 
+def mixing_key(n: int, draw: torch.Generator) -> Float[Tensor, "n n"]:
+    """Draw a row-stochastic matrix, its rows uniform on the simplex (Dirichlet with all parameters 1)."""
+    weights = -torch.rand(n, n, generator=draw).clamp_min(1e-9).log()
+    return weights / weights.sum(1, keepdim=True)
+
+
 def transforms(defences: Defences, *, client_key: int) -> tuple[Defence, ...]:
     """Return the transforms that `defences` switches on, in the order in which a client applies them."""
-    chain = []
-    if defences.symsigmoid:
-        chain.append(Defence("symsigmoid", ("smashed",), _symsigmoid))
-    if defences.fixed_noise:
-        chain.append(Defence("fixed_noise", ("smashed",), _add_fixed_noise(defences, client_key)))
-    if defences.hide_prompts:
-        chain.append(Defence("hide_prompts", ("encoder_hidden_states",), _hide_prompts))
-    if defences.half:
-        floats = ("noisy_latents", "smashed", "noise", "encoder_hidden_states")
-        chain.append(Defence("half", ("timesteps", *floats), _half))
-    return tuple(chain)
+    floats = (*FEATURES, "noise", "encoder_hidden_states")
+    shared = defences.feature_noise and not defences.independent_draws
+    chain: list[tuple[object, str, tuple[str, ...], Transform]] = [
+        (shared, "feature_noise", FEATURES, _one_draw(defences)),
+        (defences.symsigmoid, "symsigmoid", ("smashed",), _symsigmoid),
+        (defences.independent_draws, "independent_draws", FEATURES, _own_draws(defences)),
+        (defences.fixed_noise, "fixed_noise", ("smashed",), _add_fixed_noise(defences, client_key)),
+        (defences.key_mixing, "key_mixing", FEATURES, _mix(defences, client_key)),
+        (defences.patch_shuffle, "patch_shuffle", (*FEATURES, "noise"), _shuffle(defences, client_key)),
+        (defences.hide_prompts, "hide_prompts", ("encoder_hidden_states",), _hide_prompts),
+        (defences.half, "half", ("timesteps", *floats), _half),
+    ]
+    return tuple(Defence(name, touches, apply) for active, name, touches, apply in chain if active)
 
 
 def protect(message: Observation, chain: tuple[Defence, ...], draw: torch.Generator) -> Observation:
@@ -67,6 +137,27 @@ def protect(message: Observation, chain: tuple[Defence, ...], draw: torch.Genera
     for defence in chain:
         message = defence.apply(message, draw)
     return message
+
+
+def _one_draw(defences: Defences) -> Transform:
+    """Noise the noisy latents; what is added to them is added to `smashed`, which was computed from them."""
+
+    def add(message: Observation, draw: torch.Generator) -> Observation:
+        clean = message.need("noisy_latents")
+        noise = torch.randn(clean.shape, generator=draw) * defences.feature_noise
+        noised = (clean + noise) * feature_scale(defences)
+        return replace(message, noisy_latents=noised, smashed=message.need("smashed") + (noised - clean))
+
+    return add
+
+
+def _own_draws(defences: Defences) -> Transform:
+    def add(message: Observation, draw: torch.Generator) -> Observation:
+        fields = {name: message.need(name) for name in FEATURES}
+        noised = {k: v + defences.feature_noise * torch.randn(v.shape, generator=draw) for k, v in fields.items()}
+        return replace(message, **noised)
+
+    return add
 
 
 def _symsigmoid(message: Observation, draw: torch.Generator) -> Observation:
@@ -80,6 +171,50 @@ def _add_fixed_noise(defences: Defences, client_key: int) -> Transform:
         return replace(message, smashed=smashed + noise)
 
     return add
+
+
+def _mix(defences: Defences, client_key: int) -> Transform:
+    def mix(message: Observation, draw: torch.Generator) -> Observation:
+        n = defences.key_mixing
+        if message.batch_size % n:
+            raise InputError(f"key_mixing {n} does not divide a batch of {message.batch_size}: change either")
+        own = mixing_key(n, generator("mixing key", client_key))
+        keys = [mixing_key(n, draw) if defences.fresh_keys else own for _ in range(message.batch_size // n)]
+        whole = torch.block_diag(*keys)
+        return replace(message, **{name: torch.einsum("ij,jchw->ichw", whole, message.need(name)) for name in FEATURES})
+
+    return mix
+
+
+def _shuffle(defences: Defences, client_key: int) -> Transform:
+    """Permute patches alike in all maps, the label included: the server could not train otherwise."""
+
+    def shuffle(message: Observation, draw: torch.Generator) -> Observation:
+        side, latents = defences.patch_shuffle, message.need("noisy_latents")
+        n, (height, width) = len(latents), latents.shape[2:]
+        if height % side or width % side:
+            raise InputError(f"patch_shuffle {side} does not divide latents of {height}x{width}: give a divisor")
+        places = height * width // side**2
+        keys = draw if defences.fresh_keys else generator("patch key", client_key)
+        order = torch.stack([torch.randperm(places, generator=keys) for _ in range(n if defences.fresh_keys else 1)])
+        order = order.expand(n, -1)
+        maps = {name: getattr(message, name) for name in (*FEATURES, "noise")}
+        moved = {k: from_patches(to_patches(v, side), order, side) for k, v in maps.items() if v is not None}
+        return replace(message, **moved)
+
+    return shuffle
+
+
+def to_patches(maps: Float[Tensor, "n c h w"], side: int) -> Float[Tensor, "n p d"]:
+    """Cut maps into their (h / side)(w / side) square patches, row by row, each flattened."""
+    return torch.nn.functional.unfold(maps, side, stride=side).transpose(1, 2)
+
+
+def from_patches(patches: Float[Tensor, "n p d"], order: Int[Tensor, "n p"], side: int) -> Float[Tensor, "n c h w"]:
+    """Put patches together again to square maps, patch `order[i, j]` of sample i at place j."""
+    moved = patches.gather(1, order[..., None].expand_as(patches)).transpose(1, 2)
+    length = round(math.sqrt(patches.shape[1])) * side
+    return torch.nn.functional.fold(moved, length, side, stride=side)
 
 
 def _hide_prompts(message: Observation, draw: torch.Generator) -> Observation:

@@ -1,9 +1,9 @@
-"""The four training schemes: who computes what. Each turns one step's batch into one optimiser step."""
+"""The training schemes: who computes what. Each turns one step's batch into one optimiser step."""
 
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,7 +22,9 @@ from splitlab.split import (
     client_batch,
     client_send,
     detach_hint_encoder,
+    noise_loss,
     server_loss,
+    server_prediction,
 )
 from splitlab.types import Observation, Truth
 from splitlab.wire import from_bytes, to_bytes
@@ -141,7 +143,7 @@ class Split:
         began = time.perf_counter()
         message, truth = client_send(client, turn, self.config.batch_size)
         sent = time.perf_counter()
-        loss = server_loss(self.base, self._model, from_bytes(message))
+        loss = server_loss(self.base, self._model, from_bytes(message), defences=self.config.defences)
         _descend(loss, self.optimizers["server"], lr)
         server_s = time.perf_counter() - sent
         return Step(loss.item(), message, truth, len(message), 0, sent - began, server_s)
@@ -149,6 +151,38 @@ class Split:
     def controlnet(self) -> ControlNetModel:
         """Return the trained ControlNet."""
         return self._model
+
+
+class UShaped(Split):
+    """S1 with the loss on the client: it keeps the noise, is handed the prediction and returns the loss's gradient."""
+
+    def step(self, number: int, lr: float) -> Step:
+        """Send, receive, predict, hand back, take the gradient, train."""
+        client, turn = _turn(self.clients, number)
+        began = time.perf_counter()
+        whole, truth = client_send(client, turn, self.config.batch_size)
+        own = from_bytes(whole).float()
+        up = to_bytes(from_bytes(whole).without("noise"))
+        sent = time.perf_counter()
+
+        received = from_bytes(up)
+        prediction = server_prediction(self.base, self._model, received)
+        handed = prediction.detach()
+        down = save_bytes({"noise_pred": handed})
+        predicted = time.perf_counter()
+
+        asked = load_bytes(down)["noise_pred"].requires_grad_()
+        loss = noise_loss(self.base, client.defences, asked, own.need("noise"), own.need("timesteps"))
+        (gradient,) = torch.autograd.grad(loss, asked)
+        back = save_bytes({"gradient": gradient})
+        returned = time.perf_counter()
+        if torch.isfinite(loss):
+            returned_gradient = load_bytes(back)["gradient"]
+            _descend((prediction * returned_gradient).sum(), self.optimizers["server"], lr)
+        seen = replace(received, noise_pred=handed, noise_pred_gradient=gradient)
+        client_s = sent - began + returned - predicted
+        server_s = predicted - sent + time.perf_counter() - returned
+        return Step(loss.item(), to_bytes(seen), truth, len(up) + len(back), len(down), client_s, server_s)
 
 
 class SplitGradients:
@@ -181,7 +215,7 @@ class SplitGradients:
 
         received = from_bytes(up)
         smashed = received.float().need("smashed").requires_grad_()
-        loss = server_loss(self.base, self._server, received, smashed)
+        loss = server_loss(self.base, self._server, received, smashed, defences=client.defences)
         if not torch.isfinite(loss):
             return Step(loss.item(), up, truth, len(up))  # there is no gradient to return
         _descend(loss, self.optimizers["server"], lr)
@@ -203,7 +237,12 @@ def make_scheme(base: Base, config: TrainConfig, clients: Sequence[Client], hint
     """Build the scheme that `config` names; `hints` are the private hint images `[n, 3, s, s]`."""
     if config.scheme == "split_gradients":
         return SplitGradients(base, config, clients, hints)
-    kinds: dict[str, Callable[..., Scheme]] = {"central": Central, "federated": Federated, "split": Split}
+    kinds: dict[str, Callable[..., Scheme]] = {
+        "central": Central,
+        "federated": Federated,
+        "split": Split,
+        "u_shaped": UShaped,
+    }
     return kinds[config.scheme](base, config, clients)
 
 

@@ -9,10 +9,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from splitlab.base import Base, Encoded
+from splitlab.base import Base, Encoded, noised
 from splitlab.config import Defences
 from splitlab.controlnet import LatentHintControlNet, predict_noise
-from splitlab.defences import draw_timesteps, fixed_noise_tensor, protect, transforms
+from splitlab.defences import (
+    draw_noise,
+    draw_timesteps,
+    fixed_noise_tensor,
+    label_share,
+    protect,
+    sent_timesteps,
+    signal_level,
+    transforms,
+)
 from splitlab.errors import InputError
 from splitlab.seeds import generator
 from splitlab.types import Observation, Truth
@@ -64,14 +73,16 @@ def client_batch(client: Client, step: int, batch_size: int) -> tuple[Observatio
     """
     draw = client.draw(step)
     chosen = _epoch_batch(client, step, batch_size)
-    timesteps = draw_timesteps(client.defences, len(chosen), client.base.n_timesteps, draw)
+    defences, alphas_cumprod = client.defences, client.base.alphas_cumprod
+    timesteps = draw_timesteps(defences, len(chosen), alphas_cumprod, draw)
     latents = client.data.latents[chosen]
-    noise = torch.randn(latents.shape, generator=draw)
+    noise = draw_noise(defences, tuple(latents.shape), draw)
+    named = sent_timesteps(defences, timesteps, alphas_cumprod)
     message = Observation(
         client=client.number,
         sequence=step,
-        timesteps=timesteps,
-        noisy_latents=client.base.noised(latents, noise, timesteps),
+        timesteps=named,
+        noisy_latents=noised(latents, noise, signal_level(defences, named, alphas_cumprod)),
         noise=noise,
         encoder_hidden_states=client.data.text[chosen],
     )
@@ -98,10 +109,10 @@ def client_send(client: Client, step: int, batch_size: int) -> tuple[bytes, Trut
     return to_bytes(protect(message, chain, client.draw(-1 - step))), truth
 
 
-def server_loss(
+def server_prediction(
     base: Base, controlnet: ControlNetModel, observation: Observation, smashed: Tensor | None = None
-) -> Float[Tensor, ""]:
-    """Compute the server's loss on one message: mean squared error of the predicted noise (Yao 2024).
+) -> Float[Tensor, "b c h w"]:
+    """Predict the noise in one message: the ControlNet on `smashed`, the frozen U-Net on the noisy latents.
 
     Args:
         base: the public models.
@@ -110,7 +121,7 @@ def server_loss(
         smashed: stands in for `observation.smashed`, where a gradient with respect to it is wanted.
     """
     seen = observation.float()
-    noisy_latents, timesteps, noise = seen.need("noisy_latents"), seen.need("timesteps"), seen.need("noise")
+    noisy_latents, timesteps = seen.need("noisy_latents"), seen.need("timesteps")
     smashed = seen.need("smashed") if smashed is None else smashed
     text = seen.encoder_hidden_states
     if text is None:
@@ -119,7 +130,28 @@ def server_loss(
         control = controlnet.forward_smashed(smashed, timesteps, text)
     else:
         control = controlnet(noisy_latents, timesteps, text, controlnet_cond=smashed)
-    return F.mse_loss(predict_noise(base.unet, noisy_latents, timesteps, text, control), noise)
+    return predict_noise(base.unet, noisy_latents, timesteps, text, control)
+
+
+def noise_loss(
+    base: Base, defences: Defences, noise_pred: Tensor, noise: Tensor, timesteps: Tensor
+) -> Float[Tensor, ""]:
+    """Mean squared error of k noise_pred (Yao 2024; k from `label_share`, 1 but for the matched client)."""
+    return F.mse_loss(label_share(defences, timesteps, base.alphas_cumprod) * noise_pred, noise)
+
+
+def server_loss(
+    base: Base,
+    controlnet: ControlNetModel,
+    observation: Observation,
+    smashed: Tensor | None = None,
+    *,
+    defences: Defences | None = None,
+) -> Float[Tensor, ""]:
+    """Compute the server's loss on one message; arguments as in `server_prediction`, `defences`: the clients'."""
+    noise_pred = server_prediction(base, controlnet, observation, smashed)
+    seen = observation.float()
+    return noise_loss(base, defences or Defences(), noise_pred, seen.need("noise"), seen.need("timesteps"))
 
 
 def detach_hint_encoder(controlnet: ControlNetModel) -> nn.Module:

@@ -28,7 +28,7 @@ from splitlab.errors import InputError
 from splitlab.paths import ROOT
 from splitlab.schemes import Scheme, Step, make_scheme
 from splitlab.seeds import generator
-from splitlab.split import Client
+from splitlab.split import Client, client_send
 from splitlab.types import Callback, Truth
 from splitlab.wire import Header, write_transcript, write_truth
 
@@ -47,14 +47,15 @@ class Progress:
     client_s: float = 0.0
     server_s: float = 0.0
 
-    def add(self, step: Step, *, record: int) -> None:
-        """Take in one step; keep its message if fewer than `record` are kept."""
+    def add(self, step: Step, config: TrainConfig) -> None:
+        """Take in one step; keep its message if the run's transcript is to hold it."""
         self.losses.append(step.loss)
         self.up_bytes += step.up_bytes
         self.down_bytes += step.down_bytes
         self.client_s += step.client_s
         self.server_s += step.server_s
-        if step.message is not None and step.truth is not None and len(self.messages) < record:
+        due = len(self.losses) > config.record_from and len(self.messages) < config.record_messages
+        if due and step.message is not None and step.truth is not None:
             self.messages.append(step.message)
             self.truths.append(step.truth)
 
@@ -62,6 +63,7 @@ class Progress:
 def make_clients(base: Base, private: ImageSet, config: TrainConfig, *, cache: Path | None = None) -> list[Client]:
     """Encode the private data once and share them out among the run's clients."""
     data = encoded(base, private, cache=cache)
+    n = min(config.samples or len(private), len(private))
     return [
         Client(
             number=number,
@@ -71,7 +73,7 @@ def make_clients(base: Base, private: ImageSet, config: TrainConfig, *, cache: P
             defences=config.defences,
             key=config.seed,
         )
-        for number, share in enumerate(partition(len(private), config.n_clients))
+        for number, share in enumerate(partition(n, config.n_clients))
     ]
 
 
@@ -135,6 +137,30 @@ def train(
     return record
 
 
+def record(run: str, config: TrainConfig, base: Base, private: ImageSet, *, transcript: Path, truth: Path) -> None:
+    """Write the first `record_messages` messages of a run of S1's split, and their truth, without training.
+
+    S1's client does not depend on the server's model, so they are those that `train` would record, bit for bit.
+
+    Args:
+        run: the run's name.
+        config: the run; of scheme "split".
+        base: public models.
+        private: the clients' data.
+        transcript, truth: files to write.
+
+    Raises:
+        InputError: the scheme's messages do depend on training.
+    """
+    if config.scheme != "split":
+        raise InputError(f"run {run}: messages of scheme {config.scheme!r} depend on the training; use `train`")
+    clients = make_clients(base, private, config)
+    numbers = range(config.record_from, config.record_from + config.record_messages)
+    sent = [client_send(clients[n % len(clients)], n // len(clients), config.batch_size) for n in numbers]
+    write_transcript(transcript, _header(run, config, base, private), [message for message, _ in sent])
+    write_truth(truth, [kept for _, kept in sent])
+
+
 def _header(run: str, config: TrainConfig, base: Base, private: ImageSet) -> Header:
     return Header(run, config.dataset, config.scheme, config.defences, private.size, base.digest, config.n_clients)
 
@@ -152,7 +178,7 @@ def _run(scheme: Scheme, config: TrainConfig, state: Path, callback: Callback | 
                     f"the loss is {step.loss} at step {number}; lower lr (now {config.lr:g}) or check the data. "
                     f"The checkpoint before it and all earlier outputs are intact"
                 )
-            progress.add(step, record=config.record_messages)
+            progress.add(step, config)
             if callback:
                 callback("train", number + 1, config.steps, step.loss)
             if (number + 1) % 25 == 0:

@@ -1,7 +1,7 @@
 """The words the whole package speaks: Observation, Truth, Knowledge, Reconstruction, PrivacyEvent."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ class Observation:
             split learning: `[b, k, h, w]`, the hint encoder's output.
         noise: `[b, c, h, w]`: the diffusion noise, the label of the server's loss.
         encoder_hidden_states: `[b, l, d]`: text embeddings; None where prompts are hidden.
+        noise_pred: `[b, c, h, w]`: U-shaped split: the server's own prediction, which it handed to the client.
+        noise_pred_gradient: `[b, c, h, w]`: U-shaped split: the gradient of the client's loss by it, sent back.
     """
 
     client: int
@@ -41,6 +43,8 @@ class Observation:
     smashed: Tensor | None = None
     noise: Tensor | None = None
     encoder_hidden_states: Tensor | None = None
+    noise_pred: Tensor | None = None
+    noise_pred_gradient: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -108,8 +112,9 @@ class Knowledge:
         defences: which client-side defences are on, and their strengths (public; keys and draws are not).
         size: image height and width, pixels.
         public: auxiliary public data of the same kind as the private data.
-        ignored: observation fields the attacker is denied, for ablations.
+        ignored: observation fields the attacker is denied, or "defences": for ablations.
         cache: where encodings of the public data are kept; no knowledge, only saved time.
+        server: a malicious server's own networks, as it trained them during the run; empty for an honest one.
     """
 
     base: "Base"
@@ -119,16 +124,17 @@ class Knowledge:
     public: "ImageSet"
     ignored: tuple[str, ...] = ()
     cache: Path | None = None
+    server: Mapping[str, Tensor] = field(default_factory=dict)
 
     def describe(self, observations: Sequence[Observation], used: Sequence[str]) -> list[tuple[str, str]]:
         """Return the threat model as (what, value) rows for a report; `used`: the fields an attack looked at."""
         sent = list(observations[0].tensors) if observations else []
         return [
-            ("adversary", "honest-but-curious server"),
+            ("adversary", "malicious server" if self.server else "honest-but-curious server"),
             ("scheme", self.scheme),
             ("receives", ", ".join(sent)),
             ("uses of it", ", ".join(used) or "nothing"),
-            ("knows the defences", str(self.defences)),
+            ("knows the defences", "no" if "defences" in self.ignored else str(self.defences)),
             ("does not know", "keys, fixed-noise tensors, private images, hints and prompts"),
             ("public base model", self.base.digest[:12]),
             ("public images", f"{len(self.public)} of {self.size}x{self.size} pixels"),
@@ -140,16 +146,18 @@ class Reconstruction:
     """What an attack made of the observations, sample by sample, in the order they were sent.
 
     Attributes:
-        images: `[n, 3, h, w]` in [-1, 1].
+        images: `[n, 3, h, w]` in [-1, 1], or None if the attack is after hints or prompts only.
         hints: `[n, 3, h, w]` in [-1, 1], or None if the attack does not try.
+        prompts: n texts, or None if the attack does not try.
         used: the observation fields the attack looked at; none for a guess without information.
         objective: the attack's own objective as it went on, for pictures of progress.
         n_evals: evaluations of the objective or network, per sample.
         wall_s: seconds for all samples.
     """
 
-    images: Tensor
+    images: Tensor | None = None
     hints: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
     used: tuple[str, ...] = ()
     objective: tuple[float, ...] = ()
     n_evals: int = 0

@@ -109,10 +109,22 @@ def test_fixed_noise_is_estimated_from_messages_alone(shipped: Base, public: Ima
     assert unchanged.abs().median() < 5e-3  # no noise, none found
 
 
-def test_closed_form_needs_the_label(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
+def test_closed_form_without_the_label_recovers_the_hint_alone(
+    shipped: Base, public: ImageSet, victims: ImageSet
+) -> None:
+    transcript, truth = record(shipped, victims, Defences(symsigmoid=True))
+    found = attack_transcript(transcript, attack="closed_form", base=shipped, public=public, ignore=("noise",))
+    assert found.images is None and found.hints is not None
+    data = encoded(shipped, victims)
+    assert (found.hints - shipped.decode(data.hint_latents[truth.indices])).abs().max() < 5e-2
+
+
+def test_closed_form_needs_the_label_or_what_the_hint_went_into(
+    shipped: Base, public: ImageSet, victims: ImageSet
+) -> None:
     transcript, _ = record(shipped, victims, S1)
     with pytest.raises(InputError, match="carries no noise"):
-        attack_transcript(transcript, attack="closed_form", base=shipped, public=public, ignore=("noise",))
+        attack_transcript(transcript, attack="closed_form", base=shipped, public=public, ignore=("noise", "smashed"))
 
 
 def test_one_step_denoising_beats_no_information_early_and_fades(

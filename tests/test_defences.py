@@ -8,7 +8,18 @@ from splitlab.defences import draw_timesteps, fixed_noise_tensor, protect, trans
 from splitlab.errors import InputError
 from splitlab.types import OBSERVATION_FIELDS, Observation
 
-EACH = [Defences(symsigmoid=True), Defences(fixed_noise=0.5), Defences(half=True), Defences(hide_prompts=True)]
+EACH = [
+    Defences(symsigmoid=True),
+    Defences(fixed_noise=0.5),
+    Defences(half=True),
+    Defences(hide_prompts=True),
+    Defences(feature_noise=0.3),
+    Defences(feature_noise=0.3, independent_draws=True),
+    Defences(feature_noise=0.3, matched=True),
+    Defences(key_mixing=3),
+    Defences(patch_shuffle=1),
+]
+ALPHAS = torch.linspace(0.999, 0.005, 1000)
 
 
 def message(seed: int = 0) -> Observation:
@@ -97,7 +108,7 @@ def test_half_halves_floats_to_fp16_and_keeps_timesteps_exact():
 
 @pytest.mark.parametrize("floor", [0, 1, 600, 999])
 def test_timesteps_are_drawn_from_the_floor_to_the_end(floor: int):
-    drawn = draw_timesteps(Defences(timestep_floor=floor), 20_000, 1000, tiny.draw())
+    drawn = draw_timesteps(Defences(timestep_floor=floor), 20_000, ALPHAS, tiny.draw())
     # 20,000 draws from at most 1,000 values miss one end with probability 2e-9
     assert (drawn.min().item(), drawn.max().item()) == (floor, 999)
     assert drawn.float().mean().item() == pytest.approx((floor + 999) / 2, abs=8)
@@ -106,4 +117,4 @@ def test_timesteps_are_drawn_from_the_floor_to_the_end(floor: int):
 @pytest.mark.parametrize("floor", [1000, 5000])
 def test_a_floor_that_leaves_no_timestep_is_refused(floor: int):
     with pytest.raises(InputError, match=f"timestep_floor {floor} leaves none of the 1000 timesteps: lower it"):
-        draw_timesteps(Defences(timestep_floor=floor), 4, 1000, tiny.draw())
+        draw_timesteps(Defences(timestep_floor=floor), 4, ALPHAS, tiny.draw())

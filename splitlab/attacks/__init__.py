@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from splitlab.artefacts import SavedReconstruction, save_reconstruction
 from splitlab.attacks.closed_form import closed_form
@@ -18,7 +19,7 @@ from splitlab.attacks.inverse_network import inverse_network
 from splitlab.attacks.no_information import mean_public, random_public
 from splitlab.attacks.one_step import one_step
 from splitlab.base import Base
-from splitlab.config import AttackSpec
+from splitlab.config import AttackSpec, Defences
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.seeds import generator as splitlab_generator
@@ -32,6 +33,9 @@ ATTACKS: dict[str, Callable[..., Reconstruction]] = {
     "inverse_network": inverse_network,
     "closed_form": closed_form,
 }
+
+FACTS = ("defences",)
+"""What an attacker can be denied besides the fields of a message: then it takes the client for undefended."""
 
 NO_INFORMATION = ("mean_public", "random_public")
 """The attacks that look at no message: what all others are measured against."""
@@ -53,7 +57,8 @@ def run_attack(
     """
     if attack not in ATTACKS:
         raise InputError(f"no attack is called {attack!r}; there are {', '.join(ATTACKS)}")
-    seen = [observation.without(*knowledge.ignored) for observation in observations]
+    denied = [name for name in knowledge.ignored if name not in FACTS]
+    seen = [observation.without(*denied) for observation in observations]
     began = time.perf_counter()
     try:
         result = ATTACKS[attack](seen, knowledge, generator=generator, callback=callback, **(options or {}))
@@ -74,6 +79,7 @@ def attack_transcript(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     cache: Path | None = None,
+    server: Mapping[str, Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Reconstruction:
     """Attack a transcript, also one that somebody else recorded.
@@ -83,10 +89,11 @@ def attack_transcript(
         attack: name of the attack.
         base: the public base model the run used.
         public: auxiliary public data of the same image size.
-        ignore: observation fields to deny the attacker.
+        ignore: observation fields or `FACTS` to deny the attacker.
         seed: of the attack's draws.
         options: keyword arguments of the attack.
         cache: where encodings of the public data are kept.
+        server: what a malicious server trained during the run.
         callback: told of progress.
 
     Raises:
@@ -94,7 +101,7 @@ def attack_transcript(
     """
     if not isinstance(transcript, Transcript):
         transcript = read_transcript(transcript, base_digest=base.digest)
-    knowledge = make_knowledge(transcript, base, public, ignore=ignore, cache=cache)
+    knowledge = make_knowledge(transcript, base, public, ignore=ignore, cache=cache, server=server)
     draw = splitlab_generator("attack", attack, *ignore, seed)
     return run_attack(attack, transcript.observations, knowledge, generator=draw, options=options, callback=callback)
 
@@ -106,6 +113,7 @@ def make_knowledge(
     *,
     ignore: tuple[str, ...] = (),
     cache: Path | None = None,
+    server: Mapping[str, Tensor] | None = None,
 ) -> Knowledge:
     """Gather what the adversary knows about a recorded run: its public header, models and data.
 
@@ -119,7 +127,8 @@ def make_knowledge(
         )
     if base.digest != header.base:
         raise InputError(f"run {header.run}: recorded with base model {header.base[:12]}, not {base.digest[:12]}")
-    return Knowledge(base, header.scheme, header.defences, header.size, public, tuple(ignore), cache)
+    defences = Defences() if "defences" in ignore else header.defences
+    return Knowledge(base, header.scheme, defences, header.size, public, tuple(ignore), cache, dict(server or {}))
 
 
 def attack_and_save(

@@ -6,13 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from splitlab.attacks.channel import labelled, latent_view
 from splitlab.base import encoded
 from splitlab.controlnet import symsigmoid as activation
 from splitlab.controlnet import symsigmoid_inverse
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders, stack
-
-LABELLED = ("timesteps", "noisy_latents", "noise")
-"""What image latents follow from; hint latents need `smashed` besides."""
+from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
 
 
 def closed_form(
@@ -24,20 +22,35 @@ def closed_form(
 ) -> Reconstruction:
     """Solve for image and hint, exactly up to the floating-point format on the wire.
 
-    latents = (noisy_latents - sqrt(1 - ᾱ_t) noise) / sqrt(ᾱ_t)  (Ho et al. 2020, eq. 4, solved for x_0);
+    latents = (noisy_latents - sqrt(1 - ᾱ_t) noise) / sqrt(ᾱ_t)  (Ho et al. 2020, eq. 4, solved for x_0), with the noise
+    as sent or, in a U-shaped split, solved for from the returned gradient (`channel.labelled`); feature noise stays in.
     hint_latents = activation⁻¹(smashed - fixed_noise) - noisy_latents, with each client's fixed noise estimated from
-    all its messages (`estimate_fixed_noise`). Hints are solved for on scheme `split` only: elsewhere the cut lies
-    behind a trainable encoder.
+    all its messages (`estimate_fixed_noise`). Hints need no label; they are solved for where the cut lies before
+    anything trainable (`split`, `u_shaped`). Without any label only the hints are recovered.
     """
-    seen, base = stack(observations), knowledge.base
-    noisy_latents = seen.need("noisy_latents")
-    images = base.decode(base.denoised(noisy_latents, seen.need("noise"), seen.need("timesteps")))
-    if knowledge.scheme != "split" or seen.smashed is None:
-        return Reconstruction(images, used=LABELLED, n_evals=1)
+    seen, base = labelled(observations, knowledge), knowledge.base
+    hints = hint_latents(seen, observations, knowledge)
+    if seen.noise is None:
+        if hints is None:
+            seen.need("noise")
+        return Reconstruction(hints=base.decode(torch.as_tensor(hints)), used=("noisy_latents", "smashed"), n_evals=1)
+    images = base.decode(latent_view(seen, knowledge)[0])
+    label = ("noise",) if seen.noise_pred is None else ("noise_pred", "noise_pred_gradient")
+    used = ("timesteps", "noisy_latents", *label)
+    if hints is None:
+        return Reconstruction(images, used=used, n_evals=1)
+    return Reconstruction(images, base.decode(hints), used=(*used, "smashed"), n_evals=1)
 
-    fixed_noise = torch.zeros_like(seen.smashed)
+
+def hint_latents(
+    seen: Observation, observations: Sequence[Observation], knowledge: Knowledge
+) -> Float[Tensor, "n c h w"] | None:
+    """Solve for the hints' latents: activation⁻¹(smashed - fixed_noise) - noisy_latents; None where that is no use."""
+    if knowledge.scheme not in ("split", "u_shaped") or seen.smashed is None or seen.noisy_latents is None:
+        return None
+    noisy_latents, fixed_noise = seen.noisy_latents, torch.zeros_like(seen.smashed)
     if knowledge.defences.fixed_noise:
-        public_hints = encoded(base, knowledge.public, cache=knowledge.cache).hint_latents
+        public_hints = encoded(knowledge.base, knowledge.public, cache=knowledge.cache).hint_latents
         sender = senders(observations)
         for client in sender.unique().tolist():
             own = sender == client
@@ -48,8 +61,7 @@ def closed_form(
                 symsigmoid=knowledge.defences.symsigmoid,
                 span=4.0 * knowledge.defences.fixed_noise,
             )
-    hint_latents = _invert(seen.smashed - fixed_noise, knowledge.defences.symsigmoid) - noisy_latents
-    return Reconstruction(images, base.decode(hint_latents), used=(*LABELLED, "smashed"), n_evals=1)
+    return _invert(seen.smashed - fixed_noise, knowledge.defences.symsigmoid) - noisy_latents
 
 
 def _invert(smashed: Tensor, symsigmoid: bool) -> Tensor:

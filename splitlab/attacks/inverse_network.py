@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from splitlab.base import Encoded, encoded
+from splitlab.base import Encoded, encoded, noised
 from splitlab.config import Defences
-from splitlab.defences import Defence, draw_timesteps, protect, transforms
+from splitlab.defences import (
+    Defence,
+    draw_noise,
+    draw_timesteps,
+    protect,
+    sent_timesteps,
+    signal_level,
+    transforms,
+)
 from splitlab.errors import InputError
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction, stack
 
@@ -91,7 +99,11 @@ def inverse_network(
         )
     latents, hint_latents = found.split(channels, 1)
     return Reconstruction(
-        base.decode(latents), base.decode(hint_latents), ("timesteps", *inputs), tuple(losses), n_evals=1
+        base.decode(latents),
+        base.decode(hint_latents),
+        used=("timesteps", *inputs),
+        objective=tuple(losses),
+        n_evals=1,
     )
 
 
@@ -133,19 +145,21 @@ def _fit(
 
 def _imitate(data: Encoded, knowledge: Knowledge, batch: int, draw: torch.Generator) -> tuple[Observation, Tensor]:
     """Play the client on public data, with fresh draws of every secret, fixed noise included."""
+    defences, alphas_cumprod = knowledge.defences, knowledge.base.alphas_cumprod
     chosen = torch.randint(len(data), (batch,), generator=draw)
-    timesteps = draw_timesteps(knowledge.defences, batch, knowledge.base.n_timesteps, draw)
+    named = sent_timesteps(defences, draw_timesteps(defences, batch, alphas_cumprod, draw), alphas_cumprod)
     latents = data.latents[chosen]
-    noise = torch.randn(latents.shape, generator=draw)
-    noisy = knowledge.base.noised(latents, noise, timesteps)
-    message = Observation(-1, -1, timesteps, noisy, data.hint_latents[chosen] + noisy, noise)
-    message = protect(message, _secretless(knowledge.defences), draw).float()
-    if knowledge.defences.fixed_noise:
-        secret = torch.randn(latents.shape, generator=draw) * knowledge.defences.fixed_noise
+    noise = draw_noise(defences, tuple(latents.shape), draw)
+    noisy = noised(latents, noise, signal_level(defences, named, alphas_cumprod))
+    message = Observation(-1, -1, named, noisy, data.hint_latents[chosen] + noisy, noise)
+    message = protect(message, _secretless(defences), draw).float()
+    if defences.fixed_noise:
+        secret = torch.randn(latents.shape, generator=draw) * defences.fixed_noise
         message = replace(message, smashed=message.need("smashed") + secret)
     return message, chosen
 
 
 def _secretless(defences: Defences) -> tuple[Defence, ...]:
-    """Return the transforms that need no key."""
-    return transforms(replace(defences, fixed_noise=0.0), client_key=0)
+    """Return the transforms that need no key; keys that the attacker does not know are drawn anew."""
+    keyed = bool(defences.key_mixing or defences.patch_shuffle)
+    return transforms(replace(defences, fixed_noise=0.0, fresh_keys=keyed), client_key=0)
