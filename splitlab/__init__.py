@@ -20,6 +20,7 @@ from splitlab.figures import draw_figures, show_images  # noqa: E402
 from splitlab.params import load_params, load_split, section  # noqa: E402
 from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
 from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
+from splitlab.survey import SurveyConfig, attack_survey, record_survey, utility  # noqa: E402
 from splitlab.train import train  # noqa: E402
 from splitlab.types import Knowledge, Observation, Reconstruction, Truth  # noqa: E402
 from splitlab.wire import Transcript, read_transcript  # noqa: E402
@@ -38,10 +39,12 @@ __all__ = [
     "Observation",
     "PretrainConfig",
     "Reconstruction",
+    "SurveyConfig",
     "TrainConfig",
     "Transcript",
     "Truth",
     "attack_and_save",
+    "attack_survey",
     "attack_transcript",
     "draw_figures",
     "encoded",
@@ -54,9 +57,11 @@ __all__ = [
     "parse",
     "pretrain",
     "read_transcript",
+    "record_survey",
     "resolve",
     "save_reconstruction",
     "section",
     "show_images",
     "train",
+    "utility",
 ]

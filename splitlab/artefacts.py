@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -77,3 +78,20 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     result = Reconstruction(images, hints, prompts, used, objective, fields["n_evals"])
     rows = tuple((what, value) for what, value in fields["threat_model"])
     return SavedReconstruction(result, fields["attack"], fields["seed"], fields["knowledge"], rows)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a result table.
+
+    Raises:
+        InputError: it is missing or empty.
+    """
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # the defences "none" are a word
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run `dvc repro` first, which makes it") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise InputError(f"{path}: damaged ({error}); run `dvc repro` to make it again") from None
+    if table.empty:
+        raise InputError(f"{path}: it has no rows; run `dvc repro` to make it again")
+    return table

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,21 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) 
 def save_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file, keys sorted, so that equal content gives equal files."""
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run the stage that makes it (`dvc repro`)") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: damaged ({error}); run the stage that makes it again") from None
+    return content
 
 
 @contextlib.contextmanager

@@ -161,12 +161,14 @@ class AttackSpec:
         attack: its name in `splitlab.attacks.ATTACKS`.
         ignore: observation fields to deny it, or "defences" (it takes the client for undefended), for ablations.
         seeds: how many attackers, who differ in their draws, try; 1 for an attack without randomness.
+        when: survey only: the defence that must be on, or "epochs": transcripts that show images many times.
         options: keyword arguments of the attack function.
     """
 
     attack: str
     ignore: tuple[str, ...] = ()
     seeds: int = 3
+    when: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -220,6 +222,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return parse(hint, value, where=where)  # type: ignore[arg-type]
     origin = getattr(hint, "__origin__", None)
+    if origin is dict and hint.__args__[1] is not Any and isinstance(value, Mapping):
+        return {key: _coerce(hint.__args__[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_coerce(hint.__args__[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is tuple or (origin is dict and not isinstance(value, dict)):

@@ -155,7 +155,7 @@ def _own_draws(defences: Defences) -> Transform:
     def add(message: Observation, draw: torch.Generator) -> Observation:
         fields = {name: message.need(name) for name in FEATURES}
         noised = {k: v + defences.feature_noise * torch.randn(v.shape, generator=draw) for k, v in fields.items()}
-        return replace(message, **noised)
+        return message.changed(**noised)
 
     return add
 
@@ -181,7 +181,7 @@ def _mix(defences: Defences, client_key: int) -> Transform:
         own = mixing_key(n, generator("mixing key", client_key))
         keys = [mixing_key(n, draw) if defences.fresh_keys else own for _ in range(message.batch_size // n)]
         whole = torch.block_diag(*keys)
-        return replace(message, **{name: torch.einsum("ij,jchw->ichw", whole, message.need(name)) for name in FEATURES})
+        return message.changed(**{name: torch.einsum("ij,jchw->ichw", whole, message.need(name)) for name in FEATURES})
 
     return mix
 
@@ -200,7 +200,7 @@ def _shuffle(defences: Defences, client_key: int) -> Transform:
         order = order.expand(n, -1)
         maps = {name: getattr(message, name) for name in (*FEATURES, "noise")}
         moved = {k: from_patches(to_patches(v, side), order, side) for k, v in maps.items() if v is not None}
-        return replace(message, **moved)
+        return message.changed(**moved)
 
     return shuffle
 

@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
 from splitlab import checkpoint, metrics
-from splitlab.artefacts import SavedReconstruction, load_reconstruction
+from splitlab.artefacts import SavedReconstruction, load_reconstruction, read_table
 from splitlab.base import Base
 from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
@@ -21,7 +23,8 @@ from splitlab.errors import InputError
 from splitlab.params import load_split
 from splitlab.seeds import generator
 from splitlab.train import control_scores
-from splitlab.types import Truth
+from splitlab.types import Reconstruction, Truth
+from splitlab.verdicts import verdicts
 from splitlab.wire import read_truth
 
 TRAINING_COLUMNS = (
@@ -31,7 +34,7 @@ TRAINING_COLUMNS = (
 ATTACK_COLUMNS = (
     *("run", "dataset", "defences", "attack", "knowledge", "t_low", "t_high", "n", "n_seeds", "psnr_db", "psnr_db_std"),
     *("ssim", "mse", "id_top1", "id_chance", "ceiling_psnr_db", "no_info_psnr_db"),
-    *("psnr_db_seed_std", "hint_psnr_db", "hint_iou"),
+    *("psnr_db_seed_std", "hint_psnr_db", "hint_iou", "hint_id_top1", "prompt_exact", "n_evals", "cpu_s"),
 )
 
 
@@ -58,7 +61,7 @@ def run_truth(run: Path, base: Base, private: ImageSet) -> RunTruth:
     Raises:
         InputError: the run's files are missing, damaged, or speak of other data.
     """
-    config = parse(TrainConfig, read_json(run / "record.json")["config"], where=f"{run}/record.json")
+    config = parse(TrainConfig, checkpoint.load_json(run / "record.json")["config"], where=f"{run}/record.json")
     truth = read_truth(run / "truth.safetensors")
     if len(truth.indices) and int(truth.indices.max()) >= len(private):
         raise InputError(f"{run}: its truth speaks of image {int(truth.indices.max())}, the data hold {len(private)}")
@@ -78,42 +81,86 @@ def buckets(timesteps: Tensor, config: EvaluateConfig) -> dict[tuple[int, int], 
 
 
 def score_samples(
-    saved: SavedReconstruction, known: RunTruth, config: EvaluateConfig, *, localise: bool
+    saved: SavedReconstruction,
+    known: RunTruth,
+    config: EvaluateConfig,
+    *,
+    localise: bool,
+    chosen: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Score one reconstruction, sample by sample.
 
-    Returns `mse`, `psnr_db`, `ssim`, `identified`, and where the attack recovers hints `hint_psnr_db` and, if
-    `localise`, `hint_iou` (outlines of discs); each `[n]` float32.
+    Args:
+        saved: the reconstruction.
+        known: the truth about its run.
+        config: how to score.
+        localise: whether hints are outlines of discs.
+        chosen: positions of the samples to score, the others are NaN; None: all.
+
+    Returns `mse`, `psnr_db`, `ssim`, `identified` where the attack recovers images; `hint_psnr_db`, `hint_identified`
+    and, if `localise`, `hint_iou` where it recovers hints; `prompt_exact` where it recovers prompts; each `[n]`.
 
     Raises:
-        InputError: the reconstruction has another number of images than the truth.
+        InputError: the reconstruction has another number of samples than the truth.
     """
-    truth, private, result = known.truth, known.private, saved.result
-    if len(result.images) != len(truth.indices):
-        raise InputError(
-            f"{saved.attack}: {len(result.images)} reconstructions for {len(truth.indices)} samples; attack again"
-        )
-    images = private.images[truth.indices]
-    scores = {
-        "mse": metrics.mse(result.images, images),
-        "psnr_db": metrics.psnr_db(result.images, images),
-        "ssim": metrics.ssim(result.images, images),
-        "identified": _identified(result.images, truth.indices, private, config),
-    }
+    indices, private = known.truth.indices, known.private
+    result = in_best_order(saved, known)
+    chosen = torch.arange(len(indices)) if chosen is None else chosen
+    own = indices[chosen]
+    scores: dict[str, Tensor] = {}
+    if result.images is not None:
+        images, found = private.images[own], result.images[chosen]
+        scores |= {"mse": metrics.mse(found, images), "psnr_db": metrics.psnr_db(found, images)}
+        scores |= {"ssim": metrics.ssim(found, images)}
+        scores["identified"] = _identified(found, own, private.images, config)
     if result.hints is not None:
-        hints = private.hints[truth.indices]
-        scores["hint_psnr_db"] = metrics.psnr_db(result.hints, hints)
+        hints, found = private.hints[own], result.hints[chosen]
+        scores["hint_psnr_db"] = metrics.psnr_db(found, hints)
+        scores["hint_identified"] = _identified(found, own, private.hints, config)
         if localise:
-            found, wanted = (torch.stack([metrics.outline_mask(h) for h in group]) for group in (result.hints, hints))
-            scores["hint_iou"] = metrics.iou(found, wanted)
-    return {name: value.float() for name, value in scores.items()}
+            masks = (torch.stack([metrics.outline_mask(hint) for hint in group]) for group in (found, hints))
+            scores["hint_iou"] = metrics.iou(*masks)
+    if result.prompts is not None:
+        pairs = zip(chosen.tolist(), own.tolist(), strict=True)
+        scores["prompt_exact"] = torch.tensor([result.prompts[i] == private.prompts[j] for i, j in pairs])
+    spread = {name: torch.full((len(indices),), torch.nan) for name in scores}
+    return {name: whole.index_copy(0, chosen, scores[name].float()) for name, whole in spread.items()}
 
 
-def _identified(images: Tensor, indices: Tensor, private: ImageSet, config: EvaluateConfig) -> Tensor:
+def in_best_order(saved: SavedReconstruction, known: RunTruth) -> Reconstruction:
+    """Return the reconstruction, samples that were mixed with one another in the order that suits the attack best.
+
+    Mixing by a secret key hides which reconstruction is whose, so each group is matched to its private images (hints
+    where there are none) by the assignment of least squared error; alike for every attack, guesses included.
+
+    Raises:
+        InputError: the reconstruction has another number of samples than the truth.
+    """
+    indices, result = known.truth.indices, saved.result
+    for name in ("images", "hints", "prompts"):
+        value = getattr(result, name)
+        if value is not None and len(value) != len(indices):
+            raise InputError(f"{saved.attack}: {len(value)} {name} for {len(indices)} samples; attack again")
+    group = known.config.defences.key_mixing
+    kind = "images" if result.images is not None else "hints"
+    found = getattr(result, kind)
+    if not group or found is None:
+        return result
+    wanted, order = getattr(known.private, kind)[indices], torch.arange(len(indices))
+    for part in torch.arange(len(indices)).split(group):
+        cost = torch.cdist(wanted[part].flatten(1), found[part].flatten(1)).square()
+        order[part] = part[torch.from_numpy(linear_sum_assignment(cost.numpy())[1])]
+    changes = {name: getattr(result, name)[order] for name in ("images", "hints") if getattr(result, name) is not None}
+    if result.prompts is not None:
+        changes["prompts"] = tuple(result.prompts[i] for i in order.tolist())
+    return replace(result, **changes)
+
+
+def _identified(found: Tensor, indices: Tensor, gallery: Tensor, config: EvaluateConfig) -> Tensor:
     """Pick each image's nearest among a line-up of private images, the same line-up for every attack."""
-    size = min(config.candidates, len(private))
-    line_up = metrics.line_ups(len(private), indices, size, generator("line-up", config.seed))
-    return metrics.identified(images, private.images, line_up)
+    size = min(config.candidates, len(gallery))
+    line_up = metrics.line_ups(len(gallery), indices, size, generator("line-up", config.seed))
+    return metrics.identified(found, gallery, line_up)
 
 
 def attack_rows(
@@ -131,38 +178,59 @@ def attack_rows(
         guess = torch.stack([s["psnr_db"][chosen] for _, s in scored["mean_public"]])
         for attack, tries in scored.items():
             columns = {name: torch.stack([scores[name][chosen] for _, scores in tries]) for name in tries[0][1]}
-            psnr = columns["psnr_db"]
+            mean = {name: value.mean().item() for name, value in columns.items()}
+            psnr = columns.get("psnr_db", torch.full((1, 1), torch.nan))
+            first = tries[0][0]
             rows.append(
                 {
                     "run": run,
                     "dataset": known.config.dataset,
                     "defences": str(known.config.defences),
                     "attack": attack,
-                    "knowledge": tries[0][0].knowledge,
+                    "knowledge": first.knowledge,
                     "t_low": low,
                     "t_high": high,
                     "n": len(chosen),
                     "n_seeds": len(tries),
-                    "psnr_db": psnr.mean().item(),
+                    "psnr_db": mean.get("psnr_db"),
                     "psnr_db_std": psnr.std(unbiased=False).item(),
-                    "ssim": columns["ssim"].mean().item(),
-                    "mse": columns["mse"].mean().item(),
-                    "id_top1": columns["identified"].mean().item(),
+                    "ssim": mean.get("ssim"),
+                    "mse": mean.get("mse"),
+                    "id_top1": mean.get("identified"),
                     "id_chance": 1.0 / min(config.candidates, len(known.private)),
                     "ceiling_psnr_db": known.ceiling[chosen].mean().item(),
                     "no_info_psnr_db": guess.mean().item(),
                     "psnr_db_seed_std": psnr.mean(1).std(unbiased=False).item(),
-                    "hint_psnr_db": columns["hint_psnr_db"].mean().item() if "hint_psnr_db" in columns else None,
-                    "hint_iou": columns["hint_iou"].mean().item() if "hint_iou" in columns else None,
+                    "hint_psnr_db": mean.get("hint_psnr_db"),
+                    "hint_iou": mean.get("hint_iou"),
+                    "hint_id_top1": mean.get("hint_identified"),
+                    "prompt_exact": mean.get("prompt_exact"),
+                    "n_evals": first.result.n_evals,
                 }
             )
     return rows
 
 
 def evaluate_run(
-    run: Path, reconstructions: Path, base: Base, private: ImageSet, config: EvaluateConfig, *, out: Path
+    run: Path,
+    reconstructions: Path,
+    base: Base,
+    private: ImageSet,
+    config: EvaluateConfig,
+    *,
+    out: Path,
+    every: bool = True,
 ) -> list[dict[str, Any]]:
     """Score every reconstruction of a run; write the per-sample scores to `out`, return the table's rows.
+
+    Args:
+        run: folder with the run's `record.json` and `truth.safetensors`.
+        reconstructions: folder with what the attacks left.
+        base: the public models.
+        private: the private data.
+        config: how to score.
+        out: file for the per-sample scores.
+        every: score every sample; else those only that the table counts.
 
     Raises:
         InputError: there are no reconstructions, or the no-information row is missing among them.
@@ -171,9 +239,10 @@ def evaluate_run(
     saved = [load_reconstruction(path) for path in sorted(reconstructions.glob("*.safetensors"))]
     if "mean_public" not in {s.attack for s in saved}:
         raise InputError(f"{reconstructions}: no reconstruction by mean_public, the no-information row; attack first")
+    chosen = None if every else torch.cat(list(buckets(known.truth.timesteps, config).values()))
     scored: dict[str, list[tuple[SavedReconstruction, dict[str, Tensor]]]] = {}
     for one in saved:
-        scores = score_samples(one, known, config, localise=are_shapes(private.prompts))
+        scores = score_samples(one, known, config, localise=are_shapes(private.prompts), chosen=chosen)
         scored.setdefault(one.attack, []).append((one, scores))
     tensors = {
         f"{attack}/{one.seed}/{name}": value
@@ -182,7 +251,18 @@ def evaluate_run(
         for name, value in scores.items()
     }
     checkpoint.save(out, tensors | {"ceiling_psnr_db": known.ceiling}, {"run": run.name})
-    return attack_rows(run.name, known, scored, config)
+    seconds = _seconds(reconstructions / "timing.json")
+    return [row | {"cpu_s": seconds.get(row["attack"])} for row in attack_rows(run.name, known, scored, config)]
+
+
+def _seconds(path: Path) -> dict[str, float]:
+    """Return each attack's CPU seconds, mean over its seeds; nothing if they were not recorded."""
+    if not path.exists():
+        return {}
+    tries: dict[str, list[float]] = {}
+    for name, seconds in checkpoint.load_json(path).items():
+        tries.setdefault(name.rpartition("-")[0], []).append(float(seconds))
+    return {attack: sum(own) / len(own) for attack, own in tries.items()}
 
 
 def evaluate_all(
@@ -194,8 +274,12 @@ def evaluate_all(
     *,
     scores: Path,
     metrics: Path,
+    survey: Path | None = None,
+    utility: Path | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Score every run and every attack; write `training.csv`, `split_attacks.csv` and `summary.json` below `metrics`.
+    """Score every run and every attack; write the tables below `metrics`.
+
+    They are `training.csv`, `split_attacks.csv`, `split_verdicts.csv` (`splitlab.verdicts`) and `summary.json`.
 
     Args:
         runs: folder of runs.
@@ -205,25 +289,52 @@ def evaluate_all(
         config: how to score.
         scores: folder for per-sample scores.
         metrics: folder for the tables.
+        survey: folder of the survey, with `truth/` and `reconstructions/`; None: there is none.
+        utility: table of what each of the survey's defences costs (`splitlab.survey.utility`); None: there is none.
 
-    Returns the two tables.
+    Returns the tables of training and of attacks.
+
+    Raises:
+        InputError: something is missing, or public and private data share images.
     """
     names = list(params["runs"])
     configs = {name: parse(TrainConfig, params["runs"][name], where=f"runs.{name}") for name in names}
     training = [training_row(runs / name) for name in names]
     for dataset in dict.fromkeys(one.dataset for one in configs.values()):
         training += yardsticks(dataset, base, load_split(dataset, "heldout", params))
+    split = lru_cache(maxsize=None)(lambda dataset: disjoint(dataset, params))
+    folders = [(runs / name, reconstructions / name) for name in params["attacks"]]
+    if survey is not None:
+        surveyed = sorted(path for path in (survey / "truth").iterdir() if path.is_dir())
+        folders += [(path, survey / "reconstructions" / path.name) for path in surveyed]
     rows = []
-    for name in tqdm(params["attacks"], desc="evaluate"):
-        private = load_split(configs[name].dataset, "private", params)
-        out = scores / f"{name}.safetensors"
-        rows += evaluate_run(runs / name, reconstructions / name, base, private, config, out=out)
-    tables = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
+    for run, found in tqdm(folders, desc="evaluate"):
+        dataset = checkpoint.load_json(run / "record.json")["config"]["dataset"]
+        out, every = scores / f"{run.name}.safetensors", run.parent == runs
+        rows += evaluate_run(run, found, base, split(dataset), config, out=out, every=every)
+    training_table, attack_table = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
     metrics.mkdir(parents=True, exist_ok=True)
-    for frame, name in zip(tables, ("training", "split_attacks"), strict=True):
+    judged = verdicts(attack_table, read_table(utility) if utility else None)
+    for frame, name in ((training_table, "training"), (attack_table, "split_attacks"), (judged, "split_verdicts")):
         frame.to_csv(metrics / f"{name}.csv", index=False, lineterminator="\n")
-    (metrics / "summary.json").write_text(json.dumps(summary(*tables), indent=1, sort_keys=True) + "\n")
-    return tables
+    content = summary(training_table, attack_table)
+    (metrics / "summary.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return training_table, attack_table
+
+
+def disjoint(dataset: str, params: Mapping[str, Any]) -> ImageSet:
+    """Return a data set's private split.
+
+    Raises:
+        InputError: the attackers' public data share images with it, compared by content.
+    """
+    private, public = (load_split(dataset, split, params) for split in ("private", "public"))
+    if shared := private.image_hashes() & public.image_hashes():
+        raise InputError(
+            f"data set {dataset}: {len(shared)} of the public images are private ones, so no attack that uses public "
+            "data would mean anything; take them out of the public split"
+        )
+    return private
 
 
 def yardsticks(dataset: str, base: Base, heldout: ImageSet, *, samples: int = 64) -> list[dict[str, Any]]:
@@ -259,7 +370,7 @@ def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:
 
 def training_row(run: Path) -> dict[str, Any]:
     """Return a run's row of the training table."""
-    record, timing = read_json(run / "record.json"), read_json(run / "timing.json")
+    record, timing = checkpoint.load_json(run / "record.json"), checkpoint.load_json(run / "timing.json")
     config = parse(TrainConfig, record["config"], where=f"{run}/record.json")
     row = {"run": run.name, "defences": str(config.defences)}
     row |= {name: getattr(config, name) for name in ("dataset", "scheme", "n_clients", "steps")}
@@ -272,18 +383,3 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, digits: 
     return frame.round(
         {"client_s_per_sample": 7, "server_s_per_sample": 7} | {c: digits for c in columns if "_s_per_" not in c}
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run the stage that makes it (`dvc repro`)") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: damaged ({error}); run the stage that makes it again") from None
-    return content

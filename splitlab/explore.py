@@ -26,7 +26,7 @@ from splitlab.colours import are_shapes
 from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
-from splitlab.evaluate import RunTruth, read_json, score_samples
+from splitlab.evaluate import RunTruth, score_samples
 from splitlab.params import load_split
 from splitlab.paths import CACHE, resolve
 from splitlab.types import Callback, Observation, stack
@@ -70,7 +70,7 @@ class Attempt:
         seed: the attacker's seed.
         knowledge: the sent fields it used, joined by " + ", or "nothing".
         threat_model: (what, value) rows.
-        images, hints: `[n, 3, h, w]` uint8; hints are None where the attack does not try.
+        images, hints: `[n, 3, h, w]` uint8; None where the attack does not try.
         scores: name -> `[n]`, as `evaluate.score_samples` returns them; empty before the evaluation.
     """
 
@@ -78,7 +78,7 @@ class Attempt:
     seed: int
     knowledge: str
     threat_model: tuple[tuple[str, str], ...]
-    images: Tensor
+    images: Tensor | None
     hints: Tensor | None
     scores: Mapping[str, Tensor]
 
@@ -202,7 +202,9 @@ class Artefacts:
 
     def _read(self, run: str, saved: Sequence[Path]) -> RunView:
         folder = self.runs / run
-        config = parse(TrainConfig, read_json(folder / "record.json")["config"], where=f"{folder}/record.json")
+        config = parse(
+            TrainConfig, checkpoint.load_json(folder / "record.json")["config"], where=f"{folder}/record.json"
+        )
         transcript = read_transcript(folder / "transcript.safetensors", base_digest=self.base.digest)
         truth, private = read_truth(folder / "truth.safetensors"), self.split(config.dataset, "private")
         seen = stack(transcript.observations)
@@ -212,7 +214,7 @@ class Artefacts:
         scores = self._scores(run, n)
         attempts: dict[str, dict[int, Attempt]] = {}
         for one in map(load_reconstruction, saved):
-            if len(one.result.images) != n:
+            if any(value is not None and len(value) != n for value in (one.result.images, one.result.hints)):
                 raise InputError(f"{self.reconstructions / run}: {one.attack} is of another transcript than {folder}")
             prefix = f"{one.attack}/{one.seed}/"
             own = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
@@ -254,8 +256,8 @@ class Artefacts:
             cache=self.cache,
             callback=callback,
         )
-        hints = None if result.hints is None else _as_saved(result.hints)
-        quantised = replace(result, images=_as_saved(result.images), hints=hints)
+        images, hints = (None if part is None else _as_saved(part) for part in (result.images, result.hints))
+        quantised = replace(result, images=images, hints=hints)
         knowledge = make_knowledge(view.transcript, self.base, public, ignore=ignore)
         rows = tuple(knowledge.describe(view.transcript.observations, result.used))
         name = f"live: {AttackSpec(attack, ignore).name}"
@@ -271,8 +273,8 @@ def _as_saved(images: Tensor) -> Tensor:
 
 def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor]) -> Attempt:
     """Pack a reconstruction with its scores."""
-    hints = None if saved.result.hints is None else to_uint8(saved.result.hints)
-    images = to_uint8(saved.result.images)
+    result = saved.result
+    images, hints = (None if part is None else to_uint8(part) for part in (result.images, result.hints))
     return Attempt(saved.attack, saved.seed, saved.knowledge, saved.threat_model, images, hints, scores)
 
 
@@ -376,7 +378,8 @@ def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Group
     """Show one sample: what is private, what the server receives, what the attack makes of it."""
     index = int(view.known.truth.indices[sample])
     image, hint = (to_uint8(group[index]) for group in (view.known.private.images, view.known.private.hints))
-    found = None if one.hints is None else png(one.hints[sample])
+    picture, found = (None if part is None else png(part[sample]) for part in (one.images, one.hints))
+    missing = "this attack does not try"
     message = view.seen.map(lambda value: value[sample : sample + 1])
     return [
         (PRIVATE, "only the client has these", [Picture("image", png(image)), Picture("hint", png(hint))]),
@@ -384,7 +387,7 @@ def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Group
         (
             RECONSTRUCTED,
             f"by {attack_label(one.attack)}",
-            [Picture("image", png(one.images[sample])), Picture("hint", found, "this attack does not try")],
+            [Picture("image", picture, missing), Picture("hint", found, missing)],
         ),
     ]
 
@@ -403,7 +406,7 @@ def comparison(view: RunView, sample: int) -> list[dict[str, Any]]:
     """Return one row per scored attack on this very sample: label, knowledge and scores by seed."""
     rows = []
     for attack, tries in view.attempts.items():
-        scored = [one.scores for one in tries.values() if one.scores]
+        scored = [one.scores for one in tries.values() if "psnr_db" in one.scores]
         if scored:
             columns = {key: [float(one[key][sample]) for one in scored] for key in ("psnr_db", "ssim", "identified")}
             uses = knowledge_label(next(iter(tries.values())).knowledge)

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from splitlab import checkpoint, metrics
-from splitlab.artefacts import from_uint8, load_reconstruction
+from splitlab.artefacts import from_uint8, load_reconstruction, read_table
 from splitlab.base import Base, load_base
 from splitlab.config import EvaluateConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
-from splitlab.evaluate import buckets, read_json
+from splitlab.evaluate import buckets
 from splitlab.params import load_split
 from splitlab.paths import resolve
 from splitlab.types import stack
@@ -142,23 +142,6 @@ def draw_figures(
     return drawn
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a result table.
-
-    Raises:
-        InputError: it is missing or empty.
-    """
-    try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # the defences "none" are a word
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run `dvc repro` first, which makes it") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-        raise InputError(f"{path}: damaged ({error}); run `dvc repro` to make it again") from None
-    if table.empty:
-        raise InputError(f"{path}: it has no rows; run `dvc repro` to make it again")
-    return table
-
-
 def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Figure, Any]:
     """Return a figure that is no part of pyplot's state, and its axes."""
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
@@ -210,6 +193,8 @@ def _reconstructed(folder: Path, scores: Path, order: Sequence[str], picked: Pic
     shown = {}
     for attack in order:
         result = load_reconstruction(folder / f"{attack}-0.safetensors").result
+        if result.images is None:
+            continue
         hints = None if result.hints is None else result.hints[picked.positions]
         psnr = scored[f"{attack}/0/psnr_db"][picked.positions]
         shown[attack] = Shown(result.images[picked.positions], hints, psnr)
@@ -305,7 +290,7 @@ def draw_losses(runs: Mapping[str, Path], *, window: int = 50) -> Figure:
     figure, axes = _subplots(1, 1, size=(9.0, 4.2))
     axis = axes[0, 0]
     for (name, folder), colour in zip(runs.items(), _RUN_COLOURS * len(runs), strict=False):
-        loss = pd.Series(read_json(folder / "record.json")["loss"])
+        loss = pd.Series(checkpoint.load_json(folder / "record.json")["loss"])
         axis.plot(loss.rolling(window, min_periods=min(window, len(loss))).mean(), color=colour, label=name, lw=1.6)
     axis.set(xlabel="optimiser step", ylabel=f"training loss (mean of {window} steps)")
     figure.legend(loc="outside right upper")

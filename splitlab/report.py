@@ -16,12 +16,12 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab import html as pages
-from splitlab.artefacts import load_reconstruction
+from splitlab.artefacts import load_reconstruction, read_table
 from splitlab.attacks import ATTACKS, NO_INFORMATION
+from splitlab.checkpoint import load_json
 from splitlab.claims import Claim, Evidence, claims, counted, leaks, message_sizes, percent, shares, strongest
 from splitlab.errors import InputError
-from splitlab.evaluate import read_json
-from splitlab.figures import SCHEME_LABELS, attack_label, by_strength, control_per_image, read_table
+from splitlab.figures import SCHEME_LABELS, attack_label, by_strength, control_per_image
 from splitlab.findings import findings
 from splitlab.paths import ROOT, resolve
 
@@ -84,8 +84,8 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     material = Material(
         evidence=Evidence(training, attacks, sent, control),
         threat_models=models,
-        timings={str(run): read_json(runs / run / "timing.json") for run in trained["run"]},
-        bases={str(run): str(read_json(runs / run / "record.json")["base"]) for run in trained["run"]},
+        timings={str(run): load_json(runs / run / "timing.json") for run in trained["run"]},
+        bases={str(run): str(load_json(runs / run / "record.json")["base"]) for run in trained["run"]},
         figures=figures,
         metrics=metrics,
     )

@@ -65,6 +65,10 @@ class Observation:
         kept = {name: value for name, value in self.tensors.items() if name not in names}
         return Observation(self.client, self.sequence, **kept)
 
+    def changed(self, **values: Tensor) -> "Observation":
+        """Return a copy with the given fields in place of its own."""
+        return Observation(self.client, self.sequence, **(self.tensors | values))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Observation":
         """Return a copy with `change` applied to every field that was sent."""
         return Observation(self.client, self.sequence, **{k: change(v) for k, v in self.tensors.items()})
@@ -153,6 +157,7 @@ class Reconstruction:
         objective: the attack's own objective as it went on, for pictures of progress.
         n_evals: evaluations of the objective or network, per sample.
         wall_s: seconds for all samples.
+        cpu_s: processor seconds for all samples, over all threads.
     """
 
     images: Tensor | None = None
@@ -162,6 +167,7 @@ class Reconstruction:
     objective: tuple[float, ...] = ()
     n_evals: int = 0
     wall_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from splitlab.attacks import ATTACKS
 from splitlab.config import Defences, TrainConfig, parse
 from splitlab.data import ImageSet, load, locate
 from splitlab.errors import InputError
-from splitlab.evaluate import read_json
 from splitlab.explore import (
     FIELD_WORDS,
     Artefacts,
@@ -190,15 +189,20 @@ class Explorer(widgets.VBox):
             return markup.message(text, hint="<code>dvc repro evaluate</code> makes them."), ""
         scores = sample_scores(view, one, sample)
         candidates = min(self.artefacts.config.candidates, len(view.known.private))
-        shown = {
-            "PSNR": markup.number(scores["psnr_db"], 1, " dB"),
-            "SSIM": markup.number(scores["ssim"], 2),
-            f"identified among {candidates}": "yes" if scores["identified"] > 0.5 else "no",
-            "VAE ceiling": markup.number(scores["ceiling_psnr_db"], 1, " dB"),
-            "no information": markup.number(scores["no_info_psnr_db"], 1, " dB"),
-        }
+        shown = {}
+        if "psnr_db" in scores:
+            shown = {
+                "PSNR": markup.number(scores["psnr_db"], 1, " dB"),
+                "SSIM": markup.number(scores["ssim"], 2),
+                f"identified among {candidates}": "yes" if scores["identified"] > 0.5 else "no",
+                "VAE ceiling": markup.number(scores["ceiling_psnr_db"], 1, " dB"),
+                "no information": markup.number(scores["no_info_psnr_db"], 1, " dB"),
+            }
         if "hint_psnr_db" in scores:
             shown["hint PSNR"] = markup.number(scores["hint_psnr_db"], 1, " dB")
+            shown["identified by the hint"] = "yes" if scores["hint_identified"] > 0.5 else "no"
+        if "prompt_exact" in scores:
+            shown["prompt exact"] = "yes" if scores["prompt_exact"] > 0.5 else "no"
         reference = {"guess": scores["no_info_psnr_db"], "ceiling": scores["ceiling_psnr_db"]}
         return markup.chips(shown), markup.bars(comparison(view, sample), chosen=one.attack, **reference)
 
@@ -322,7 +326,7 @@ class Gallery(widgets.VBox):
     def _load(self) -> None:
         with _reported(self.message):
             folder = self.artefacts.runs / self.run.value
-            record = read_json(folder / "record.json")
+            record = checkpoint.load_json(folder / "record.json")
             tensors, meta = checkpoint.load(folder / "samples.safetensors")
             prompts: list[str] = meta["prompts"]  # type: ignore[assignment]
             self._samples = tensors["hints"], tensors["images"], prompts

@@ -19,6 +19,7 @@ from splitlab.attacks.inverse_network import inverse_network
 from splitlab.attacks.no_information import mean_public, random_public
 from splitlab.attacks.one_step import one_step
 from splitlab.base import Base
+from splitlab.checkpoint import load_json, save_json
 from splitlab.config import AttackSpec, Defences
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -59,14 +60,14 @@ def run_attack(
         raise InputError(f"no attack is called {attack!r}; there are {', '.join(ATTACKS)}")
     denied = [name for name in knowledge.ignored if name not in FACTS]
     seen = [observation.without(*denied) for observation in observations]
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     try:
         result = ATTACKS[attack](seen, knowledge, generator=generator, callback=callback, **(options or {}))
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             raise InputError(f"attack {attack}: {error}; see its docstring for the options it takes") from None
         raise
-    return replace(result, wall_s=time.perf_counter() - began)
+    return replace(result, wall_s=time.perf_counter() - began, cpu_s=time.process_time() - worked)
 
 
 def attack_transcript(
@@ -134,7 +135,7 @@ def make_knowledge(
 def attack_and_save(
     transcript: Transcript, spec: AttackSpec, seed: int, base: Base, public: ImageSet, *, out: Path, cache: Path
 ) -> SavedReconstruction:
-    """Run one attack of a grid and write `<out>/<attack>-<seed>.safetensors`."""
+    """Run one attack of a grid; write `<out>/<attack>-<seed>.safetensors`, and its CPU seconds to `timing.json`."""
     knowledge = make_knowledge(transcript, base, public, ignore=spec.ignore, cache=cache)
     result = attack_transcript(
         transcript,
@@ -150,4 +151,7 @@ def attack_and_save(
     rows = tuple(knowledge.describe(observations, result.used))
     saved = SavedReconstruction(result, spec.name, seed, " + ".join(result.used) or "nothing", rows)
     save_reconstruction(out / f"{spec.name}-{seed}.safetensors", saved)
+    timing = out / "timing.json"
+    known = load_json(timing) if timing.exists() else {}
+    save_json(timing, known | {f"{spec.name}-{seed}": round(result.cpu_s, 3)})
     return saved

@@ -1,0 +1,157 @@
+"""Every defence judged alike: one transcript and one trained ControlNet per defence setting, all else equal."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from splitlab import checkpoint
+from splitlab.attacks import attack_and_save
+from splitlab.base import Base
+from splitlab.config import AttackSpec, Defences, TrainConfig
+from splitlab.data import ImageSet, digest
+from splitlab.errors import InputError
+from splitlab.train import record, train
+from splitlab.wire import read_transcript
+
+GRIDS = ("default", "full")
+
+UTILITY_COLUMNS = ("dataset", "setting", "defences", "steps", "seed", "eval_loss", "control_iou", "control_ssim")
+
+LoadSplit = Callable[[str, str], ImageSet]
+"""`(dataset, split) -> data`."""
+
+
+@dataclass(frozen=True)
+class SurveyConfig:
+    """Which defences are judged, on what data, by which attacks.
+
+    Attributes:
+        grid: "default" runs the settings that `default` lists, "full" every setting on every data set.
+        default: data set -> names of settings.
+        datasets: the data sets of the full grid.
+        settings: name -> the clients' defences.
+        accumulate: settings that are also recorded over many epochs of few images, for attacks that link messages.
+        attacks: the attacks on every transcript (those with `when` only where that defence is on).
+        messages: messages per transcript, of `batch_size` samples.
+        epochs: epochs over `epoch_samples` images in a transcript of `accumulate`.
+        epoch_samples: how many images those are.
+        batch_size, steps, seeds: of the training that shows what a setting costs.
+    """
+
+    grid: str = "default"
+    default: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ("shapes",)
+    settings: dict[str, Defences] = field(default_factory=dict)
+    accumulate: tuple[str, ...] = ()
+    attacks: tuple[AttackSpec, ...] = ()
+    messages: int = 16
+    epochs: int = 10
+    epoch_samples: int = 64
+    batch_size: int = 32
+    steps: int = 300
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse grids and settings that do not exist."""
+        if self.grid not in GRIDS:
+            raise InputError(f"survey.grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+        named = {name for names in self.default.values() for name in names} | set(self.accumulate)
+        if unknown := sorted(named - set(self.settings)):
+            raise InputError(f"survey: no setting is called {', '.join(unknown)}; there: {', '.join(self.settings)}")
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """The (data set, setting) pairs of the chosen grid."""
+        if self.grid == "full":
+            return [(dataset, name) for dataset in self.datasets for name in self.settings]
+        return [(dataset, name) for dataset, names in self.default.items() for name in names]
+
+    def run(self, dataset: str, setting: str) -> TrainConfig:
+        """Return the training run of one cell."""
+        return TrainConfig(
+            dataset=dataset,
+            scheme="split",
+            defences=self.settings[setting],
+            steps=self.steps,
+            batch_size=self.batch_size,
+            record_messages=self.messages,
+        )
+
+    def runs(self) -> dict[str, TrainConfig]:
+        """Return name -> run of every transcript of the chosen grid."""
+        found = {f"survey-{dataset}-{name}": self.run(dataset, name) for dataset, name in self.cells}
+        for dataset, name in self.cells:
+            if name in self.accumulate:
+                config = self.run(dataset, name)
+                count = self.epochs * self.epoch_samples // self.batch_size
+                changes = {"samples": self.epoch_samples, "record_messages": count}
+                found[f"epochs-{dataset}-{name}"] = TrainConfig(**(vars(config) | changes))
+        return found
+
+
+def record_survey(config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, hidden: Path) -> list[str]:
+    """Record every transcript of the grid below `seen`, and what its server did not see below `hidden`.
+
+    Returns the runs' names.
+    """
+    for run, one in tqdm(config.runs().items(), desc="record"):
+        files = {"transcript": seen / run / "transcript.safetensors", "truth": hidden / run / "truth.safetensors"}
+        record(run, one, base, load(one.dataset, "private"), **files)
+        checkpoint.save_json(hidden / run / "record.json", {"run": run, "config": asdict(one), "base": base.digest})
+    return list(config.runs())
+
+
+def attack_survey(config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, out: Path, cache: Path) -> None:
+    """Run the catalogue on every transcript below `seen`; of the data, only public splits are read."""
+    jobs = [
+        (folder.name, spec, seed)
+        for folder in sorted(path for path in seen.iterdir() if path.is_dir())
+        for spec in config.attacks
+        for seed in range(spec.seeds)
+    ]
+    transcripts = {run: read_transcript(seen / run / "transcript.safetensors") for run in {job[0] for job in jobs}}
+    for run, spec, seed in (bar := tqdm(jobs, desc="attack", mininterval=2)):
+        bar.set_postfix_str(f"{run}: {spec.name}", refresh=False)
+        header = transcripts[run].header
+        if applies(spec, run, header.defences):
+            public = load(header.dataset, "public")
+            attack_and_save(transcripts[run], spec, seed, base, public, out=out / run, cache=cache)
+
+
+def applies(spec: AttackSpec, run: str, defences: Defences) -> bool:
+    """Say whether an attack is for this transcript: `when` names a defence that must be on, or "epochs"."""
+    if spec.when == "epochs":
+        return run.startswith("epochs-")
+    return not spec.when or bool(getattr(defences, spec.when))
+
+
+def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path) -> pd.DataFrame:
+    """Train every setting of the full grid on every data set, and measure how well the result follows hints.
+
+    What was trained before, with the same parameters, data and base model, is read from `cache`.
+
+    Returns a table of `UTILITY_COLUMNS`.
+    """
+    rows = []
+    cells = [(dataset, name) for dataset in config.datasets for name in config.settings]
+    for dataset, name in (bar := tqdm(cells, desc="utility")):
+        bar.set_postfix_str(f"{dataset} {name}")
+        for seed in range(config.seeds):
+            one = TrainConfig(**(vars(config.run(dataset, name)) | {"seed": seed, "record_messages": 1}))
+            found = _trained(f"{dataset}-{name}-{seed}", one, base, load, cache=cache)
+            row = {"dataset": dataset, "setting": name, "defences": str(one.defences), "steps": one.steps, "seed": seed}
+            rows.append(row | {key: found[key] for key in ("eval_loss", "control_iou", "control_ssim")})
+    return pd.DataFrame(rows, columns=list(UTILITY_COLUMNS)).round(4)
+
+
+def _trained(name: str, config: TrainConfig, base: Base, load: LoadSplit, *, cache: Path) -> Mapping[str, Any]:
+    private, heldout = load(config.dataset, "private"), load(config.dataset, "heldout")
+    key = digest({"config": config, "base": base.digest, "private": private.digest, "heldout": heldout.digest})[:16]
+    folder = cache / "utility" / f"{name}-{key}"
+    if not (folder / "record.json").exists():
+        train(name, config, base, private, heldout, out=folder, cache=cache)
+    return checkpoint.load_json(folder / "record.json")

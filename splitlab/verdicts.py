@@ -1,0 +1,114 @@
+"""Which defence is safe? Per defence: the strongest attacker, what it gets, what control is left, and why."""
+
+from typing import Any
+
+import pandas as pd
+
+from splitlab.attacks import NO_INFORMATION
+
+VERDICT_COLUMNS = (
+    *("defences", "strongest_attack", "psnr_db", "ssim", "id_top1", "control_iou", "eval_loss"),
+    *("stops_paper_attacks", "stops_adaptive", "reason", "dataset", "setting", "id_worst", "worst_t_low"),
+    *("paper_attack", "paper_id_worst", "hint_attack", "hint_id_top1", "id_chance", "n", "n_seeds"),
+)
+
+STOPPED = 10.0
+"""An attack is stopped if in no timestep bucket it identifies more than this many times chance."""
+
+PAPER = "-without-noise-defences"
+"""The paper's attackers use neither the label nor which defences are on: attacks denied both."""
+
+SURVEY = "survey-"
+"""What the names of the survey's runs start with."""
+
+WHY = {
+    "closed_form": "the label is sent and the message holds nothing else that hides the latents",
+    "likelihood": "the label is sent, so the input that explains the message is the image",
+    "posterior": "what the label does not cover is Gaussian noise, which the public denoiser removes",
+    "one_step": "the public denoiser removes the diffusion noise",
+    "inverse_network": "a network trained through the defence on public images undoes it",
+    "adaptive_network": "a network trained through the defence on public images, with the public denoiser, undoes it",
+    "accumulation": "repeated messages of one image average the noise out",
+    "unmixing": "a linear key over many messages is undone by blind source separation",
+    "jigsaw": "shuffled latents are exact latents, and their patches tell where they belong",
+}
+
+
+def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None) -> pd.DataFrame:
+    """Judge every defence of the survey.
+
+    Args:
+        attacks: the attack table.
+        utility: the survey's table of what each defence costs (`splitlab.survey.UTILITY_COLUMNS`), or None.
+
+    Returns one row per surveyed run. `strongest_attack` identifies most private images over all the timesteps that the
+    client draws (PSNR decides between equals), and `psnr_db`, `ssim`, `id_top1` are its; `id_worst` is the highest
+    identification by any attack in any one timestep bucket. `stops_adaptive` also asks that no recovered hint
+    identifies.
+    """
+    rows = [
+        _verdict(str(run), own, utility)
+        for run, own in attacks[attacks["run"].str.startswith(SURVEY)].groupby("run", sort=False)
+    ]
+    return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).round(4)
+
+
+def pooled(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Pool each attack's rows of one run over timestep buckets, weighted by n; strongest first."""
+    found: list[dict[str, Any]] = []
+    for attack, own in rows[~rows["attack"].isin(NO_INFORMATION)].groupby("attack", sort=False):
+        weights = own["n"] / own["n"].sum()
+        columns = ("psnr_db", "ssim", "id_top1", "hint_id_top1")
+        pool: dict[str, Any] = {name: float((own[name] * weights).sum(min_count=len(own))) for name in columns}
+        worst = own.sort_values("id_top1", ascending=False, kind="stable", na_position="last").to_dict("records")[0]
+        pool |= {"id_worst": _number(worst["id_top1"]), "worst_t_low": worst["t_low"], "attack": attack}
+        found.append(pool | {"n": int(own["n"].sum()), "n_seeds": int(own["n_seeds"].max())})
+    return sorted(found, key=lambda one: (-_number(one["id_top1"]), -_number(one["psnr_db"])))
+
+
+def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict[str, Any]:
+    dataset, defences = str(rows["dataset"].iloc[0]), str(rows["defences"].iloc[0])
+    chance = float(rows["id_chance"].iloc[0])
+    every = pooled(rows)
+    best, worst = every[0], max(every, key=lambda one: one["id_worst"])
+    hint = max(every, key=lambda one: _number(one["hint_id_top1"]))
+    papers = [one for one in every if one["attack"].endswith(PAPER)]
+    verdict: dict[str, Any] = {
+        "defences": defences,
+        "strongest_attack": best["attack"],
+        **{name: best[name] for name in ("psnr_db", "ssim", "id_top1", "n", "n_seeds")},
+        "stops_adaptive": max(worst["id_worst"], _number(hint["hint_id_top1"])) <= STOPPED * chance,
+        "dataset": dataset,
+        "setting": run.removeprefix(f"{SURVEY}{dataset}-"),
+        "id_worst": worst["id_worst"],
+        "worst_t_low": worst["worst_t_low"],
+        "hint_attack": hint["attack"],
+        "hint_id_top1": hint["hint_id_top1"],
+        "id_chance": chance,
+    }
+    if papers:
+        first = max(papers, key=lambda one: one["id_worst"])
+        verdict |= {"paper_attack": first["attack"], "paper_id_worst": first["id_worst"]}
+        verdict["stops_paper_attacks"] = first["id_worst"] <= STOPPED * chance
+    if utility is not None:
+        same = utility[(utility["dataset"] == dataset) & (utility["defences"] == defences)]
+        verdict |= {name: same[name].mean() for name in ("control_iou", "eval_loss") if len(same)}
+    return verdict | {"reason": _reason(verdict, str(worst["attack"]))}
+
+
+def _number(value: Any) -> float:
+    return 0.0 if pd.isna(value) else float(value)
+
+
+def _reason(verdict: dict[str, Any], worst: str) -> str:
+    """Say in one sentence why the defence holds or not."""
+    limit, where = STOPPED * verdict["id_chance"], f"t ≥ {verdict['worst_t_low']:.0f}"
+    if verdict["id_worst"] > limit:
+        plain = worst.partition("-without-")[0]
+        why = WHY.get(plain, "the attack named undoes it")
+        return f"{plain} identifies {verdict['id_worst']:.0%} at {where}: {why}"
+    if _number(verdict["hint_id_top1"]) > limit:
+        return f"the image is hidden, but the hint is recovered and identifies {verdict['hint_id_top1']:.0%}"
+    return (
+        f"no attack identifies more than {verdict['id_worst']:.0%} by image or hint (chance {verdict['id_chance']:.0%})"
+    )
