@@ -23,7 +23,7 @@ from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
 from splitlab.survey import SurveyConfig, attack_survey, record_survey, utility  # noqa: E402
 from splitlab.train import train  # noqa: E402
 from splitlab.types import Knowledge, Observation, Reconstruction, Truth  # noqa: E402
-from splitlab.wire import Transcript, read_transcript  # noqa: E402
+from splitlab.wire import Transcript, read_server, read_transcript  # noqa: E402
 
 __all__ = [
     "ATTACKS",
@@ -56,6 +56,7 @@ __all__ = [
     "load_split",
     "parse",
     "pretrain",
+    "read_server",
     "read_transcript",
     "record_survey",
     "resolve",

@@ -8,8 +8,8 @@ import pandas as pd
 
 from splitlab.attacks import NO_INFORMATION
 from splitlab.config import Defences
-from splitlab.figures import attack_label
 from splitlab.split import reference_message, sample_bytes
+from splitlab.words import attack_label
 
 HOLDS, PARTLY, REFUTED, UNMEASURED = "holds", "holds in part", "refuted", "not measured"
 
@@ -185,7 +185,8 @@ class Evidence:
 
     def trained(self, *schemes: str) -> pd.DataFrame:
         """Return the rows of runs of those schemes that generate shapes, whose control can be measured as IoU."""
-        rows = self.training[self.training["steps"].notna() & self.training["control_iou"].notna()]
+        every = self.training
+        rows = every[every["steps"].notna() & every["control_iou"].notna() & (every["server"] == "honest")]
         return rows[rows["scheme"].isin(schemes)] if schemes else rows
 
     def iou(self, run: str) -> str:

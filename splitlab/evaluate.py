@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from splitlab.errors import InputError
 from splitlab.params import load_split
 from splitlab.seeds import generator
 from splitlab.train import control_scores
-from splitlab.types import Reconstruction, Truth
-from splitlab.verdicts import verdicts
+from splitlab.types import Truth
+from splitlab.verdicts import ablations, verdicts
 from splitlab.wire import read_truth
 
 TRAINING_COLUMNS = (
     *("run", "dataset", "scheme", "defences", "n_clients", "steps", "eval_loss", "control_iou", "control_ssim"),
     *("up_bytes_per_sample", "down_bytes_per_sample", "client_s_per_sample", "server_s_per_sample", "peak_rss_mb"),
+    "server",
 )
 ATTACK_COLUMNS = (
     *("run", "dataset", "defences", "attack", "knowledge", "t_low", "t_high", "n", "n_seeds", "psnr_db", "psnr_db_std"),
@@ -99,36 +100,37 @@ def score_samples(
 
     Returns `mse`, `psnr_db`, `ssim`, `identified` where the attack recovers images; `hint_psnr_db`, `hint_identified`
     and, if `localise`, `hint_iou` where it recovers hints; `prompt_exact` where it recovers prompts; each `[n]`.
+    Where samples were mixed, `place` says which reconstruction each is judged by.
 
     Raises:
         InputError: the reconstruction has another number of samples than the truth.
     """
     indices, private = known.truth.indices, known.private
-    result = in_best_order(saved, known)
+    result, order = saved.result, best_order(saved, known)
     chosen = torch.arange(len(indices)) if chosen is None else chosen
-    own = indices[chosen]
-    scores: dict[str, Tensor] = {}
+    own, judged = indices[chosen], order[chosen]
+    scores: dict[str, Tensor] = {"place": judged} if known.config.defences.key_mixing else {}
     if result.images is not None:
-        images, found = private.images[own], result.images[chosen]
+        images, found = private.images[own], result.images[judged]
         scores |= {"mse": metrics.mse(found, images), "psnr_db": metrics.psnr_db(found, images)}
         scores |= {"ssim": metrics.ssim(found, images)}
         scores["identified"] = _identified(found, own, private.images, config)
     if result.hints is not None:
-        hints, found = private.hints[own], result.hints[chosen]
+        hints, found = private.hints[own], result.hints[judged]
         scores["hint_psnr_db"] = metrics.psnr_db(found, hints)
         scores["hint_identified"] = _identified(found, own, private.hints, config)
         if localise:
             masks = (torch.stack([metrics.outline_mask(hint) for hint in group]) for group in (found, hints))
             scores["hint_iou"] = metrics.iou(*masks)
     if result.prompts is not None:
-        pairs = zip(chosen.tolist(), own.tolist(), strict=True)
+        pairs = zip(judged.tolist(), own.tolist(), strict=True)
         scores["prompt_exact"] = torch.tensor([result.prompts[i] == private.prompts[j] for i, j in pairs])
     spread = {name: torch.full((len(indices),), torch.nan) for name in scores}
     return {name: whole.index_copy(0, chosen, scores[name].float()) for name, whole in spread.items()}
 
 
-def in_best_order(saved: SavedReconstruction, known: RunTruth) -> Reconstruction:
-    """Return the reconstruction, samples that were mixed with one another in the order that suits the attack best.
+def best_order(saved: SavedReconstruction, known: RunTruth) -> Tensor:
+    """Return which reconstruction each sample is judged by, `[n]`: its own, unless samples were mixed with one another.
 
     Mixing by a secret key hides which reconstruction is whose, so each group is matched to its private images (hints
     where there are none) by the assignment of least squared error; alike for every attack, guesses included.
@@ -141,19 +143,15 @@ def in_best_order(saved: SavedReconstruction, known: RunTruth) -> Reconstruction
         value = getattr(result, name)
         if value is not None and len(value) != len(indices):
             raise InputError(f"{saved.attack}: {len(value)} {name} for {len(indices)} samples; attack again")
-    group = known.config.defences.key_mixing
+    order, group = torch.arange(len(indices)), known.config.defences.key_mixing
     kind = "images" if result.images is not None else "hints"
     found = getattr(result, kind)
-    if not group or found is None:
-        return result
-    wanted, order = getattr(known.private, kind)[indices], torch.arange(len(indices))
-    for part in torch.arange(len(indices)).split(group):
-        cost = torch.cdist(wanted[part].flatten(1), found[part].flatten(1)).square()
-        order[part] = part[torch.from_numpy(linear_sum_assignment(cost.numpy())[1])]
-    changes = {name: getattr(result, name)[order] for name in ("images", "hints") if getattr(result, name) is not None}
-    if result.prompts is not None:
-        changes["prompts"] = tuple(result.prompts[i] for i in order.tolist())
-    return replace(result, **changes)
+    if group and found is not None:
+        wanted = getattr(known.private, kind)[indices]
+        for part in torch.arange(len(indices)).split(group):
+            cost = torch.cdist(wanted[part].flatten(1), found[part].flatten(1)).square()
+            order[part] = part[torch.from_numpy(linear_sum_assignment(cost.numpy())[1])]
+    return order
 
 
 def _identified(found: Tensor, indices: Tensor, gallery: Tensor, config: EvaluateConfig) -> Tensor:
@@ -279,7 +277,8 @@ def evaluate_all(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Score every run and every attack; write the tables below `metrics`.
 
-    They are `training.csv`, `split_attacks.csv`, `split_verdicts.csv` (`splitlab.verdicts`) and `summary.json`.
+    They are `training.csv`, `split_attacks.csv`, `split_verdicts.csv` and `ablations.csv` (`splitlab.verdicts`), and
+    `summary.json`.
 
     Args:
         runs: folder of runs.
@@ -307,15 +306,18 @@ def evaluate_all(
     if survey is not None:
         surveyed = sorted(path for path in (survey / "truth").iterdir() if path.is_dir())
         folders += [(path, survey / "reconstructions" / path.name) for path in surveyed]
-    rows = []
+    rows, refused = [], {}
     for run, found in tqdm(folders, desc="evaluate"):
+        for path in sorted(found.glob("*.refused.json")):
+            refused[run.name, path.name.removesuffix(".refused.json")] = str(checkpoint.load_json(path)["reason"])
         dataset = checkpoint.load_json(run / "record.json")["config"]["dataset"]
         out, every = scores / f"{run.name}.safetensors", run.parent == runs
         rows += evaluate_run(run, found, base, split(dataset), config, out=out, every=every)
     training_table, attack_table = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
     metrics.mkdir(parents=True, exist_ok=True)
     judged = verdicts(attack_table, read_table(utility) if utility else None)
-    for frame, name in ((training_table, "training"), (attack_table, "split_attacks"), (judged, "split_verdicts")):
+    frames = {"training": training_table, "split_attacks": attack_table, "split_verdicts": judged}
+    for name, frame in (frames | {"ablations": ablations(attack_table, refused)}).items():
         frame.to_csv(metrics / f"{name}.csv", index=False, lineterminator="\n")
     content = summary(training_table, attack_table)
     (metrics / "summary.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -373,7 +375,7 @@ def training_row(run: Path) -> dict[str, Any]:
     record, timing = checkpoint.load_json(run / "record.json"), checkpoint.load_json(run / "timing.json")
     config = parse(TrainConfig, record["config"], where=f"{run}/record.json")
     row = {"run": run.name, "defences": str(config.defences)}
-    row |= {name: getattr(config, name) for name in ("dataset", "scheme", "n_clients", "steps")}
+    row |= {name: getattr(config, name) for name in ("dataset", "scheme", "n_clients", "steps", "server")}
     return row | {name: record.get(name, timing.get(name)) for name in TRAINING_COLUMNS if name not in row}
 
 

@@ -31,34 +31,7 @@ from splitlab.params import load_split
 from splitlab.paths import CACHE, resolve
 from splitlab.types import Callback, Observation, stack
 from splitlab.wire import Transcript, read_transcript, read_truth
-
-ATTACK_WORDS = {
-    "mean_public": "guess: the mean public image",
-    "random_public": "guess: a random public image",
-    "one_step": "one-step denoising",
-    "inverse_network": "inverse network",
-    "closed_form": "closed form",
-}
-FIELD_WORDS = {
-    "timesteps": "timestep",
-    "noisy_latents": "noisy latents",
-    "smashed": "activation",
-    "noise": "noise label",
-    "encoder_hidden_states": "prompt",
-}
-SCHEME_WORDS = {
-    "central": "centralised training",
-    "federated": "federated training",
-    "split_gradients": "split learning, gradients returned",
-    "split": "split learning, nothing returned",
-}
-DEFENCE_WORDS = {
-    "timestep_floor": "timesteps from {:g} up",
-    "symsigmoid": "symsigmoid activation",
-    "fixed_noise": "fixed noise per client, std {:g}",
-    "half": "fp16",
-    "hide_prompts": "prompts hidden",
-}
+from splitlab.words import DEFENCE_WORDS, FIELD_WORDS, SCHEME_WORDS, attack_label
 
 
 @dataclass(frozen=True)
@@ -286,13 +259,6 @@ def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
         return (order.index(plain) if plain in order else len(order), name == plain, name)
 
     return sorted(names, key=place)
-
-
-def attack_label(attack: str) -> str:
-    """Say an attack's name in words."""
-    live = "live: " if attack.startswith("live: ") else ""
-    plain = attack.removeprefix("live: ").partition("-without-")[0]
-    return live + ATTACK_WORDS.get(plain, plain.replace("_", " "))
 
 
 def knowledge_label(knowledge: str) -> str:

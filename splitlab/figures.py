@@ -1,5 +1,6 @@
 """Pictures, drawn from saved artefacts and plain tensors only. Equal artefacts give equal bytes."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,31 +17,17 @@ from torch import Tensor
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import from_uint8, load_reconstruction, read_table
 from splitlab.base import Base, load_base
+from splitlab.canvas import DPI, subplots
 from splitlab.config import EvaluateConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.evaluate import buckets
 from splitlab.params import load_split
 from splitlab.paths import resolve
+from splitlab.survey_figures import draw_frontier, draw_matrix
 from splitlab.types import stack
 from splitlab.wire import read_transcript, read_truth
-
-ATTACK_LABELS = {
-    "mean_public": "no information (mean public image)",
-    "random_public": "random public image",
-    "one_step": "one-step denoising (noise ignored)",
-    "inverse_network-without-noise": "inverse network (noise ignored)",
-    "inverse_network": "inverse network (given the noise)",
-    "closed_form": "closed form (uses the sent noise)",
-}
-"""What each attack is called wherever people read of it; an attack not listed goes by its name."""
-
-SCHEME_LABELS = {
-    "central": "central",
-    "federated": "federated (FedAvg)",
-    "split_gradients": "conventional split (gradients return)",
-    "split": "S1 split (nothing returns)",
-}
+from splitlab.words import attack_label
 
 _COLOURS = {
     "mean_public": "#7f7f7f",
@@ -53,7 +40,7 @@ _COLOURS = {
 _MARKERS = dict(zip(_COLOURS, "vPsD^o", strict=True))
 _SPARE = ("#009E73", "#CC79A7", "#F0E442", "#000000")  # Okabe & Ito's palette, as above
 _RUN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-_STYLE = {
+STYLE = {
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "axes.spines.top": False,
@@ -64,7 +51,6 @@ _STYLE = {
     "figure.constrained_layout.use": True,
 }
 _GRID_COLUMNS = 10
-_DPI = 110
 
 
 def show_images(rows: Mapping[str, Tensor], *, scale: float = 0.9) -> Figure:
@@ -87,20 +73,45 @@ def _fill(axes: Any, rows: Mapping[str, Tensor]) -> None:
         line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
 
 
-def attack_label(attack: str) -> str:
-    """Say in words which attack it is."""
-    return ATTACK_LABELS.get(attack, attack.replace("_", " "))
-
-
 def by_strength(attacks: pd.DataFrame) -> list[str]:
     """Return the attacks' names, weakest first, by mean PSNR over all runs and buckets of the table."""
     means = attacks.groupby("attack")["psnr_db"].mean()
     return list(means.sort_values(kind="stable").index)
 
 
-@style.context(["default", _STYLE])  # in this module's style, whatever the user's is
+@dataclass(frozen=True)
+class Recorded:
+    """Where the files of an attacked transcript are: of a run, or of the survey."""
+
+    name: str
+    transcript: Path
+    truth: Path
+    reconstructions: Path
+
+    @classmethod
+    def of_run(cls, name: str, runs: Path, reconstructions: Path) -> "Recorded":
+        """Name the files of a trained run."""
+        folder = runs / name
+        return cls(name, folder / "transcript.safetensors", folder / "truth.safetensors", reconstructions / name)
+
+    @classmethod
+    def of_survey(cls, name: str, survey: Path) -> "Recorded":
+        """Name the files of one of the survey's transcripts."""
+        seen, hidden = survey / "transcripts" / name, survey / "truth" / name
+        files = seen / "transcript.safetensors", hidden / "truth.safetensors"
+        return cls(name, files[0], files[1], survey / "reconstructions" / name)
+
+
+@style.context(["default", STYLE])  # in this module's style, whatever the user's is
 def draw_figures(
-    runs: Path, reconstructions: Path, scores: Path, metrics: Path, params: Mapping[str, Any], *, out: Path
+    runs: Path,
+    reconstructions: Path,
+    scores: Path,
+    metrics: Path,
+    params: Mapping[str, Any],
+    *,
+    out: Path,
+    survey: Path | None = None,
 ) -> list[Path]:
     """Draw every picture of the report as a PNG below `out`; equal inputs give equal bytes.
 
@@ -108,12 +119,14 @@ def draw_figures(
         runs: folder of runs.
         reconstructions: folder of reconstructions, one folder per attacked run.
         scores: folder of per-sample scores.
-        metrics: folder of the two result tables.
+        metrics: folder of the result tables.
         params: the parameter file's content: which runs and attacks there are, and how they were scored.
         out: folder to write; it is made.
+        survey: folder of the survey's transcripts and reconstructions; None: there is none.
 
-    Returns the files: per attacked run `grid-<run>.png` and `leakage-<run>.png`, per data set `loss-`, `control-` and
-    `samples-<dataset>.png`, and `bytes.png`.
+    Returns the files: per attacked transcript `grid-<run>.png` and `leakage-<run>.png`, per data set `loss-`,
+    `control-` and `samples-<dataset>.png`, `bytes.png`, and per data set of the survey `frontier-` and
+    `matrix-<dataset>.png`.
 
     Raises:
         InputError: an artefact is missing or damaged.
@@ -122,15 +135,18 @@ def draw_figures(
     config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
     base = load_base(resolve(params["base"]["source"]))
     out.mkdir(parents=True, exist_ok=True)
+    recorded = [Recorded.of_run(run, runs, reconstructions) for run in params["attacks"]]
+    if survey is not None:
+        recorded += [Recorded.of_survey(path.name, survey) for path in sorted((survey / "truth").iterdir())]
     drawn = []
-    for run in params["attacks"]:
-        rows = attacks[attacks["run"] == run]
+    for one in recorded:
+        rows = attacks[attacks["run"] == one.name]
         private = load_split(str(rows["dataset"].iloc[0]), "private", params)
-        picked = pick(runs / run, config)
-        order = [attack for attack in by_strength(attacks) if attack in set(rows["attack"])]
-        saved = _reconstructed(reconstructions / run, scores / f"{run}.safetensors", order, picked)
-        drawn.append(_save(draw_grid(runs / run, base, private, picked, saved), out / f"grid-{run}.png"))
-        drawn.append(_save(draw_leakage(rows, order, config), out / f"leakage-{run}.png"))
+        picked = pick(one, config)
+        order = by_strength(rows)
+        shown = _reconstructed(one, scores / f"{one.name}.safetensors", order, picked)
+        drawn.append(_save(draw_grid(one, base, private, picked, shown), out / f"grid-{one.name}.png"))
+        drawn.append(_save(draw_leakage(rows, order, config), out / f"leakage-{one.name}.png"))
     for dataset in training["dataset"].unique():
         trained = training[(training["dataset"] == dataset) & training["steps"].notna()]
         folders = {name: runs / name for name in trained["run"]}
@@ -139,17 +155,16 @@ def draw_figures(
         drawn.append(_save(draw_control(folders, trained, yardsticks), out / f"control-{dataset}.png"))
         drawn.append(_save(draw_samples(folders), out / f"samples-{dataset}.png"))
     drawn.append(_save(draw_bytes(training[training["steps"].notna()]), out / "bytes.png"))
+    judged = read_table(metrics / "split_verdicts.csv", empty=True)
+    for dataset in judged["dataset"].unique():
+        own = judged[judged["dataset"] == dataset]
+        drawn.append(_save(draw_frontier(own), out / f"frontier-{dataset}.png"))
+        drawn.append(_save(draw_matrix(attacks, dataset), out / f"matrix-{dataset}.png"))
     return drawn
 
 
-def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    """Return a figure that is no part of pyplot's state, and its axes."""
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    return figure, figure.subplots(*shape, squeeze=False)
-
-
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
     return path
 
 
@@ -162,16 +177,16 @@ class Picked:
     indices: Tensor
 
 
-def pick(run: Path, config: EvaluateConfig) -> Picked:
+def pick(recorded: Recorded, config: EvaluateConfig) -> Picked:
     """Take the first samples of every timestep bucket, about ten in all, in order of timestep: nothing is hand-picked.
 
     Raises:
         InputError: the run's truth is missing or holds no sample.
     """
-    truth = read_truth(run / "truth.safetensors")
+    truth = read_truth(recorded.truth)
     found = buckets(truth.timesteps, config)
     if not found:
-        raise InputError(f"{run}: its transcript holds no sample to show; record the run again")
+        raise InputError(f"{recorded.name}: its transcript holds no sample to show; record the run again")
     each = max(1, _GRID_COLUMNS // len(found))
     chosen = torch.cat([inside[:each] for inside in found.values()])
     chosen = chosen[truth.timesteps[chosen].argsort(stable=True)]
@@ -180,58 +195,63 @@ def pick(run: Path, config: EvaluateConfig) -> Picked:
 
 @dataclass(frozen=True)
 class Shown:
-    """One attack's part of a grid: images and, where it recovers them, hints, with each image's PSNR in dB."""
+    """One attack's part of a grid: the images or hints it recovers, with each one's PSNR in dB."""
 
-    images: Tensor
+    images: Tensor | None
     hints: Tensor | None
     psnr_db: Tensor
 
 
-def _reconstructed(folder: Path, scores: Path, order: Sequence[str], picked: Picked) -> dict[str, Shown]:
-    """Load every attack's first try on the picked samples."""
+def _reconstructed(recorded: Recorded, scores: Path, order: Sequence[str], picked: Picked) -> dict[str, Shown]:
+    """Load every attack's first try on the picked samples; those that recover no picture are left out."""
     scored, _ = checkpoint.load(scores)
     shown = {}
     for attack in order:
-        result = load_reconstruction(folder / f"{attack}-0.safetensors").result
-        if result.images is None:
-            continue
-        hints = None if result.hints is None else result.hints[picked.positions]
-        psnr = scored[f"{attack}/0/psnr_db"][picked.positions]
-        shown[attack] = Shown(result.images[picked.positions], hints, psnr)
+        result = load_reconstruction(recorded.reconstructions / f"{attack}-0.safetensors").result
+        place = scored.get(f"{attack}/0/place", torch.arange(len(scored["ceiling_psnr_db"]))).long()[picked.positions]
+        images, hints = (None if part is None else part[place] for part in (result.images, result.hints))
+        if images is not None or hints is not None:
+            measure = "psnr_db" if images is not None else "hint_psnr_db"
+            shown[attack] = Shown(images, hints, scored[f"{attack}/0/{measure}"][picked.positions])
     return shown
 
 
-def draw_grid(run: Path, base: Base, private: ImageSet, picked: Picked, shown: Mapping[str, Shown]) -> Figure:
+def draw_grid(recorded: Recorded, base: Base, private: ImageSet, picked: Picked, shown: Mapping[str, Shown]) -> Figure:
     """Draw what was sent and what came back: private images, received latents, each attack, then the hints.
 
     Args:
-        run: the run's folder.
+        recorded: the transcript.
         base: the public models; the VAE decodes what the server received.
         private: the private data.
         picked: which samples.
         shown: reconstructions of those, weakest attack first.
     """
-    seen = stack(read_transcript(run / "transcript.safetensors").observations)
+    seen = stack(read_transcript(recorded.transcript).observations)
     received = base.decode(seen.need("noisy_latents")[picked.positions])
     rows = {"private image": private.images[picked.indices], "what the server receives,\ndecoded": received}
-    rows |= {_wrapped(attack): one.images for attack, one in shown.items()}
+    of_images = {name: one for name, one in shown.items() if one.images is not None}
+    rows |= {_wrapped(name): torch.as_tensor(one.images) for name, one in of_images.items()}
+    start = len(rows) + 1
     rows["private hint"] = private.hints[picked.indices]
-    for attack in ("inverse_network", "closed_form"):
-        if attack in shown and (hints := shown[attack].hints) is not None:
-            rows[f"hint by {attack_label(attack).split(' (')[0]}"] = hints
+    of_hints = {name: one for name, one in shown.items() if one.hints is not None and one.images is None}
+    rows |= {f"hint by {_wrapped(name)}": torch.as_tensor(one.hints) for name, one in of_hints.items()}
+    for name in ("inverse_network", "closed_form"):
+        if name in of_images and (hints := of_images[name].hints) is not None:
+            rows[f"hint by {attack_label(name)}"] = hints
     n = len(picked.positions)
-    figure, axes = _subplots(len(rows), n, size=(0.86 * n + 2.3, 0.98 * len(rows) + 0.3))
+    figure, axes = subplots(len(rows), n, size=(0.86 * n + 2.3, 0.98 * len(rows) + 0.3))
     _fill(axes, rows)
     for axis, timestep in zip(axes[0], picked.timesteps.tolist(), strict=True):
         axis.set_title(f"t = {timestep}", fontsize=9)
-    for line, one in zip(axes[2:], shown.values(), strict=False):
-        for axis, psnr in zip(line, one.psnr_db.tolist(), strict=True):
-            axis.text(0.5, -0.03, f"{psnr:.1f} dB", transform=axis.transAxes, ha="center", va="top", fontsize=7.5)
+    for first, group in ((2, of_images), (start, of_hints)):
+        for line, one in zip(axes[first:], group.values(), strict=False):
+            for axis, psnr in zip(line, one.psnr_db.tolist(), strict=True):
+                axis.text(0.5, -0.03, f"{psnr:.1f} dB", transform=axis.transAxes, ha="center", va="top", fontsize=7.5)
     return figure
 
 
 def _wrapped(attack: str) -> str:
-    return attack_label(attack).replace(" (", "\n(")
+    return attack_label(attack).replace(" (", "\n(").replace(" without ", "\nwithout ").replace(": ", ":\n")
 
 
 def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfig) -> Figure:
@@ -242,7 +262,7 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfi
         order: its attacks, weakest first.
         config: the bucket edges.
     """
-    figure, axes = _subplots(1, 2, size=(11.0, 4.9))
+    figure, axes = subplots(1, 2, size=(11.0, 4.9))
     left, right = axes[0]
     edges = list(zip(config.buckets, config.buckets[1:], strict=False))
     place = {low: i for i, (low, _) in enumerate(edges)}
@@ -251,11 +271,11 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfi
     left.plot(where, bounds["ceiling_psnr_db"], color="#222222", lw=6, alpha=0.22, label="VAE ceiling", zorder=1)
     left.plot(where, bounds["no_info_psnr_db"], color="#555555", ls=":", lw=2, label=attack_label("mean_public"))
     right.plot(where, bounds["id_chance"], color="#555555", ls="--", lw=1.5, label="chance")
-    spare = iter(_SPARE)
+    spare = itertools.cycle(_SPARE)
     for attack in order:
-        if attack == "mean_public":
-            continue  # it is the reference line
         own = rows[rows["attack"] == attack].sort_values("t_low")
+        if attack == "mean_public" or own["psnr_db"].isna().all():
+            continue  # the first is the reference line, the others recover no image
         x = [place[low] for low in own["t_low"]]
         look: dict[str, Any] = {"color": _COLOURS.get(attack) or next(spare), "marker": _MARKERS.get(attack, "X")}
         look["zorder"] = 3 if attack == "closed_form" else 2
@@ -287,7 +307,7 @@ def _timestep_axis(axis: Axes, edges: Sequence[tuple[int, int]], sent: set[int])
 
 def draw_losses(runs: Mapping[str, Path], *, window: int = 50) -> Figure:
     """Draw the runs' training losses, each the mean of the last `window` steps."""
-    figure, axes = _subplots(1, 1, size=(9.0, 4.2))
+    figure, axes = subplots(1, 1, size=(9.0, 4.2))
     axis = axes[0, 0]
     for (name, folder), colour in zip(runs.items(), _RUN_COLOURS * len(runs), strict=False):
         loss = pd.Series(checkpoint.load_json(folder / "record.json")["loss"])
@@ -308,7 +328,7 @@ def draw_control(runs: Mapping[str, Path], trained: pd.DataFrame, yardsticks: pd
     """Draw how well each run's generated images follow their hints, between no control and the VAE's ceiling."""
     shapes = bool(trained["control_iou"].notna().any())
     column = "control_iou" if shapes else "control_ssim"
-    figure, axes = _subplots(1, 1, size=(9.0, 1.7 + 0.42 * len(runs)))
+    figure, axes = subplots(1, 1, size=(9.0, 1.7 + 0.42 * len(runs)))
     axis = axes[0, 0]
     backdrop = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
     for i, (name, folder) in enumerate(runs.items()):
@@ -341,14 +361,14 @@ def draw_samples(runs: Mapping[str, Path]) -> Figure:
             rows["hint" if previous is None else f"hint for {name}"] = hints
         rows[name], previous = images, hints
     n = max(len(images) for images in rows.values())
-    figure, axes = _subplots(len(rows), n, size=(0.86 * n + 2.0, 0.9 * len(rows)))
+    figure, axes = subplots(len(rows), n, size=(0.86 * n + 2.0, 0.9 * len(rows)))
     _fill(axes, rows)
     return figure
 
 
 def draw_bytes(trained: pd.DataFrame) -> Figure:
     """Draw the bytes that each run moves per training sample, up and down."""
-    figure, axes = _subplots(1, 1, size=(9.0, 1.5 + 0.55 * len(trained)))
+    figure, axes = subplots(1, 1, size=(9.0, 1.5 + 0.55 * len(trained)))
     axis = axes[0, 0]
     columns = {
         "up_bytes_per_sample": ("client to server", "#0072B2"),

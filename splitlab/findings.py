@@ -17,7 +17,7 @@ from splitlab.claims import (
     strength,
     strongest,
 )
-from splitlab.figures import attack_label
+from splitlab.words import attack_label
 
 
 def findings(evidence: Evidence) -> list[str]:

@@ -21,9 +21,10 @@ from splitlab.attacks import ATTACKS, NO_INFORMATION
 from splitlab.checkpoint import load_json
 from splitlab.claims import Claim, Evidence, claims, counted, leaks, message_sizes, percent, shares, strongest
 from splitlab.errors import InputError
-from splitlab.figures import SCHEME_LABELS, attack_label, by_strength, control_per_image
+from splitlab.figures import by_strength, control_per_image
 from splitlab.findings import findings
 from splitlab.paths import ROOT, resolve
+from splitlab.words import SCHEME_WORDS, attack_label
 
 DASH = "–"
 _FOLDERS = {
@@ -45,6 +46,8 @@ class Material:
         bases: for each run, the digest of the public base model it was trained with.
         figures: folder of the pictures.
         metrics: folder of the tables.
+        surveyed: the attack table's rows of the survey of defences.
+        verdicts, ablations: the survey's other tables.
     """
 
     evidence: Evidence
@@ -53,6 +56,9 @@ class Material:
     bases: Mapping[str, str]
     figures: Path
     metrics: Path
+    surveyed: pd.DataFrame
+    verdicts: pd.DataFrame
+    ablations: pd.DataFrame
 
     @property
     def trained(self) -> pd.DataFrame:
@@ -71,8 +77,10 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     Raises:
         InputError: something is missing or damaged; the message says what makes it.
     """
-    training, attacks = (read_table(metrics / f"{name}.csv") for name in ("training", "split_attacks"))
+    training, every = (read_table(metrics / f"{name}.csv") for name in ("training", "split_attacks"))
+    verdicts, ablations = (read_table(metrics / f"{name}.csv", empty=True) for name in ("split_verdicts", "ablations"))
     trained = training.dropna(subset=["steps"])
+    attacks = every[every["run"].isin(trained["run"])]
     models = {}
     for run, leak in strongest(leaks(attacks)).items():
         models[run] = dict(load_reconstruction(reconstructions / run / f"{leak.attack}-0.safetensors").threat_model)
@@ -88,6 +96,9 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
         bases={str(run): str(load_json(runs / run / "record.json")["base"]) for run in trained["run"]},
         figures=figures,
         metrics=metrics,
+        surveyed=every[~every["run"].isin(trained["run"])],
+        verdicts=verdicts,
+        ablations=ablations,
     )
     for name in _figure_names(material):
         if not (figures / name).exists():
@@ -96,7 +107,9 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
 
 
 def _figure_names(material: Material) -> list[str]:
-    own = [f"{kind}-{run}.png" for run in material.attacked for kind in ("leakage", "grid")]
+    recorded = [*material.attacked, *material.surveyed["run"].unique()]
+    own = [f"{kind}-{run}.png" for run in recorded for kind in ("leakage", "grid")]
+    own += [f"{kind}-{data}.png" for data in material.verdicts["dataset"].unique() for kind in ("frontier", "matrix")]
     datasets = material.trained["dataset"].unique()
     return [*own, *(f"{kind}-{data}.png" for data in datasets for kind in ("control", "samples", "loss")), "bytes.png"]
 
@@ -109,7 +122,7 @@ def summary(material: Material) -> Markdown:
 # Tables
 
 
-def _table(columns: Mapping[str, str], groups: Mapping[str, Iterable[Sequence[str]]]) -> HTML:
+def lay_out(columns: Mapping[str, str], groups: Mapping[str, Iterable[Sequence[str]]]) -> HTML:
     """Lay out cells that are HTML already; `columns` maps titles to CSS classes, `groups` headings (or "") to rows."""
     body = []
     for title, rows in groups.items():
@@ -141,14 +154,14 @@ def runs_table(material: Material) -> HTML:
         (
             html.escape(row["run"]),
             html.escape(row["dataset"]),
-            SCHEME_LABELS.get(row["scheme"], html.escape(row["scheme"])),
+            SCHEME_WORDS.get(row["scheme"], html.escape(row["scheme"])),
             html.escape(in_words(row["defences"])),
             number(row["n_clients"]),
             number(row["steps"]),
         )
         for _, row in material.trained.iterrows()
     ]
-    return _table(columns, {"": rows})
+    return lay_out(columns, {"": rows})
 
 
 def threat_models(material: Material) -> HTML:
@@ -163,8 +176,8 @@ def threat_models(material: Material) -> HTML:
         for run, rows in material.threat_models.items()
     ]
     tables = (
-        _table({"in every run": "name", " ": ""}, {"": common}),
-        _table({"run": "name"} | dict.fromkeys(own, ""), {"": single}),
+        lay_out({"in every run": "name", " ": ""}, {"": common}),
+        lay_out({"run": "name"} | dict.fromkeys(own, ""), {"": single}),
     )
     return HTML("".join(table.data for table in tables))
 
@@ -172,13 +185,13 @@ def threat_models(material: Material) -> HTML:
 def _spelled(name: str, value: str) -> str:
     if name == "knows the defences":
         return in_words(value)
-    return SCHEME_LABELS.get(value, value) if name == "scheme" else value
+    return SCHEME_WORDS.get(value, value) if name == "scheme" else value
 
 
 def claims_table(material: Material) -> HTML:
     """Set S1's claims against the measurements, each with its verdict and the rule behind it."""
     columns = {"S1 says": "says", "we measured": "", "verdict": ""}
-    return _table(columns, {"": map(_claim_row, claims(material.evidence))})
+    return lay_out(columns, {"": map(_claim_row, claims(material.evidence))})
 
 
 def _claim_row(claim: Claim) -> tuple[str, str, str]:
@@ -201,7 +214,7 @@ def attack_legend(material: Material) -> HTML:
         does = (known.__doc__ or "").partition("\n")[0] if known else DASH
         reads = fields if fields == "nothing" else f"<code>{html.escape(fields.replace(' + ', ', '))}</code>"
         rows.append((html.escape(attack_label(attack)), html.escape(does), reads))
-    return _table({"attack": "name", "what it does": "", "reads": ""}, {"": rows})
+    return lay_out({"attack": "name", "what it does": "", "reads": ""}, {"": rows})
 
 
 def attack_table(material: Material) -> HTML:
@@ -220,7 +233,7 @@ def attack_table(material: Material) -> HTML:
         )
         tables = ((attack, of_run[of_run["attack"] == attack]) for attack in by_strength(attacks)[::-1])
         groups[title] = [_attack_row(attack, rows) for attack, rows in tables if len(rows)]
-    return _table(columns, groups)
+    return lay_out(columns, groups)
 
 
 def _attack_row(attack: str, rows: pd.DataFrame) -> tuple[str, ...]:
@@ -257,7 +270,7 @@ def cost_table(material: Material) -> HTML:
         rows.append(
             (
                 html.escape(row["run"]),
-                SCHEME_LABELS.get(row["scheme"], html.escape(row["scheme"])),
+                SCHEME_WORDS.get(row["scheme"], html.escape(row["scheme"])),
                 number(row["up_bytes_per_sample"]),
                 number(row["down_bytes_per_sample"]),
                 number(timing["client_s_per_sample"] or None, 3, scale=1e3),
@@ -274,7 +287,7 @@ def cost_table(material: Material) -> HTML:
         "model, done once per data set, is not counted; in the central scheme all work is booked as the server's. "
         "Memory is of the whole process, clients and server."
     )
-    return HTML(f'{_table(columns, {"": rows}).data}<p class="note">{note}</p>')
+    return HTML(f'{lay_out(columns, {"": rows}).data}<p class="note">{note}</p>')
 
 
 def message_table() -> HTML:
@@ -282,7 +295,7 @@ def message_table() -> HTML:
     sizes = list(message_sizes())
     first = sizes[0][1]
     columns = {"latents 4×64×64, text 77×768": "", "bytes per sample": "number", "of S1's": "number"}
-    return _table(columns, {"": [(html.escape(what), f"{n:,}", f"{100 * n / first:.1f} %") for what, n in sizes]})
+    return lay_out(columns, {"": [(html.escape(what), f"{n:,}", f"{100 * n / first:.1f} %") for what, n in sizes]})
 
 
 def provenance(material: Material) -> HTML:
@@ -302,7 +315,7 @@ def provenance(material: Material) -> HTML:
         for run, timing in material.timings.items()
     ]
     note = f'<p class="note">Packages of all runs: {next(iter(packages.values()))}.</p>' if alike and packages else ""
-    return HTML(_table(columns, {"": rows}).data + note)
+    return HTML(lay_out(columns, {"": rows}).data + note)
 
 
 def _packages(timing: Mapping[str, Any]) -> str:
@@ -325,7 +338,7 @@ def leakage(material: Material) -> HTML:
     words = material.evidence.attacks.drop_duplicates("run").set_index("run")["defences"]
     for run in material.attacked:
         scheme = material.threat_models.get(run, {}).get("scheme", "")
-        title = f"{run}: {SCHEME_LABELS.get(scheme, scheme)}; defences: {in_words(str(words[run]))}"
+        title = f"{run}: {SCHEME_WORDS.get(scheme, scheme)}; defences: {in_words(str(words[run]))}"
         parts.append(f'<h3 id="{html.escape(run, quote=True)}">{html.escape(title)}</h3>')
         parts.append(
             figure(

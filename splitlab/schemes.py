@@ -12,10 +12,13 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
+from splitlab.attacks.hijacking import HijackingServer
 from splitlab.base import Base
 from splitlab.config import TrainConfig
 from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet
+from splitlab.data import ImageSet
 from splitlab.defences import protect, transforms
+from splitlab.errors import InputError
 from splitlab.split import (
     Client,
     attach_hint_encoder,
@@ -189,21 +192,32 @@ class SplitGradients:
     """Conventional split learning: a trainable hint encoder on the client, the cut gradient returned to it.
 
     Clients take turns with one hint encoder, handed on from each to the next (Vepakomma et al. 2018); its hand-over is
-    not counted as traffic with the server.
+    not counted as traffic with the server. A malicious server (`config.server` "hijack") returns another gradient in
+    the same layout and trains no ControlNet: it keeps its initial weights, and the loss is the hijacking's.
     """
 
-    def __init__(self, base: Base, config: TrainConfig, clients: Sequence[Client], hints: Tensor):
+    def __init__(
+        self,
+        base: Base,
+        config: TrainConfig,
+        clients: Sequence[Client],
+        hints: Tensor,
+        public: ImageSet | None = None,
+    ):
         self.base, self.config, self.clients, self.hints = base, config, clients, hints
         self._server = image_hint_controlnet(base, seed=config.seed)
         self._encoder = detach_hint_encoder(self._server)
+        self._hijacker = _hijacking_server(base, config, public) if config.server == "hijack" else None
         self.modules: dict[str, nn.Module] = {"controlnet": self._server, "hint_encoder": self._encoder}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "server": _adamw(self._server),
-            "client": _adamw(self._encoder),
-        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"client": _adamw(self._encoder)}
+        if self._hijacker:
+            self.modules |= self._hijacker.modules
+            self.optimizers |= self._hijacker.optimizers
+        else:
+            self.optimizers["server"] = _adamw(self._server)
 
     def step(self, number: int, lr: float) -> Step:
-        """Send features, train the server's part, return their gradient, train the client's part."""
+        """Send features, let the server train its part and return a gradient, train the client's part."""
         client, turn = _turn(self.clients, number)
         began = time.perf_counter()
         message, truth, _ = client_batch(client, turn, self.config.batch_size)
@@ -213,30 +227,62 @@ class SplitGradients:
         up = to_bytes(protect(message, chain, client.draw(-1 - turn)))
         sent = time.perf_counter()
 
-        received = from_bytes(up)
-        smashed = received.float().need("smashed").requires_grad_()
-        loss = server_loss(self.base, self._server, received, smashed, defences=client.defences)
-        if not torch.isfinite(loss):
-            return Step(loss.item(), up, truth, len(up))  # there is no gradient to return
-        _descend(loss, self.optimizers["server"], lr)
-        down = save_bytes({"gradient": torch.as_tensor(smashed.grad).to(received.need("smashed").dtype)})
+        loss, down = self._answer(up, lr)
         returned = time.perf_counter()
+        if down is None:
+            return Step(loss, up, truth, len(up))
 
         self.optimizers["client"].zero_grad(set_to_none=True)
         features.backward(load_bytes(down)["gradient"].float())
         _update(self.optimizers["client"], lr)
         client_s = sent - began + time.perf_counter() - returned
-        return Step(loss.item(), up, truth, len(up), len(down), client_s, returned - sent)
+        return Step(loss, up, truth, len(up), len(down), client_s, returned - sent)
+
+    def _answer(self, up: bytes, lr: float) -> tuple[float, bytes | None]:
+        """Play the server: return its loss and the bytes it sends down, None if its loss has no gradient."""
+        if self._hijacker:
+            down = self._hijacker.receive(up)
+            return self._hijacker.objective, down
+        received = from_bytes(up)
+        smashed = received.float().need("smashed").requires_grad_()
+        loss = server_loss(self.base, self._server, received, smashed, defences=self.config.defences)
+        if not torch.isfinite(loss):
+            return loss.item(), None
+        _descend(loss, self.optimizers["server"], lr)
+        gradient = torch.as_tensor(smashed.grad).to(received.need("smashed").dtype)
+        return loss.item(), save_bytes({"gradient": gradient})
 
     def controlnet(self) -> ControlNetModel:
         """Return the two parts put together again, as a copy."""
         return attach_hint_encoder(copy.deepcopy(self._server), copy.deepcopy(self._encoder))
 
 
-def make_scheme(base: Base, config: TrainConfig, clients: Sequence[Client], hints: Tensor) -> Scheme:
-    """Build the scheme that `config` names; `hints` are the private hint images `[n, 3, s, s]`."""
+def _hijacking_server(base: Base, config: TrainConfig, public: ImageSet | None) -> HijackingServer:
+    if public is None:
+        raise InputError(
+            "server 'hijack' learns from public data, and none were given: pass public=, the data set's public split"
+        )
+    noise = config.defences.feature_noise
+    return HijackingServer(base, public, steps=config.steps, seed=config.seed, feature_noise=noise)
+
+
+def make_scheme(
+    base: Base,
+    config: TrainConfig,
+    clients: Sequence[Client],
+    hints: Tensor,
+    *,
+    public: ImageSet | None = None,
+) -> Scheme:
+    """Build the scheme that `config` names; `hints` are the private hint images `[n, 3, s, s]`.
+
+    `public` is the data that a malicious server learns from; no other server sees it.
+
+    Raises:
+        InputError: the server is malicious and there are no public data.
+    """
     if config.scheme == "split_gradients":
-        return SplitGradients(base, config, clients, hints)
+        return SplitGradients(base, config, clients, hints, public)
     kinds: dict[str, Callable[..., Scheme]] = {
         "central": Central,
         "federated": Federated,

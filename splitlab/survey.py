@@ -93,14 +93,16 @@ class SurveyConfig:
         return found
 
 
-def record_survey(config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, hidden: Path) -> list[str]:
+def record_survey(
+    config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, hidden: Path, cache: Path | None = None
+) -> list[str]:
     """Record every transcript of the grid below `seen`, and what its server did not see below `hidden`.
 
     Returns the runs' names.
     """
     for run, one in tqdm(config.runs().items(), desc="record"):
         files = {"transcript": seen / run / "transcript.safetensors", "truth": hidden / run / "truth.safetensors"}
-        record(run, one, base, load(one.dataset, "private"), **files)
+        record(run, one, base, load(one.dataset, "private"), cache=cache, **files)
         checkpoint.save_json(hidden / run / "record.json", {"run": run, "config": asdict(one), "base": base.digest})
     return list(config.runs())
 

@@ -86,13 +86,15 @@ def train(
     *,
     out: Path,
     cache: Path,
+    public: ImageSet | None = None,
     callback: Callback | None = None,
 ) -> dict[str, Any]:
     """Train one run and write `out`.
 
     There will be `controlnet/`; `transcript.safetensors`, what the server saw (empty where it saw no activations);
     `truth.safetensors`, what it did not see; `samples.safetensors`, images generated for held-out hints; `record.json`,
-    all numbers that repeat exactly; `timing.json`, those that do not.
+    all numbers that repeat exactly; `timing.json`, those that do not; `server.safetensors`, what a malicious server
+    (`config.server` "hijack") trained meanwhile, empty for an honest one.
 
     Args:
         run: the run's name.
@@ -103,16 +105,21 @@ def train(
         out: folder to write; it is made.
         cache: folder for encoded data and checkpoints. A call that was interrupted goes on from its last checkpoint
             when repeated, and ends with bit-identical weights.
+        public: what a malicious server learns from; an honest one makes no use of it.
         callback: `(what, done, total, loss)`.
 
     Returns the record, as written.
 
     Raises:
-        InputError: the data do not fit the base model or the batch size, the loss is not finite, or the disk is full.
+        InputError: the data do not fit the base model or the batch size, the loss is not finite, the disk is full, or a
+            malicious server has no public data.
     """
     clients = make_clients(base, private, config, cache=cache)
-    scheme = make_scheme(base, config, clients, private.hints)
-    key = digest({"config": config, "base": base.digest, "data": private.digest, "torch": torch.__version__})[:16]
+    scheme = make_scheme(base, config, clients, private.hints, public=public)
+    depends = {"config": config, "base": base.digest, "data": private.digest, "torch": torch.__version__}
+    if config.server == "hijack" and public is not None:
+        depends["public"] = public.digest
+    key = digest(depends)[:16]
     state = cache / f"train-{key}.safetensors"
     progress = _run(scheme, config, state, callback)
     controlnet = scheme.controlnet().eval()
@@ -131,13 +138,24 @@ def train(
         checkpoint.save(folder / "samples.safetensors", samples, {"prompts": asked.prompts})
         write_transcript(folder / "transcript.safetensors", _header(run, config, base, private), progress.messages)
         write_truth(folder / "truth.safetensors", progress.truths)
+        hijacker = scheme.modules.get("hijacker")
+        checkpoint.save(folder / "server.safetensors", dict(hijacker.state_dict()) if hijacker else {}, {})
         checkpoint.save_json(folder / "record.json", record)
         checkpoint.save_json(folder / "timing.json", _timing(config, progress))
     state.unlink(missing_ok=True)
     return record
 
 
-def record(run: str, config: TrainConfig, base: Base, private: ImageSet, *, transcript: Path, truth: Path) -> None:
+def record(
+    run: str,
+    config: TrainConfig,
+    base: Base,
+    private: ImageSet,
+    *,
+    transcript: Path,
+    truth: Path,
+    cache: Path | None = None,
+) -> None:
     """Write the first `record_messages` messages of a run of S1's split, and their truth, without training.
 
     S1's client does not depend on the server's model, so they are those that `train` would record, bit for bit.
@@ -148,13 +166,14 @@ def record(run: str, config: TrainConfig, base: Base, private: ImageSet, *, tran
         base: public models.
         private: the clients' data.
         transcript, truth: files to write.
+        cache: folder for encoded data.
 
     Raises:
         InputError: the scheme's messages do depend on training.
     """
     if config.scheme != "split":
         raise InputError(f"run {run}: messages of scheme {config.scheme!r} depend on the training; use `train`")
-    clients = make_clients(base, private, config)
+    clients = make_clients(base, private, config, cache=cache)
     numbers = range(config.record_from, config.record_from + config.record_messages)
     sent = [client_send(clients[n % len(clients)], n // len(clients), config.batch_size) for n in numbers]
     write_transcript(transcript, _header(run, config, base, private), [message for message, _ in sent])

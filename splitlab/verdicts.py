@@ -1,5 +1,6 @@
 """Which defence is safe? Per defence: the strongest attacker, what it gets, what control is left, and why."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,8 @@ PAPER = "-without-noise-defences"
 
 SURVEY = "survey-"
 """What the names of the survey's runs start with."""
+
+ABLATION_COLUMNS = ("run", "dataset", "attack", "denied", "measure", "with_it", "without_it", "breaks", "note")
 
 WHY = {
     "closed_form": "the label is sent and the message holds nothing else that hides the latents",
@@ -58,7 +61,7 @@ def pooled(rows: pd.DataFrame) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for attack, own in rows[~rows["attack"].isin(NO_INFORMATION)].groupby("attack", sort=False):
         weights = own["n"] / own["n"].sum()
-        columns = ("psnr_db", "ssim", "id_top1", "hint_id_top1")
+        columns = ("psnr_db", "ssim", "id_top1", "hint_id_top1", "prompt_exact")
         pool: dict[str, Any] = {name: float((own[name] * weights).sum(min_count=len(own))) for name in columns}
         worst = own.sort_values("id_top1", ascending=False, kind="stable", na_position="last").to_dict("records")[0]
         pool |= {"id_worst": _number(worst["id_top1"]), "worst_t_low": worst["t_low"], "attack": attack}
@@ -94,6 +97,33 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
         same = utility[(utility["dataset"] == dataset) & (utility["defences"] == defences)]
         verdict |= {name: same[name].mean() for name in ("control_iou", "eval_loss") if len(same)}
     return verdict | {"reason": _reason(verdict, str(worst["attack"]))}
+
+
+def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> pd.DataFrame:
+    """Compare each attack with itself denied a single fact.
+
+    Args:
+        attacks: the attack table.
+        refused: (run, attack's name) -> why the attack could not run without what it was denied.
+
+    Returns one row per run and denial. `measure` is what the attack is after: identification by image, by hint, or the
+    share of exact prompts; `breaks` says whether less than half of it is left, or the attack cannot run at all.
+    """
+    rows = []
+    datasets = attacks.drop_duplicates("run").set_index("run")["dataset"]
+    whole = {(run, one["attack"]): one for run, own in attacks.groupby("run") for one in pooled(own)}
+    for run, name in [*whole, *refused]:
+        plain, _, denied = name.partition("-without-")
+        own = whole.get((run, plain))
+        if not denied or own is None:
+            continue
+        measure = next((m for m in ("id_top1", "hint_id_top1", "prompt_exact") if not pd.isna(own[m])), "id_top1")
+        left = _number(whole[run, name][measure]) if (run, name) in whole else 0.0
+        row = {"run": run, "dataset": datasets[run], "attack": plain, "denied": denied, "measure": measure}
+        note = refused.get((str(run), name), "")
+        breaks = bool(note) or left < 0.5 * _number(own[measure])
+        rows.append(row | {"with_it": own[measure], "without_it": left, "breaks": breaks, "note": note})
+    return pd.DataFrame(rows, columns=list(ABLATION_COLUMNS)).round(4)
 
 
 def _number(value: Any) -> float:

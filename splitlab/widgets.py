@@ -18,11 +18,9 @@ from splitlab.config import Defences, TrainConfig, parse
 from splitlab.data import ImageSet, load, locate
 from splitlab.errors import InputError
 from splitlab.explore import (
-    FIELD_WORDS,
     Artefacts,
     Attempt,
     RunView,
-    attack_label,
     attack_title,
     comparison,
     defences_label,
@@ -33,6 +31,7 @@ from splitlab.explore import (
 )
 from splitlab.paths import resolve
 from splitlab.playground import Playground
+from splitlab.words import FIELD_WORDS, attack_label
 
 WIDE = widgets.Layout(width="min(640px, 100%)")
 DESCRIBED = {"description_width": "84px"}

@@ -183,3 +183,12 @@ def read_truth(path: Path) -> Truth:
     if set(tensors) != {f"{n}/{c}" for n in names for c in columns}:
         raise InputError(f"{path}: not a truth file; `splitlab.wire.write_truth` makes one")
     return Truth(**{c: torch.cat([tensors[f"{n}/{c}"] for n in names]) for c in columns})
+
+
+def read_server(path: Path) -> dict[str, Tensor]:
+    """Read what a malicious server trained during a run, by name; empty for an honest one.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    return checkpoint.load(path)[0]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import tiny
 
 from splitlab.attacks import attack_and_save
@@ -13,6 +14,7 @@ from splitlab.evaluate import evaluate_all
 from splitlab.figures import draw_figures
 from splitlab.generate import write_split
 from splitlab.params import load_split
+from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, attack_survey, record_survey
 from splitlab.train import train
 from splitlab.wire import read_transcript
 
@@ -32,10 +34,15 @@ class World:
         """What `load_material` takes."""
         return {name: self.root / name for name in ("runs", "reconstructions", "metrics", "figures")}
 
+    @property
+    def survey(self) -> Path:
+        """The survey's folder."""
+        return self.root / "survey"
+
     def draw(self, out: Path) -> list[Path]:
         """Draw all figures below `out`."""
         made = (self.root / name for name in ("runs", "reconstructions", "scores", "metrics"))
-        return draw_figures(*made, self.params, out=out)
+        return draw_figures(*made, self.params, out=out, survey=self.survey)
 
 
 _MADE: dict[Path, World] = {}
@@ -62,6 +69,25 @@ def _make(root: Path, base_path: Path) -> World:
             "s1": _FEW | {"scheme": "split", "defences": _ALL},
         },
         "attacks": {run: [{"attack": "mean_public"}, {"attack": "closed_form"}] for run in ("split", "s1")},
+        "survey": {
+            "default": {"tiny": ["none", "mixing", "matched"]},
+            "accumulate": ["none"],
+            "settings": {"none": {}, "mixing": {"key_mixing": 3}, "matched": {"feature_noise": 1.0, "matched": True}},
+            "attacks": [
+                {"attack": "mean_public", "seeds": 1},
+                {"attack": "closed_form", "seeds": 1},
+                {"attack": "closed_form", "seeds": 1, "ignore": ["noise", "defences"]},
+                {"attack": "closed_form", "seeds": 1, "ignore": ["noise", "smashed"]},
+                {"attack": "one_step", "seeds": 1, "when": "matched"},
+                {"attack": "random_public", "seeds": 1, "when": "epochs"},
+            ],
+            "messages": 4,
+            "batch_size": 3,
+            "epochs": 2,
+            "epoch_samples": 6,
+            "steps": 2,
+            "datasets": ["tiny"],
+        },
         "evaluate": {"buckets": [0, 500, 1000], "candidates": 6, "samples": 6},
     }
     for seed, (split, n) in enumerate({"private": 12, "heldout": 4, "public": 8}.items()):
@@ -78,7 +104,20 @@ def _make(root: Path, base_path: Path) -> World:
         for section in specs:
             spec, out = parse(AttackSpec, section, where=run), root / "reconstructions" / run
             attack_and_save(transcript, spec, 0, base, public, out=out, cache=root / "cache")
+    survey = parse(SurveyConfig, params["survey"], where="survey")
+    places = {"seen": root / "survey" / "transcripts", "hidden": root / "survey" / "truth"}
+    record_survey(survey, base, lambda dataset, split: private, cache=root / "cache", **places)
+    out = root / "survey" / "reconstructions"
+    attack_survey(survey, base, lambda dataset, split: public, seen=places["seen"], out=out, cache=root / "cache")
     config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
-    folders = {name: root / name for name in ("scores", "metrics")}
+    folders = {name: root / name for name in ("scores", "metrics", "survey")}
+    folders["utility"] = root / "metrics" / "utility.csv"
+    folders["metrics"].mkdir(parents=True)
+    costs = [
+        {"dataset": "tiny", "setting": name, "defences": str(defences), "steps": 2, "seed": 0, "eval_loss": 0.1}
+        | {"control_iou": 0.5, "control_ssim": 0.5}
+        for name, defences in survey.settings.items()
+    ]
+    pd.DataFrame(costs, columns=list(UTILITY_COLUMNS)).to_csv(folders["utility"], index=False)
     evaluate_all(root / "runs", root / "reconstructions", base, params, config, **folders)
     return World(root, params)

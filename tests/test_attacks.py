@@ -10,6 +10,7 @@ import torch
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import load_reconstruction
 from splitlab.attacks import ATTACKS, NO_INFORMATION, attack_and_save, attack_transcript, make_knowledge, run_attack
+from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
 from splitlab.attacks.closed_form import estimate_fixed_noise
 from splitlab.base import Base, encoded, load_base
 from splitlab.config import AttackSpec, Defences, TrainConfig
@@ -17,6 +18,7 @@ from splitlab.controlnet import symsigmoid
 from splitlab.data import ImageSet, load
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
+from splitlab.schemes import make_scheme
 from splitlab.split import client_send
 from splitlab.train import make_clients
 from splitlab.types import Truth
@@ -235,3 +237,52 @@ def test_attacks_open_no_private_file(
             attack_and_save(transcript, spec, 0, shipped, public, out=tmp_path / "out", cache=tmp_path / "cache")
     public_cache = f"encoded-{shipped.digest[:16]}-{public.digest[:16]}.safetensors"
     assert {Path(path).name for path in opened} == {public_cache}
+
+
+@pytest.mark.parametrize("defences", [Defences(), Defences(feature_noise=0.3, matched=True)], ids=str)
+def test_the_u_shaped_split_leaks_its_noise_to_1e_4_and_its_images_with_it(
+    shipped: Base, public: ImageSet, victims: ImageSet, defences: Defences
+) -> None:
+    config = TrainConfig(scheme="u_shaped", defences=defences, batch_size=32)
+    scheme = make_scheme(shipped, config, make_clients(shipped, victims, config), victims.hints)
+    steps = [scheme.step(number, 1e-3) for number in range(2)]
+    transcript = Transcript(
+        Header("test", "shapes", "u_shaped", defences, victims.size, shipped.digest, 1),
+        tuple(from_bytes(step.message or b"") for step in steps),
+    )
+    noise, indices = (torch.cat([getattr(s.truth, name) for s in steps]) for name in ("noise", "indices"))
+    knowledge = make_knowledge(transcript, shipped, public)
+    found = labelled(transcript.observations, knowledge).need("noise")
+    assert (found - noise).norm() / noise.norm() <= 1e-4
+    if not defences.feature_noise:
+        solved = attack_transcript(transcript, attack="closed_form", base=shipped, public=public)
+        images = victims.images[indices]
+        ceiling = metrics.psnr_db(shipped.decode(shipped.encode(images)), images)
+        assert (metrics.psnr_db(torch.as_tensor(solved.images), images).mean() - ceiling.mean()).abs() < 0.5
+        assert solved.used == ("timesteps", "noisy_latents", "noise_pred", "noise_pred_gradient", "smashed")
+
+
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("label", [False, True])
+def test_a_latent_view_is_latents_plus_gaussian_noise_of_the_stated_size(
+    shipped: Base, public: ImageSet, victims: ImageSet, matched: bool, label: bool
+) -> None:
+    defences = Defences(feature_noise=0.5, matched=matched)
+    transcript, truth = record(shipped, victims, defences)
+    knowledge = make_knowledge(transcript, shipped, public)
+    seen = labelled(transcript.observations, knowledge)
+    view, std = latent_view(seen if label else seen.without("noise"), knowledge)
+    clean = encoded(shipped, victims).latents[truth.indices]
+    scaled = (view - clean) / std
+    assert scaled.std().item() == pytest.approx(1.0, rel=0.02)  # 32,768 draws: standard error 0.4 %
+    timesteps, alphas = matching_timesteps(std, knowledge)
+    assert torch.equal(shipped.alphas_cumprod[timesteps], alphas.flatten())
+    inside = (std > 0.1).flatten() & (std < 10).flatten()
+    torch.testing.assert_close(((1 - alphas) / alphas).sqrt()[inside], std[inside], rtol=0.02, atol=0)
+
+
+def test_an_attacker_can_be_denied_what_defences_are_on(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
+    transcript, _ = record(shipped, victims, Defences(feature_noise=0.5, matched=True))
+    knowledge = make_knowledge(transcript, shipped, public, ignore=("defences",))
+    assert knowledge.defences == Defences()
+    assert dict(knowledge.describe(transcript.observations, ()))["knows the defences"] == "no"

@@ -4,7 +4,19 @@ import torch
 
 from splitlab.config import Defences
 from splitlab.controlnet import symsigmoid
-from splitlab.defences import draw_timesteps, fixed_noise_tensor, protect, transforms
+from splitlab.defences import (
+    draw_noise,
+    draw_timesteps,
+    fixed_noise_tensor,
+    from_patches,
+    label_share,
+    mixing_key,
+    protect,
+    sent_timesteps,
+    signal_level,
+    to_patches,
+    transforms,
+)
 from splitlab.errors import InputError
 from splitlab.types import OBSERVATION_FIELDS, Observation
 
@@ -118,3 +130,103 @@ def test_timesteps_are_drawn_from_the_floor_to_the_end(floor: int):
 def test_a_floor_that_leaves_no_timestep_is_refused(floor: int):
     with pytest.raises(InputError, match=f"timestep_floor {floor} leaves none of the 1000 timesteps: lower it"):
         draw_timesteps(Defences(timestep_floor=floor), 4, ALPHAS, tiny.draw())
+
+
+def test_feature_noise_is_one_draw_over_all_fields_unless_they_are_independent():
+    before = message()
+    for shared in (True, False):
+        after = applied(Defences(feature_noise=0.5, independent_draws=not shared), before)
+        added = [after.need(name) - before.need(name) for name in ("noisy_latents", "smashed")]
+        assert added[0].std() == pytest.approx(0.5, rel=0.15)  # 192 draws: standard error 5 %
+        same = (added[0] - added[1]).abs().max() < 1e-5
+        assert bool(same) is shared
+        assert torch.equal(after.need("noise"), before.need("noise"))  # the label does not reveal it
+
+
+def test_the_matched_client_sends_a_diffusion_state_of_the_timestep_it_names():
+    defences = Defences(feature_noise=1.0, matched=True)
+    drawn = draw_timesteps(defences, 2000, ALPHAS, tiny.draw())
+    named = sent_timesteps(defences, drawn, ALPHAS)
+    alphas = signal_level(defences, named, ALPHAS)
+    torch.testing.assert_close(alphas.flatten(), ALPHAS[drawn], rtol=0, atol=2e-3)  # to a timestep's rounding
+    # signal and noise of (sqrt(a) x + sqrt(1 - a) e + n) / sqrt(2) are those of the schedule at the named timestep
+    torch.testing.assert_close(alphas.flatten() / 2, ALPHAS[named], rtol=1e-5, atol=1e-7)
+    share = label_share(defences, named, ALPHAS).flatten()
+    torch.testing.assert_close(share.square(), (1 - alphas.flatten()) / (2 - alphas.flatten()))
+    assert named.max() <= len(ALPHAS) - 1
+    assert ALPHAS[drawn].min() / 2 >= ALPHAS[-1]
+
+
+def test_without_matching_levels_and_loss_are_as_ever():
+    timesteps = torch.tensor([0, 500, 999])
+    for defences in (Defences(), Defences(feature_noise=1.0)):
+        assert torch.equal(sent_timesteps(defences, timesteps, ALPHAS), timesteps)
+        assert torch.equal(signal_level(defences, timesteps, ALPHAS).flatten(), ALPHAS[timesteps])
+        assert (label_share(defences, timesteps, ALPHAS) == 1).all()
+
+
+def test_a_mixing_key_is_row_stochastic_and_invertible():
+    key = mixing_key(16, tiny.draw())
+    torch.testing.assert_close(key.sum(1), torch.ones(16))
+    assert (key >= 0).all()
+    assert torch.linalg.matrix_rank(key) == 16
+
+
+def test_mixed_samples_share_timestep_and_noise_and_the_label_stays_right():
+    defences = Defences(key_mixing=3)
+    assert draw_timesteps(defences, 6, ALPHAS, tiny.draw()).reshape(2, 3).unique(dim=1).shape == (2, 1)
+    noise = draw_noise(defences, (3, 4, 4, 4), tiny.draw())
+    assert torch.equal(noise[0], noise[2])
+    latents = torch.randn(3, 4, 4, 4, generator=tiny.draw(1))
+    sent = applied(defences, Observation(0, 0, torch.zeros(3).long(), latents + noise, latents, noise))
+    mixed = sent.need("noisy_latents") - noise  # rows sum to 1: subtracting the label leaves mixed latents
+    solution = torch.linalg.lstsq(latents.flatten(1).T, mixed.flatten(1).T).solution
+    torch.testing.assert_close(solution.sum(0), torch.ones(3), rtol=0, atol=1e-4)
+    assert (solution > -1e-4).all()
+
+
+def test_a_key_stays_with_its_client_unless_it_is_fresh():
+    one, other = message(0), message(0)
+    for fresh in (False, True):
+        defences = Defences(key_mixing=3, fresh_keys=fresh)
+        chain = transforms(defences, client_key=7)
+        first, second = (protect(m, chain, tiny.draw(i)).need("smashed") for i, m in enumerate((one, other)))
+        assert torch.equal(first, second) is not fresh
+
+
+def test_patches_move_alike_in_every_map_and_nothing_is_lost():
+    before = message()
+    after = applied(Defences(patch_shuffle=2), before, client_key=8)
+    for name in ("noisy_latents", "smashed", "noise"):
+        assert not torch.equal(after.need(name), before.need(name))
+        assert torch.equal(after.need(name).flatten(2).sort(2).values, before.need(name).flatten(2).sort(2).values)
+    clean = before.need("noisy_latents") - before.need("noise")
+    moved = after.need("noisy_latents") - after.need("noise")
+    patches = to_patches(clean, 2)
+    assert {tuple(p.tolist()) for p in patches[0]} == {tuple(p.tolist()) for p in to_patches(moved, 2)[0]}
+    identity = torch.arange(4).expand(3, -1)
+    assert torch.equal(from_patches(patches, identity, 2), clean)
+
+
+@pytest.mark.parametrize(
+    ("defences", "reason"),
+    [(Defences(key_mixing=2), "key_mixing 2 does not divide a batch of 3"),
+     (Defences(patch_shuffle=3), "patch_shuffle 3 does not divide latents of 4x4")],
+)  # fmt: skip
+def test_defences_that_do_not_fit_a_message_say_so(defences: Defences, reason: str):
+    with pytest.raises(InputError, match=reason):
+        applied(defences, message())
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [({"feature_noise": -1.0}, "feature_noise is a standard deviation"),
+     ({"key_mixing": 1}, "2 or more"),
+     ({"patch_shuffle": -2}, "patch's side"),
+     ({"matched": True}, "say how feature_noise is added"),
+     ({"feature_noise": 1.0, "matched": True, "independent_draws": True}, "remove independent_draws"),
+     ({"fresh_keys": True}, "needs a key")],
+)  # fmt: skip
+def test_contradictory_defences_are_refused(values: dict, reason: str):
+    with pytest.raises(InputError, match=reason):
+        Defences(**values)

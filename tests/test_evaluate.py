@@ -1,5 +1,6 @@
 """The evaluation: perfect where the truth is given, at chance where nothing is, and clear about what is missing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -7,22 +8,26 @@ import pytest
 import tiny
 import torch
 
-from splitlab.artefacts import SavedReconstruction, save_reconstruction
+from splitlab.artefacts import SavedReconstruction, load_reconstruction, save_reconstruction
 from splitlab.base import Base
-from splitlab.config import EvaluateConfig
+from splitlab.config import Defences, EvaluateConfig
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.evaluate import (
     ATTACK_COLUMNS,
     TRAINING_COLUMNS,
     buckets,
+    disjoint,
     evaluate_run,
+    best_order,
     run_truth,
+    score_samples,
     summary,
     table,
     training_row,
     yardsticks,
 )
+from splitlab.generate import write_split
 from splitlab.train import train
 from splitlab.types import Reconstruction
 
@@ -98,7 +103,7 @@ def test_reconstructions_of_another_run_are_refused(
 ) -> None:
     few = private.images[:2]
     save_reconstruction(reconstructions / "mean_public-0.safetensors", saved("mean_public", few))
-    with pytest.raises(InputError, match="2 reconstructions for"):
+    with pytest.raises(InputError, match="2 images for"):
         evaluate_run(run, reconstructions, base, private, CONFIG, out=reconstructions / "out")
 
 
@@ -133,3 +138,55 @@ def test_a_run_without_its_record_says_which_command_makes_it(tmp_path: Path) ->
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         training_row(tmp_path)
+
+
+def test_hints_and_prompts_are_scored_where_no_image_is_recovered(run: Path, base: Base, private: ImageSet) -> None:
+    known = run_truth(run, base, private)
+    hints = private.hints[known.truth.indices]
+    prompts = [private.prompts[i] for i in known.truth.indices.tolist()]
+    prompts[0] = "no such prompt"
+    result = Reconstruction(hints=hints, prompts=tuple(prompts))
+    scores = score_samples(replace(saved("x", hints), result=result), known, CONFIG, localise=True)
+    assert set(scores) == {"hint_psnr_db", "hint_identified", "hint_iou", "prompt_exact"}
+    assert scores["hint_identified"].all()
+    assert scores["prompt_exact"].tolist() == [0.0] + [1.0] * (len(prompts) - 1)
+
+
+def test_only_the_chosen_samples_are_scored(run: Path, base: Base, private: ImageSet) -> None:
+    known = run_truth(run, base, private)
+    whole = saved("x", private.images[known.truth.indices])
+    scores = score_samples(whole, known, CONFIG, localise=False, chosen=torch.tensor([1, 3]))
+    assert torch.nonzero(scores["psnr_db"].isfinite())[:, 0].tolist() == [1, 3]
+
+
+def test_mixed_samples_are_matched_within_their_group_and_no_further(run: Path, base: Base, private: ImageSet) -> None:
+    known = run_truth(run, base, private)
+    mixed = replace(known, config=replace(known.config, defences=Defences(key_mixing=3)))
+    images = private.images[known.truth.indices]
+    n = len(images)
+    within = torch.arange(n).reshape(-1, 3).flip(1).flatten()
+    across = torch.arange(n).roll(3)
+    assert torch.equal(best_order(saved("x", images[within]), mixed), within)  # a reversal undoes itself
+    assert not torch.equal(images[across][best_order(saved("x", images[across]), mixed)], images)
+    assert torch.equal(best_order(saved("x", images[within]), known), torch.arange(n))
+    scores = score_samples(saved("x", images[within]), mixed, CONFIG, localise=False)
+    assert (scores["psnr_db"] > 90).all()
+    assert torch.equal(scores["place"].long(), within)
+
+
+def test_public_data_that_hold_private_images_are_refused(tmp_path: Path) -> None:
+    drawn = tiny.samples(6)
+    for split, chosen in {"private": drawn[:3], "public": drawn[2:], "clean": drawn[3:]}.items():
+        write_split(tmp_path / split / "tiny.zip", chosen)
+    params = {"data": {"root": str(tmp_path)}}
+    with pytest.raises(InputError, match="1 of the public images are private ones"):
+        disjoint("tiny", params)
+    (tmp_path / "clean" / "tiny.zip").replace(tmp_path / "public" / "tiny.zip")
+    assert len(disjoint("tiny", params)) == 3
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    result = Reconstruction(prompts=("a", "b"), used=("encoder_hidden_states",), n_evals=3)
+    save_reconstruction(tmp_path / "x.safetensors", replace(saved("x", torch.zeros(1, 3, 4, 4)), result=result))
+    found = load_reconstruction(tmp_path / "x.safetensors").result
+    assert (found.images, found.hints, found.prompts, found.n_evals) == (None, None, ("a", "b"), 3)

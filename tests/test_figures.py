@@ -12,6 +12,8 @@ from PIL import Image
 from splitlab import figures
 from splitlab.config import EvaluateConfig
 from splitlab.errors import InputError
+from splitlab.figures import Recorded
+from splitlab.words import attack_label
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def test_no_software_and_no_date_in_the_files(drawn: list[Path]) -> None:
 
 
 def test_samples_are_picked_by_bucket_in_order_of_timestep(world: fabricated.World) -> None:
-    picked = figures.pick(world.root / "runs" / "split", EvaluateConfig(buckets=(0, 500, 1000)))
+    recorded = Recorded.of_run("split", world.root / "runs", world.root)
+    picked = figures.pick(recorded, EvaluateConfig(buckets=(0, 500, 1000)))
     assert (picked.timesteps.diff() >= 0).all()
     assert {bool(t >= 500) for t in picked.timesteps.tolist()} == {False, True}
     assert len(picked.indices) == len(picked.positions) <= 10
@@ -56,9 +59,10 @@ def test_attacks_are_ordered_by_measured_strength() -> None:
     assert figures.by_strength(table) == ["weak", "strong"]
 
 
-def test_known_attacks_have_words_and_unknown_ones_their_name() -> None:
-    assert figures.attack_label("closed_form") == "closed form (uses the sent noise)"
-    assert figures.attack_label("new_idea") == "new idea"
+def test_attacks_have_words_and_what_they_were_denied() -> None:
+    assert attack_label("closed_form") == "closed form"
+    assert attack_label("inverse_network-without-noise-defences") == "inverse network without noise label, defences"
+    assert attack_label("live: new_idea") == "live: new idea"
 
 
 def test_show_images_draws_one_row_per_entry() -> None:

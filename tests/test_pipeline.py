@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.attacks import ATTACKS
+from splitlab.config import SENDING, AttackSpec, EvaluateConfig, TrainConfig, parse
 from splitlab.errors import InputError
 from splitlab.params import load_params, load_split, section
 from splitlab.paths import ROOT
 from splitlab.pretrain import PretrainConfig
+from splitlab.survey import SurveyConfig
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PRIVATE = re.compile(r"(^|/)(data/?$|data/private|data/heldout|runs/?$|scores)|truth|record\.json|timing|samples\.")
+PRIVATE = re.compile(
+    r"(^|/)(data/?$|data/private|data/heldout|runs/?$|survey/?$|scores)|truth|record\.json|timing|samples\."
+)
 
 
 def stage(name: str) -> dict:
@@ -28,9 +32,14 @@ def code(notebook: Path) -> str:
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
-def test_attack_stages_depend_on_transcript_base_and_public_data_only() -> None:
-    deps = [dep for dep in stage("attack")["deps"] if not dep.startswith(("splitlab/", "notebooks/"))]
-    assert deps == ["runs/${key}/transcript.safetensors", "data/public", "models/base"]
+def test_attack_stages_depend_on_what_the_server_has_and_public_data_only() -> None:
+    public = ["data/public", "models/base"]
+    for name, own in {
+        "attack": ["runs/${key}/transcript.safetensors", "runs/${key}/server.safetensors"],
+        "survey-attack": ["survey/transcripts"],
+    }.items():
+        deps = [dep for dep in stage(name)["deps"] if not dep.startswith(("splitlab/", "notebooks/"))]
+        assert deps == own + public, name
 
 
 def test_the_pretrain_stage_depends_on_public_data_only() -> None:
@@ -39,13 +48,15 @@ def test_the_pretrain_stage_depends_on_public_data_only() -> None:
 
 def test_the_check_for_private_files_can_fail() -> None:
     leaks = ["data", "data/private", "runs", "runs/${key}/truth.safetensors", "data/private/shapes.zip", "scores"]
+    leaks += ["survey", "survey/truth"]
     assert all(PRIVATE.search(dep) for dep in leaks)
 
 
 def test_the_attack_notebook_reads_nothing_private() -> None:
-    source = code(ROOT / "notebooks/attack.ipynb")
-    assert 'load_split(transcript.header.dataset, "public", params)' in source
-    assert not re.search(r"truth|\"private\"|\"heldout\"|record\.json|evaluate", source)
+    for name in ("attack", "survey_attack"):
+        source = code(ROOT / f"notebooks/{name}.ipynb")
+        assert re.search(r'load_split\((transcript\.header\.)?dataset, "public", params\)', source)
+        assert not re.search(r"truth|\"private\"|\"heldout\"|record\.json|evaluate", source)
 
 
 def test_attack_modules_import_neither_truth_nor_evaluation() -> None:
@@ -73,9 +84,12 @@ def test_every_section_of_the_parameter_file_parses() -> None:
     params = load_params()
     parse(PretrainConfig, params["pretrain"], where="pretrain")
     parse(EvaluateConfig, params["evaluate"], where="evaluate")
+    survey = parse(SurveyConfig, params["survey"], where="survey")
+    assert all(spec.attack in ATTACKS for spec in survey.attacks)
+    assert len({spec.name for spec in survey.attacks}) == len(survey.attacks), "two attacks would write the same file"
     runs = {name: parse(TrainConfig, run, where=name) for name, run in params["runs"].items()}
     for run, specs in params["attacks"].items():
-        assert runs[run].scheme in ("split", "split_gradients")
+        assert runs[run].scheme in SENDING
         names = [parse(AttackSpec, spec, where=run).name for spec in specs]
         assert len(set(names)) == len(names), "two attacks would write the same file"
         assert "mean_public" in names, "no table without its no-information row"

@@ -113,6 +113,25 @@ def test_split_without_defences_is_scheme_central_step_by_step(base: Base, priva
         assert apart(snapshot(split.controlnet()), snapshot(central.controlnet()), start) < PRECISION
 
 
+@pytest.mark.parametrize("defences", [Defences(), Defences(feature_noise=0.5, matched=True)], ids=str)
+def test_the_u_shaped_split_trains_as_the_split_does_though_the_noise_stays(
+    base: Base, private: ImageSet, defences: Defences
+):
+    split, folded = (
+        built(base, private, run_config(scheme=scheme, defences=defences)) for scheme in ("split", "u_shaped")
+    )
+    start = snapshot(split.controlnet())
+    for number in range(STEPS):
+        lr = learning_rate(number, run_config())
+        step = folded.step(number, lr)
+        assert step.loss == pytest.approx(split.step(number, lr).loss, rel=1e-5)
+        assert apart(snapshot(folded.controlnet()), snapshot(split.controlnet()), start) < PRECISION
+        seen = from_bytes(step.message)
+        assert seen.noise is None
+        assert step.down_bytes >= seen.need("noise_pred").nbytes
+        assert step.up_bytes >= seen.need("noise_pred_gradient").nbytes
+
+
 def test_a_defence_makes_split_training_another(base: Base, private: ImageSet):
     # what makes the two tests above able to fail
     plain = steps_of(built(base, private, run_config()), run_config())

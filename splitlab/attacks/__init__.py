@@ -15,9 +15,13 @@ from torch import Tensor
 
 from splitlab.artefacts import SavedReconstruction, save_reconstruction
 from splitlab.attacks.closed_form import closed_form
+from splitlab.attacks.hijacking import hijacking
 from splitlab.attacks.inverse_network import inverse_network
+from splitlab.attacks.likelihood import likelihood
 from splitlab.attacks.no_information import mean_public, random_public
 from splitlab.attacks.one_step import one_step
+from splitlab.attacks.prompts import prompt_guess, prompt_inversion
+from splitlab.attacks.unsplit import unsplit
 from splitlab.base import Base
 from splitlab.checkpoint import load_json, save_json
 from splitlab.config import AttackSpec, Defences
@@ -33,6 +37,11 @@ ATTACKS: dict[str, Callable[..., Reconstruction]] = {
     "one_step": one_step,
     "inverse_network": inverse_network,
     "closed_form": closed_form,
+    "likelihood": likelihood,
+    "unsplit": unsplit,
+    "hijacking": hijacking,
+    "prompt_inversion": prompt_inversion,
+    "prompt_guess": prompt_guess,
 }
 
 FACTS = ("defences",)
@@ -133,25 +142,45 @@ def make_knowledge(
 
 
 def attack_and_save(
-    transcript: Transcript, spec: AttackSpec, seed: int, base: Base, public: ImageSet, *, out: Path, cache: Path
-) -> SavedReconstruction:
-    """Run one attack of a grid; write `<out>/<attack>-<seed>.safetensors`, and its CPU seconds to `timing.json`."""
-    knowledge = make_knowledge(transcript, base, public, ignore=spec.ignore, cache=cache)
-    result = attack_transcript(
-        transcript,
-        attack=spec.attack,
-        base=base,
-        public=public,
-        ignore=spec.ignore,
-        seed=seed,
-        options=spec.options,
-        cache=cache,
-    )
-    observations = transcript.observations
-    rows = tuple(knowledge.describe(observations, result.used))
+    transcript: Transcript,
+    spec: AttackSpec,
+    seed: int,
+    base: Base,
+    public: ImageSet,
+    *,
+    out: Path,
+    cache: Path,
+    server: Mapping[str, Tensor] | None = None,
+) -> SavedReconstruction | None:
+    """Run one attack of a grid; write `<out>/<attack>-<seed>.safetensors`, and its CPU seconds to `timing.json`.
+
+    An ablated attack that cannot run without what it is denied leaves `<attack>.refused.json` with the reason
+    instead, and None is returned.
+    """
+    knowledge = make_knowledge(transcript, base, public, ignore=spec.ignore, cache=cache, server=server)
+    name = f"{spec.name}-{seed}"
+    try:
+        result = attack_transcript(
+            transcript,
+            attack=spec.attack,
+            base=base,
+            public=public,
+            ignore=spec.ignore,
+            seed=seed,
+            options=spec.options,
+            cache=cache,
+            server=server,
+        )
+    except InputError as error:
+        if not spec.ignore:
+            raise
+        out.mkdir(parents=True, exist_ok=True)
+        save_json(out / f"{spec.name}.refused.json", {"reason": str(error)})
+        return None
+    rows = tuple(knowledge.describe(transcript.observations, result.used))
     saved = SavedReconstruction(result, spec.name, seed, " + ".join(result.used) or "nothing", rows)
-    save_reconstruction(out / f"{spec.name}-{seed}.safetensors", saved)
+    save_reconstruction(out / f"{name}.safetensors", saved)
     timing = out / "timing.json"
     known = load_json(timing) if timing.exists() else {}
-    save_json(timing, known | {f"{spec.name}-{seed}": round(result.cpu_s, 3)})
+    save_json(timing, known | {name: round(result.cpu_s, 3)})
     return saved

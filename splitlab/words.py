@@ -1,0 +1,61 @@
+"""How attacks, schemes, fields and defences are called wherever people read of them."""
+
+ATTACK_WORDS = {
+    "mean_public": "no information: mean public image",
+    "random_public": "random public image",
+    "one_step": "one-step denoising",
+    "likelihood": "likelihood maximisation (rMLE)",
+    "inverse_network": "inverse network",
+    "adaptive_network": "adaptive inverse network",
+    "posterior": "diffusion posterior",
+    "accumulation": "accumulation over epochs",
+    "unmixing": "unmixing",
+    "jigsaw": "jigsaw",
+    "unsplit": "UnSplit",
+    "hijacking": "feature-space hijacking (FSHA)",
+    "prompt_inversion": "prompt inversion",
+    "prompt_guess": "prompt guess",
+    "closed_form": "closed form",
+}
+"""Attacks, weakest knowledge first; one that is not listed goes by its name."""
+
+SCHEME_WORDS = {
+    "central": "central",
+    "federated": "federated (FedAvg)",
+    "split_gradients": "conventional split (gradients return)",
+    "split": "S1 split (nothing returns)",
+    "u_shaped": "U-shaped split (loss on the client)",
+}
+
+FIELD_WORDS = {
+    "timesteps": "timestep",
+    "noisy_latents": "noisy latents",
+    "smashed": "activation",
+    "noise": "noise label",
+    "encoder_hidden_states": "prompt",
+    "noise_pred": "its own prediction",
+    "noise_pred_gradient": "the loss's gradient",
+}
+
+DEFENCE_WORDS = {
+    "timestep_floor": "timesteps from {:g} up",
+    "feature_noise": "feature noise, std {:g}",
+    "independent_draws": "drawn for each field apart",
+    "matched": "matched client",
+    "symsigmoid": "symsigmoid activation",
+    "fixed_noise": "fixed noise per client, std {:g}",
+    "key_mixing": "{:g} samples mixed by a secret key",
+    "patch_shuffle": "patches of side {:g} shuffled",
+    "fresh_keys": "keys drawn anew each time",
+    "half": "fp16",
+    "hide_prompts": "prompts hidden",
+}
+
+
+def attack_label(attack: str) -> str:
+    """Say in words which attack it is, and what it was denied."""
+    live = "live: " if attack.startswith("live: ") else ""
+    plain, _, denied = attack.removeprefix("live: ").partition("-without-")
+    words = ATTACK_WORDS.get(plain, plain.replace("_", " "))
+    facts = ", ".join(FIELD_WORDS.get(name, name) for name in denied.split("-")) if denied else ""
+    return f"{live}{words}" + (f" without {facts}" if facts else "")

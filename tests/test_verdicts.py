@@ -1,0 +1,99 @@
+"""Verdicts from tables made up for it: what counts as stopped, who the paper's attacker is, which cost is whose."""
+
+import pandas as pd
+import pytest
+
+from splitlab.verdicts import ABLATION_COLUMNS, VERDICT_COLUMNS, ablations, pooled, verdicts
+
+QUIET = {"psnr_db": 11.0, "ssim": 0.3, "id_top1": 0.02, "hint_id_top1": None, "prompt_exact": None}
+
+
+def row(attack: str, t_low: int = 0, **changes: object) -> dict:
+    fixed = {"run": "survey-shapes-x", "dataset": "shapes", "defences": "half", "attack": attack, "t_low": t_low}
+    return fixed | {"n": 64, "n_seeds": 3, "id_chance": 0.01} | QUIET | changes
+
+
+def judge(*rows: dict, utility: pd.DataFrame | None = None) -> pd.Series:
+    frame = verdicts(pd.DataFrame(rows), utility)
+    assert list(frame.columns) == list(VERDICT_COLUMNS)
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+def test_a_defence_that_every_attack_fails_against_stops_them():
+    found = judge(row("closed_form"), row("likelihood-without-noise-defences"), row("mean_public", id_top1=0.9))
+    assert found["stops_adaptive"]
+    assert found["stops_paper_attacks"]
+    assert "no attack identifies more than 2%" in found["reason"]
+    assert found["setting"] == "x"
+
+
+def test_one_timestep_bucket_in_which_an_attack_identifies_is_enough_to_fail():
+    calm = [row("closed_form", t_low=low) for low in (0, 200, 400, 600)]
+    found = judge(*calm, row("closed_form", t_low=800, id_top1=0.2))
+    assert not found["stops_adaptive"]
+    assert found["id_worst"] == pytest.approx(0.2)
+    assert found["worst_t_low"] == 800
+    assert found["id_top1"] == pytest.approx((4 * 0.02 + 0.2) / 5)
+    assert found["reason"].startswith("closed_form identifies 20% at t ≥ 800")
+
+
+def test_a_hint_that_identifies_fails_the_defence_but_not_the_papers_attacks():
+    found = judge(row("closed_form", hint_id_top1=0.95), row("inverse_network-without-noise-defences"))
+    assert not found["stops_adaptive"]
+    assert found["stops_paper_attacks"]
+    assert found["hint_attack"] == "closed_form"
+    assert "the hint is recovered and identifies 95%" in found["reason"]
+
+
+def test_the_papers_attackers_are_those_without_label_and_defences():
+    found = judge(row("closed_form", id_top1=1.0), row("inverse_network-without-noise", id_top1=0.9),
+                  row("inverse_network-without-noise-defences", id_top1=0.05))  # fmt: skip
+    assert found["paper_attack"] == "inverse_network-without-noise-defences"
+    assert found["stops_paper_attacks"]
+    assert not found["stops_adaptive"]
+    alone = judge(row("closed_form"))
+    assert pd.isna(alone["stops_paper_attacks"])
+
+
+def test_the_strongest_attack_identifies_most_and_psnr_decides_between_equals():
+    every = pooled(pd.DataFrame([row("a", id_top1=0.5, psnr_db=12.0), row("b", id_top1=0.5, psnr_db=14.0),
+                                 row("c", psnr_db=20.0), row("hints", psnr_db=None, id_top1=None)]))  # fmt: skip
+    assert [one["attack"] for one in every] == ["b", "a", "c", "hints"]
+
+
+def test_buckets_are_pooled_by_their_size():
+    (one,) = pooled(pd.DataFrame([row("a", n=10, psnr_db=10.0), row("a", t_low=200, n=30, psnr_db=20.0)]))
+    assert one["psnr_db"] == pytest.approx(17.5)
+    assert one["n"] == 40
+
+
+def test_the_cost_is_that_of_the_same_defences_on_the_same_data():
+    utility = pd.DataFrame(
+        [{"dataset": "shapes", "defences": "half", "control_iou": iou, "eval_loss": 0.1} for iou in (0.7, 0.9)]
+        + [{"dataset": "photos", "defences": "half", "control_iou": 0.1, "eval_loss": 9.0}]
+    )
+    found = judge(row("closed_form"), utility=utility)
+    assert found["control_iou"] == pytest.approx(0.8)
+    assert found["eval_loss"] == pytest.approx(0.1)
+
+
+def test_runs_that_are_not_the_surveys_are_not_judged():
+    assert verdicts(pd.DataFrame([row("closed_form") | {"run": "shapes-s1"}]), None).empty
+
+
+def test_an_ablation_compares_an_attack_with_itself_denied_one_fact():
+    table = pd.DataFrame([row("closed_form", id_top1=1.0), row("posterior", id_top1=0.9),
+                          row("posterior-without-noise", id_top1=0.8), row("orphan-without-noise", id_top1=0.5),
+                          row("words", id_top1=None, prompt_exact=1.0)])  # fmt: skip
+    run = "survey-shapes-x"
+    found = ablations(table, {(run, "closed_form-without-noise-smashed"): "no noise", (run, "words-without-x"): "no x"})
+    assert list(found.columns) == list(ABLATION_COLUMNS)
+    by_name = found.set_index("attack")
+    assert set(by_name.index) == {"posterior", "closed_form", "words"}
+    assert not by_name["breaks"]["posterior"]
+    assert by_name["without_it"]["posterior"] == 0.8
+    assert by_name["breaks"]["closed_form"]
+    assert by_name["note"]["closed_form"] == "no noise"
+    assert by_name["denied"]["closed_form"] == "noise-smashed"
+    assert by_name["measure"]["words"] == "prompt_exact"
