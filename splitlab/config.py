@@ -161,7 +161,7 @@ class AttackSpec:
         attack: its name in `splitlab.attacks.ATTACKS`.
         ignore: observation fields to deny it, or "defences" (it takes the client for undefended), for ablations.
         seeds: how many attackers, who differ in their draws, try; 1 for an attack without randomness.
-        when: survey only: the defence that must be on, or "epochs": transcripts that show images many times.
+        when: survey only: the defence that must be on.
         options: keyword arguments of the attack function.
     """
 
@@ -170,6 +170,11 @@ class AttackSpec:
     seeds: int = 3
     when: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a defence that does not exist."""
+        if self.when and self.when not in {f.name for f in fields(Defences)}:
+            raise InputError(f"attack {self.attack}: when={self.when!r} is no defence; see splitlab.config.Defences")
 
     @property
     def name(self) -> str:

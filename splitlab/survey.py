@@ -36,6 +36,7 @@ class SurveyConfig:
         settings: name -> the clients' defences.
         accumulate: settings that are also recorded over many epochs of few images, for attacks that link messages.
         attacks: the attacks on every transcript (those with `when` only where that defence is on).
+        epoch_attacks: the attacks on the transcripts of `accumulate`.
         messages: messages per transcript, of `batch_size` samples.
         epochs: epochs over `epoch_samples` images in a transcript of `accumulate`.
         epoch_samples: how many images those are.
@@ -48,6 +49,7 @@ class SurveyConfig:
     settings: dict[str, Defences] = field(default_factory=dict)
     accumulate: tuple[str, ...] = ()
     attacks: tuple[AttackSpec, ...] = ()
+    epoch_attacks: tuple[AttackSpec, ...] = ()
     messages: int = 16
     epochs: int = 10
     epoch_samples: int = 64
@@ -109,26 +111,25 @@ def record_survey(
 
 def attack_survey(config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, out: Path, cache: Path) -> None:
     """Run the catalogue on every transcript below `seen`; of the data, only public splits are read."""
+    folders = sorted(path for path in seen.iterdir() if path.is_dir())
+    transcripts = {path.name: read_transcript(path / "transcript.safetensors") for path in folders}
     jobs = [
-        (folder.name, spec, seed)
-        for folder in sorted(path for path in seen.iterdir() if path.is_dir())
-        for spec in config.attacks
+        (run, spec, seed)
+        for run, transcript in transcripts.items()
+        for spec in catalogue(config, run, transcript.header.defences)
         for seed in range(spec.seeds)
     ]
-    transcripts = {run: read_transcript(seen / run / "transcript.safetensors") for run in {job[0] for job in jobs}}
     for run, spec, seed in (bar := tqdm(jobs, desc="attack", mininterval=2)):
         bar.set_postfix_str(f"{run}: {spec.name}", refresh=False)
-        header = transcripts[run].header
-        if applies(spec, run, header.defences):
-            public = load(header.dataset, "public")
-            attack_and_save(transcripts[run], spec, seed, base, public, out=out / run, cache=cache)
+        public = load(transcripts[run].header.dataset, "public")
+        attack_and_save(transcripts[run], spec, seed, base, public, out=out / run, cache=cache)
 
 
-def applies(spec: AttackSpec, run: str, defences: Defences) -> bool:
-    """Say whether an attack is for this transcript: `when` names a defence that must be on, or "epochs"."""
-    if spec.when == "epochs":
-        return run.startswith("epochs-")
-    return not spec.when or bool(getattr(defences, spec.when))
+def catalogue(config: SurveyConfig, run: str, defences: Defences) -> list[AttackSpec]:
+    """Return the attacks on one of the survey's transcripts."""
+    if run.startswith("epochs-"):
+        return list(config.epoch_attacks)
+    return [spec for spec in config.attacks if not spec.when or getattr(defences, spec.when)]
 
 
 def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from splitlab.config import AttackSpec, Defences, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.report import load_material
-from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, applies, record_survey, utility
+from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, catalogue, record_survey, utility
 from splitlab.train import record, train
 from splitlab.wire import read_truth
 
@@ -73,12 +73,13 @@ def test_only_s1s_split_can_be_recorded_without_training(base: Base, private: Im
 
 
 def test_attacks_apply_where_their_defence_is_on():
+    specs = AttackSpec("closed_form"), AttackSpec("unmixing", when="key_mixing"), AttackSpec("jigsaw", when="matched")
+    chosen = config(attacks=specs, epoch_attacks=(AttackSpec("accumulation"),))
     mixing = Defences(key_mixing=3)
-    assert applies(AttackSpec("closed_form"), "survey-x", mixing)
-    assert applies(AttackSpec("unmixing", when="key_mixing"), "survey-x", mixing)
-    assert not applies(AttackSpec("jigsaw", when="patch_shuffle"), "survey-x", mixing)
-    assert applies(AttackSpec("accumulation", when="epochs"), "epochs-x", Defences())
-    assert not applies(AttackSpec("accumulation", when="epochs"), "survey-x", Defences())
+    assert [spec.attack for spec in catalogue(chosen, "survey-x", mixing)] == ["closed_form", "unmixing"]
+    assert [spec.attack for spec in catalogue(chosen, "epochs-x", mixing)] == ["accumulation"]
+    with pytest.raises(InputError, match="when='noise' is no defence"):
+        AttackSpec("closed_form", when="noise")
 
 
 def test_what_was_trained_is_not_trained_again(
@@ -113,7 +114,7 @@ def test_the_survey_is_judged_and_its_pictures_drawn(world: fabricated.World):
 def test_an_attack_that_cannot_run_without_a_fact_says_so_in_the_ablations(world: fabricated.World):
     table = read_table(world.root / "metrics" / "ablations.csv")
     refused = table[table["denied"] == "noise-smashed"]
-    assert len(refused) == 4
+    assert len(refused) == 3
     assert refused["breaks"].all()
     assert refused["note"].str.contains("carries no noise").all()
 
