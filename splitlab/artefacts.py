@@ -95,3 +95,39 @@ def read_table(path: Path, *, empty: bool = False) -> pd.DataFrame:
     if table.empty and not empty:
         raise InputError(f"{path}: it has no rows; run `dvc repro` to make it again")
     return table
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where the files of an attacked transcript are: of a trained run, or of the survey.
+
+    Attributes:
+        name: of the run.
+        transcript, truth, record: files.
+        reconstructions: folder.
+    """
+
+    name: str
+    transcript: Path
+    truth: Path
+    record: Path
+    reconstructions: Path
+
+    @classmethod
+    def of_run(cls, name: str, runs: Path, reconstructions: Path) -> "Recorded":
+        """Name the files of a trained run."""
+        return cls._named(name, runs, runs, reconstructions)
+
+    @classmethod
+    def of_survey(cls, name: str, survey: Path) -> "Recorded":
+        """Name the files of one of the survey's transcripts."""
+        return cls._named(name, survey / "transcripts", survey / "truth", survey / "reconstructions")
+
+    @classmethod
+    def _named(cls, name: str, seen: Path, hidden: Path, reconstructions: Path) -> "Recorded":
+        files = (
+            seen / name / "transcript.safetensors",
+            hidden / name / "truth.safetensors",
+            hidden / name / "record.json",
+        )
+        return cls(name, *files, reconstructions / name)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from splitlab import checkpoint
-from splitlab.artefacts import SavedReconstruction, from_uint8, load_reconstruction, to_uint8
+from splitlab.artefacts import Recorded, SavedReconstruction, from_uint8, load_reconstruction, to_uint8
 from splitlab.attacks import ATTACKS, attack_transcript, make_knowledge
 from splitlab.base import Base, load_base
 from splitlab.colours import are_shapes
@@ -45,6 +45,7 @@ class Attempt:
         threat_model: (what, value) rows.
         images, hints: `[n, 3, h, w]` uint8; None where the attack does not try.
         scores: name -> `[n]`, as `evaluate.score_samples` returns them; empty before the evaluation.
+        prompts: n texts; None where the attack does not try.
     """
 
     attack: str
@@ -54,6 +55,7 @@ class Attempt:
     images: Tensor | None
     hints: Tensor | None
     scores: Mapping[str, Tensor]
+    prompts: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Artefacts:
         runs: folder of runs.
         reconstructions: folder of reconstructions, one folder per attacked run.
         scores: folder of per-sample scores.
+        survey: folder of the survey's transcripts and reconstructions.
         cache: folder of encoded public data, for live attacks.
     """
 
@@ -114,9 +117,10 @@ class Artefacts:
         runs: str | Path = "runs",
         reconstructions: str | Path = "reconstructions",
         scores: str | Path = "scores",
+        survey: str | Path = "survey",
         cache: Path = CACHE,
     ):
-        self.params, self.cache = params, cache
+        self.params, self.cache, self.survey = params, cache, resolve(survey)
         self.runs, self.reconstructions, self.scores = resolve(runs), resolve(reconstructions), resolve(scores)
         self._views: dict[str, tuple[object, RunView]] = {}
         self._splits: dict[tuple[str, str], ImageSet] = {}
@@ -138,15 +142,22 @@ class Artefacts:
         return self._splits[dataset, split]
 
     def attacked(self) -> list[str]:
-        """Return the runs that have reconstructions, in the order of params.yaml.
+        """Return the runs that have reconstructions, in the order of params.yaml's attacks, then the survey's.
 
         Raises:
             InputError: there is none.
         """
         found = {path.parent.name for path in self.reconstructions.glob("*/*.safetensors")}
-        if not found:
+        surveyed = {path.parent.name for path in (self.survey / "reconstructions").glob("*/*.safetensors")}
+        if not found | surveyed:
             raise InputError(f"no run has been attacked yet: {self.reconstructions} holds no reconstructions")
-        return in_order(found, list(self.params["runs"]))
+        return [*in_order(found, list(self.params["attacks"])), *sorted(surveyed)]
+
+    def recorded(self, run: str) -> Recorded:
+        """Return where an attacked run's files are."""
+        if (self.survey / "truth" / run).exists():
+            return Recorded.of_survey(run, self.survey)
+        return Recorded.of_run(run, self.runs, self.reconstructions)
 
     def trained(self) -> list[str]:
         """Return the runs that have generated samples, in the order of params.yaml.
@@ -165,21 +176,19 @@ class Artefacts:
         Raises:
             InputError: an artefact is missing, damaged or of another transcript.
         """
-        saved = sorted((self.reconstructions / run).glob("*.safetensors"))
-        files = [self.runs / run / f"{name}.safetensors" for name in ("transcript", "truth")]
-        files += [self.runs / run / "record.json", self.scores / f"{run}.safetensors", *saved]
+        recorded = self.recorded(run)
+        saved = sorted(recorded.reconstructions.glob("*.safetensors"))
+        files = [recorded.transcript, recorded.truth, recorded.record, self.scores / f"{run}.safetensors", *saved]
         stamp = [(path, path.stat().st_mtime_ns if path.exists() else None) for path in files]
         if run not in self._views or self._views[run][0] != stamp:
-            self._views[run] = stamp, self._read(run, saved)
+            self._views[run] = stamp, self._read(recorded, saved)
         return self._views[run][1]
 
-    def _read(self, run: str, saved: Sequence[Path]) -> RunView:
-        folder = self.runs / run
-        config = parse(
-            TrainConfig, checkpoint.load_json(folder / "record.json")["config"], where=f"{folder}/record.json"
-        )
-        transcript = read_transcript(folder / "transcript.safetensors", base_digest=self.base.digest)
-        truth, private = read_truth(folder / "truth.safetensors"), self.split(config.dataset, "private")
+    def _read(self, recorded: Recorded, saved: Sequence[Path]) -> RunView:
+        run, folder = recorded.name, recorded.truth.parent
+        config = parse(TrainConfig, checkpoint.load_json(recorded.record)["config"], where=str(recorded.record))
+        transcript = read_transcript(recorded.transcript, base_digest=self.base.digest)
+        truth, private = read_truth(recorded.truth), self.split(config.dataset, "private")
         seen = stack(transcript.observations)
         n = len(truth.indices)
         if n != seen.batch_size or int(truth.indices.max()) >= len(private):
@@ -188,7 +197,7 @@ class Artefacts:
         attempts: dict[str, dict[int, Attempt]] = {}
         for one in map(load_reconstruction, saved):
             if any(value is not None and len(value) != n for value in (one.result.images, one.result.hints)):
-                raise InputError(f"{self.reconstructions / run}: {one.attack} is of another transcript than {folder}")
+                raise InputError(f"{recorded.reconstructions}: {one.attack} is of another transcript than {folder}")
             prefix = f"{one.attack}/{one.seed}/"
             own = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
             attempts.setdefault(one.attack, {})[one.seed] = attempt(one, own)
@@ -245,10 +254,14 @@ def _as_saved(images: Tensor) -> Tensor:
 
 
 def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor]) -> Attempt:
-    """Pack a reconstruction with its scores."""
+    """Pack a reconstruction with its scores; of mixed samples, each with the reconstruction it was judged by."""
     result = saved.result
     images, hints = (None if part is None else to_uint8(part) for part in (result.images, result.hints))
-    return Attempt(saved.attack, saved.seed, saved.knowledge, saved.threat_model, images, hints, scores)
+    if "place" in scores:
+        place = scores["place"].where(scores["place"].isfinite(), torch.arange(len(scores["place"])).float()).long()
+        images, hints = (None if part is None else part[place] for part in (images, hints))
+    own = saved.attack, saved.seed, saved.knowledge, saved.threat_model
+    return Attempt(*own, images, hints, scores, result.prompts)
 
 
 def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
@@ -337,7 +350,9 @@ def wire_pictures(message: Observation, base: Base) -> list[Picture]:
         Picture("noisy latents", noisy, not_sent),
         Picture("cut-layer activation", maps(seen.smashed), not_sent),
         Picture("noise label", maps(seen.noise), not_sent),
-    ]
+    ] + (
+        [] if seen.noise_pred_gradient is None else [Picture("loss gradient", maps(seen.noise_pred_gradient), not_sent)]
+    )
 
 
 def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Groups:
@@ -352,7 +367,7 @@ def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Group
         (WIRE, "what the server receives", wire_pictures(message, base)),
         (
             RECONSTRUCTED,
-            f"by {attack_label(one.attack)}",
+            f"by {attack_label(one.attack)}" + (f": “{one.prompts[sample]}”" if one.prompts else ""),
             [Picture("image", picture, missing), Picture("hint", found, missing)],
         ),
     ]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from splitlab import checkpoint, metrics
-from splitlab.artefacts import from_uint8, load_reconstruction, read_table
+from splitlab.artefacts import Recorded, from_uint8, load_reconstruction, read_table
 from splitlab.base import Base, load_base
 from splitlab.canvas import DPI, subplots
 from splitlab.config import EvaluateConfig, parse
@@ -77,29 +77,6 @@ def by_strength(attacks: pd.DataFrame) -> list[str]:
     """Return the attacks' names, weakest first, by mean PSNR over all runs and buckets of the table."""
     means = attacks.groupby("attack")["psnr_db"].mean()
     return list(means.sort_values(kind="stable").index)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Where the files of an attacked transcript are: of a run, or of the survey."""
-
-    name: str
-    transcript: Path
-    truth: Path
-    reconstructions: Path
-
-    @classmethod
-    def of_run(cls, name: str, runs: Path, reconstructions: Path) -> "Recorded":
-        """Name the files of a trained run."""
-        folder = runs / name
-        return cls(name, folder / "transcript.safetensors", folder / "truth.safetensors", reconstructions / name)
-
-    @classmethod
-    def of_survey(cls, name: str, survey: Path) -> "Recorded":
-        """Name the files of one of the survey's transcripts."""
-        seen, hidden = survey / "transcripts" / name, survey / "truth" / name
-        files = seen / "transcript.safetensors", hidden / "truth.safetensors"
-        return cls(name, files[0], files[1], survey / "reconstructions" / name)
 
 
 @style.context(["default", STYLE])  # in this module's style, whatever the user's is

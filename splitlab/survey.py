@@ -133,14 +133,15 @@ def catalogue(config: SurveyConfig, run: str, defences: Defences) -> list[Attack
 
 
 def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path) -> pd.DataFrame:
-    """Train every setting of the full grid on every data set, and measure how well the result follows hints.
+    """Train every setting on the first data set, the default grid's on the others; measure how well hints are followed.
 
     What was trained before, with the same parameters, data and base model, is read from `cache`.
 
     Returns a table of `UTILITY_COLUMNS`.
     """
     rows = []
-    cells = [(dataset, name) for dataset in config.datasets for name in config.settings]
+    cells = [(config.datasets[0], name) for name in config.settings]
+    cells += [(dataset, name) for dataset in config.datasets[1:] for name in ("none", *config.default.get(dataset, ()))]
     for dataset, name in (bar := tqdm(cells, desc="utility")):
         bar.set_postfix_str(f"{dataset} {name}")
         for seed in range(config.seeds):

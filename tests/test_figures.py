@@ -10,9 +10,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from splitlab import figures
+from splitlab.artefacts import Recorded
 from splitlab.config import EvaluateConfig
 from splitlab.errors import InputError
-from splitlab.figures import Recorded
 from splitlab.words import attack_label
 
 

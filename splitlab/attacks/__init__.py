@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from splitlab.artefacts import SavedReconstruction, save_reconstruction
+from splitlab.attacks.accumulation import accumulation
 from splitlab.attacks.closed_form import closed_form
 from splitlab.attacks.hijacking import hijacking
-from splitlab.attacks.inverse_network import inverse_network
+from splitlab.attacks.inverse_network import adaptive_network, inverse_network
+from splitlab.attacks.jigsaw import jigsaw
 from splitlab.attacks.likelihood import likelihood
 from splitlab.attacks.no_information import mean_public, random_public
 from splitlab.attacks.one_step import one_step
+from splitlab.attacks.posterior import posterior
 from splitlab.attacks.prompts import prompt_guess, prompt_inversion
+from splitlab.attacks.unmixing import unmixing
 from splitlab.attacks.unsplit import unsplit
 from splitlab.base import Base
 from splitlab.checkpoint import load_json, save_json
@@ -35,13 +39,18 @@ ATTACKS: dict[str, Callable[..., Reconstruction]] = {
     "mean_public": mean_public,
     "random_public": random_public,
     "one_step": one_step,
+    "posterior": posterior,
+    "accumulation": accumulation,
     "inverse_network": inverse_network,
+    "adaptive_network": adaptive_network,
     "closed_form": closed_form,
     "likelihood": likelihood,
     "unsplit": unsplit,
     "hijacking": hijacking,
     "prompt_inversion": prompt_inversion,
     "prompt_guess": prompt_guess,
+    "unmixing": unmixing,
+    "jigsaw": jigsaw,
 }
 
 FACTS = ("defences",)
