@@ -76,13 +76,15 @@ def main():
         knowledge = Knowledge(base, "split_gradients", Defences(), private.size, public, server=server)
         for attack in ("unsplit" if asked.unsplit else "hijacking", *(NO_INFORMATION if seed == asked.first else ())):
             began = time.process_time()
-            result = run_attack(attack, sent, knowledge, generator=generator("attack", attack, seed))
+            options = {"calibrate": False} if attack == "unsplit" else {}
+            draw = generator("attack", attack, seed)
+            result = run_attack(attack, sent, knowledge, generator=draw, options=options)
             row = {"attack": attack, "seed": seed, "n": len(indices), **scores(result.hints, indices, private)}
             if attack == "hijacking":
                 row |= {"steps": asked.steps, "batch": asked.batch, "lr": asked.lr, "training_s": round(training_s, 1)}
             if attack == "unsplit":
-                sharp = scores(calibrated(result.hints, public.hints), indices, private)
-                row |= {"attack_s": round(time.process_time() - began, 1), "calibrated": sharp}
+                row |= {"attack_s": round(time.process_time() - began, 1)}
+                row |= {"calibrated": scores(calibrated(result.hints, public.hints), indices, private)}
             print(json.dumps(row | {"objective": [round(x, 4) for x in result.objective[-1:]]}), flush=True)
 
 

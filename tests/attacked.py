@@ -81,7 +81,7 @@ def gain_from_pure_noise(name: str, defences: Defences, **options: object) -> fl
 
 def check_repeats_and_leaves_input(name: str, defences: Defences, **options: object) -> None:
     """Assert that an attack gives the same twice and that messages are as they were."""
-    transcript, _ = record(defences)
+    transcript, _ = record(defences, n_messages=1)
     before = [{k: v.clone() for k, v in o.tensors.items()} for o in transcript.observations]
     first, second = (attack(name, transcript, **options) for _ in range(2))
     assert first.images is not None

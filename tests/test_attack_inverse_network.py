@@ -18,7 +18,7 @@ from splitlab.errors import InputError
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=1.0, hide_prompts=True)
 QUICK = {"steps": 20, "width": 16, "n_blocks": 2}
-SMALL = {"steps": 60, "width": 24, "n_blocks": 2, "pool": 384}
+SMALL = {"steps": 60, "width": 24, "n_blocks": 2, "pool": 256}
 S1 = Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
 
 
@@ -27,7 +27,7 @@ def test_with_the_prior_it_starts_from_the_posterior_and_does_not_fall_behind() 
     single = attacked.psnr(attacked.attack("posterior", transcript), truth).mean()
     found = attacked.attack("adaptive_network", transcript, **SMALL)
     assert attacked.psnr(found, truth).mean() > single - 0.1
-    assert found.objective[-1] < found.objective[0]
+    assert sum(found.objective[-10:]) < sum(found.objective[:10])
     assert found.used == ("timesteps", "noisy_latents", "noise", "smashed")
 
 
@@ -42,7 +42,7 @@ def test_it_improves_hints_under_noise_of_their_own() -> None:
     transcript, truth = attacked.record(replace(NOISY, feature_noise=0.3, independent_draws=True, symsigmoid=True))
     wanted = attacked.victims().hints[truth.indices]
     smooth = attacked.attack("posterior", transcript).hints
-    found = attacked.attack("adaptive_network", transcript, **(SMALL | {"steps": 120})).hints
+    found = attacked.attack("adaptive_network", transcript, **(SMALL | {"steps": 80})).hints
     assert smooth is not None
     assert found is not None
     assert (found - wanted).square().mean() < (smooth - wanted).square().mean()
@@ -51,12 +51,12 @@ def test_it_improves_hints_under_noise_of_their_own() -> None:
 def test_a_non_adaptive_network_is_trained_once_for_all_defences(tmp_path: Path) -> None:
     def run(defences: Defences, prior: bool) -> torch.Tensor:
         found = attack_transcript(
-            attacked.record(defences)[0],
+            attacked.record(defences, n_messages=1)[0],
             attack="inverse_network",
             base=attacked.shipped(),
             public=attacked.public(),
             ignore=("defences",),
-            options=(SMALL if prior else QUICK) | {"steps": 4, "prior": prior},
+            options=(SMALL | {"pool": 64} if prior else QUICK) | {"steps": 4, "prior": prior},
             cache=tmp_path,
         )
         assert found.images is not None
@@ -73,7 +73,7 @@ def test_a_non_adaptive_network_is_trained_once_for_all_defences(tmp_path: Path)
 
 def test_the_label_of_a_u_shaped_split_is_solved_for() -> None:
     """With noise_pred = 0 the returned gradient is -2 / N noise."""
-    transcript, _truth = attacked.record(NOISY)
+    transcript, _truth = attacked.record(NOISY, n_messages=1)
     returned = tuple(
         replace(
             o.without("noise"),
@@ -83,7 +83,7 @@ def test_the_label_of_a_u_shaped_split_is_solved_for() -> None:
         for o in transcript.observations
     )
     shaped = replace(transcript, header=replace(transcript.header, scheme="u_shaped"), observations=returned)
-    for options in (QUICK | {"prior": False}, SMALL | {"prior": True, "steps": 5}):
+    for options in (QUICK | {"prior": False}, SMALL | {"prior": True, "steps": 5, "pool": 64}):
         whole = attacked.attack("inverse_network", transcript, **options)
         found = attacked.attack("inverse_network", shaped, **options)
         assert whole.images is not None
@@ -115,7 +115,7 @@ def test_pure_noise_gives_nothing(prior: bool) -> None:
 
 @pytest.mark.parametrize("prior", [False, True])
 def test_it_repeats_and_leaves_its_input_alone(prior: bool) -> None:
-    options = (SMALL if prior else QUICK) | {"prior": prior, "steps": 8}
+    options = (SMALL | {"pool": 64} if prior else QUICK) | {"prior": prior, "steps": 8}
     attacked.check_repeats_and_leaves_input("inverse_network", replace(S1, timestep_floor=0), **options)
 
 

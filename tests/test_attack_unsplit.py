@@ -54,7 +54,7 @@ def correlation(hints: torch.Tensor, truth: torch.Tensor, mean: torch.Tensor) ->
 def test_unsplit_finds_hints_of_a_client_it_does_not_know(
     knowledge: Knowledge, victims: ImageSet, sent: list[Observation]
 ) -> None:
-    found = unsplit(sent, knowledge, generator=tiny.draw(), epochs=60, restarts=1, batch=16)
+    found = unsplit(sent, knowledge, generator=tiny.draw(), epochs=60, restarts=1, batch=16, calibrate=False)
     assert found.hints is not None
     assert found.hints.shape == victims.hints.shape
     assert found.hints.abs().max() <= 1
@@ -69,7 +69,7 @@ def test_unsplit_finds_hints_of_a_client_it_does_not_know(
 
 def test_pure_noise_gives_no_hints(knowledge: Knowledge, victims: ImageSet) -> None:
     noise = Observation(0, 0, smashed=torch.randn(32, 16, 4, 4, generator=tiny.draw(3)))
-    found = unsplit([noise], knowledge, generator=tiny.draw(), epochs=20, restarts=1)
+    found = unsplit([noise], knowledge, generator=tiny.draw(), epochs=20, restarts=1, calibrate=False)
     mean = knowledge.public.hints.mean(0, keepdim=True)
     assert abs(correlation(found.hints, victims.hints, mean)) < 0.15
     blank = metrics.mse(mean.expand_as(victims.hints), victims.hints).mean()
@@ -123,9 +123,17 @@ def test_coloured_hints_are_searched_in_colour(knowledge: Knowledge, sent: list[
     assert not torch.equal(found[:, 0], found[:, 1])
 
 
-def test_calibrated_hints_have_public_brightness_in_the_order_found(knowledge: Knowledge) -> None:
-    faint = knowledge.public.hints * 0.01 + 0.3
-    assert torch.equal(calibrated(faint, knowledge.public.hints), knowledge.public.hints)
+def test_calibrated_hints_have_public_brightness_in_the_order_found(
+    knowledge: Knowledge, victims: ImageSet, sent: list[Observation]
+) -> None:
+    one = knowledge.public.hints[:, :1]
+    shuffled = one.flatten()[torch.randperm(one.numel(), generator=tiny.draw())].view_as(one).expand(-1, 3, -1, -1)
+    assert torch.equal(calibrated(shuffled * 0.01 + 0.3, knowledge.public.hints), shuffled)
+    faint, clear = (
+        unsplit(sent, knowledge, generator=tiny.draw(), calibrate=calibrate, **FAST).hints
+        for calibrate in (False, True)
+    )
+    assert torch.equal(clear, calibrated(faint, knowledge.public.hints))
 
 
 def test_total_variation_of_a_step() -> None:

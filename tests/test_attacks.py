@@ -28,7 +28,7 @@ from splitlab.wire import Header, Transcript, from_bytes
 S1 = Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
 QUICK = {
     "inverse_network": {"steps": 20, "width": 16, "n_blocks": 2},
-    "adaptive_network": {"steps": 20, "width": 16, "n_blocks": 2},
+    "adaptive_network": {"steps": 20, "width": 16, "n_blocks": 2, "pool": 256},
     "likelihood": {"steps": 4},
     "prompt_guess": {"steps": 10, "batch": 8, "shortlist": 2, "draws": 1},
 }

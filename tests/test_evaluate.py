@@ -16,10 +16,10 @@ from splitlab.errors import InputError
 from splitlab.evaluate import (
     ATTACK_COLUMNS,
     TRAINING_COLUMNS,
+    best_order,
     buckets,
     disjoint,
     evaluate_run,
-    best_order,
     run_truth,
     score_samples,
     summary,

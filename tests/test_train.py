@@ -63,7 +63,7 @@ def states(tmp_path: Path, cache: str = "cache") -> list[Path]:
 
 def test_a_run_leaves_its_outputs_and_no_checkpoint(run: Run, tmp_path: Path):
     record = run(tiny.config())
-    names = {name.partition("/")[0] for name in COMPARED} | {"timing.json"}
+    names = {name.partition("/")[0] for name in COMPARED} | {"timing.json", "server.safetensors"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert states(tmp_path) == []
     assert record == json.loads((tmp_path / "out" / "record.json").read_text())

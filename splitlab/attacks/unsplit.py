@@ -40,7 +40,7 @@ def unsplit(
     clone_lr: float = 2e-3,
     tv: float = 0.1,
     sparsity: float = 0.1,
-    calibrate: bool = False,
+    calibrate: bool = True,
 ) -> Reconstruction:
     """Search hints x and weights of a clone g together, so that g(x) is what was sent (Erdoğan et al. 2022, alg. 1).
 
@@ -62,8 +62,8 @@ def unsplit(
         lr, clone_lr: Adam's step sizes for hints and weights; both fall to zero along a cosine.
         tv: weight of the total variation (`total_variation`).
         sparsity: weight of the mean absolute difference from the mean public hint.
-        calibrate: give the brightnesses found the distribution of the public hints': outlines then stand out, at the
-            price of squared error where they lie beside the true ones.
+        calibrate: give the brightnesses found the distribution of the public hints': outlines then stand out and tell
+            whose they are, at the price of squared error where they lie beside the true ones.
 
     Raises:
         InputError: no `smashed` was sent, it is that of another scheme, or all zero; or `epochs`, `restarts` or
@@ -167,6 +167,7 @@ def total_variation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
 
 def calibrated(hints: Float[Tensor, "n 3 s s"], public: Float[Tensor, "m 3 s s"]) -> Float[Tensor, "n 3 s s"]:
     """Map the values of all hints together, in their order, to the distribution of the public hints' values."""
+    found = hints[:, :1] if (hints == hints[:, :1]).all() else hints
     target = public.flatten().sort().values
-    ranks = hints.flatten().argsort(stable=True).argsort(stable=True).double() / max(1, hints.numel() - 1)
-    return target[(ranks * (len(target) - 1)).round().long()].view(hints.shape)
+    ranks = found.flatten().argsort(stable=True).argsort(stable=True).double() / max(1, found.numel() - 1)
+    return target[(ranks * (len(target) - 1)).round().long()].view(found.shape).expand_as(hints).clone()
