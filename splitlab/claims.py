@@ -106,7 +106,7 @@ def leaks(attacks: pd.DataFrame) -> list[Leak]:
     """Summarise the attack table: one entry per run and attack that looks at the messages."""
     found = []
     for (run, attack), rows in attacks.groupby(["run", "attack"], sort=False):
-        if attack in NO_INFORMATION:
+        if attack in NO_INFORMATION or rows["psnr_db"].isna().all():
             continue
         mean, share = rows.mean(numeric_only=True), shares(rows)
         found.append(
@@ -315,10 +315,19 @@ def _prompt_hiding(evidence: Evidence) -> Claim:
     recovered = [leak.run for leak in best if leak.least >= FULL]
     measured = (
         f"Text embeddings are sent in {len(shown)} of {counted(len(hidden), 'run')} that hide them.",
-        f"The image that the prompt describes is recovered in {len(recovered)} of {len(hidden)}. "
-        "Reading prompts out of the messages was not tried.",
+        f"The image that the prompt describes is recovered in {len(recovered)} of {len(hidden)}.{_prompts_read(rows)}",
     )
     return Claim(says, measured, REFUTED if shown else PARTLY if recovered else HOLDS, rule)
+
+
+def _prompts_read(rows: pd.DataFrame) -> str:
+    """Say how many prompts the attacks read, where they are sent and where they are hidden."""
+    read = rows.dropna(subset=["prompt_exact"])
+    parts = [
+        f"{attack_label(str(attack))} on {run} gets {percent(own['prompt_exact'].mean())} exactly right"
+        for (run, attack), own in read.groupby(["run", "attack"], sort=False)
+    ]
+    return f" Of prompts, {'; '.join(parts)}." if parts else ""
 
 
 def _attacks_fail(evidence: Evidence) -> Claim:
@@ -335,7 +344,12 @@ def _attacks_fail(evidence: Evidence) -> Claim:
     if found:
         order = " / ".join(dict.fromkeys(leak.run for leak in found))
         measured.append(f"Runs in this order: {order}; means over buckets.")
-        measured.append("Of the attacks S1 discusses, rMLE, UnSplit and FSHA have not been run here.")
+        elsewhere = [attack_label(name) for name in ("unsplit", "hijacking") if name in set(evidence.attacks["attack"])]
+        if elsewhere:
+            measured.append(
+                f"{' and '.join(elsewhere)} need a client that is trained, or gradients that return: S1 has neither. "
+                "What they get where they apply is told below."
+            )
     best = strongest(found).values()
     verdict = protection([leak.least for leak in best], [leak.most for leak in best])
     return Claim(says, tuple(measured) or ("No defended S1 run was attacked.",), verdict, rule)

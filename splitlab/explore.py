@@ -30,7 +30,7 @@ from splitlab.evaluate import RunTruth, score_samples
 from splitlab.params import load_split
 from splitlab.paths import CACHE, resolve
 from splitlab.types import Callback, Observation, stack
-from splitlab.wire import Transcript, read_transcript, read_truth
+from splitlab.wire import Transcript, read_server, read_transcript, read_truth
 from splitlab.words import DEFENCE_WORDS, FIELD_WORDS, SCHEME_WORDS, attack_label
 
 
@@ -227,6 +227,8 @@ class Artefacts:
             InputError: the attack needs a field that was not sent or is denied, or an option is bad.
         """
         public = self.split(view.transcript.header.dataset, "public")
+        own = self.runs / view.name / "server.safetensors"
+        server = read_server(own) if own.exists() else {}
         result = attack_transcript(
             view.transcript,
             attack=attack,
@@ -236,11 +238,12 @@ class Artefacts:
             seed=seed,
             options=options,
             cache=self.cache,
+            server=server,
             callback=callback,
         )
         images, hints = (None if part is None else _as_saved(part) for part in (result.images, result.hints))
         quantised = replace(result, images=images, hints=hints)
-        knowledge = make_knowledge(view.transcript, self.base, public, ignore=ignore)
+        knowledge = make_knowledge(view.transcript, self.base, public, ignore=ignore, server=server)
         rows = tuple(knowledge.describe(view.transcript.observations, result.used))
         name = f"live: {AttackSpec(attack, ignore).name}"
         saved = SavedReconstruction(quantised, name, seed, " + ".join(result.used) or "nothing", rows)

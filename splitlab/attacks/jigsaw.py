@@ -61,26 +61,34 @@ def jigsaw(
     seen.need("noise")
     plain = replace(knowledge, defences=replace(defences, patch_shuffle=0, fresh_keys=False))
     pieces, public = _pieces(seen, observations, plain, defences.patch_shuffle)
-    orders = torch.empty(pieces.shape[:2], dtype=torch.int64)
-    objective: list[float] = []
     if defences.fresh_keys:
-        solver = _Solver(public, width, n_layers, generator)
-        objective = solver.fit(
-            latent_view(seen, plain)[1].flatten(), generator, callback, steps=steps, batch=batch, lr=lr
-        )
+        solver, std = _Solver(public, width, n_layers, generator), latent_view(seen, plain)[1].flatten()
+        objective = solver.fit(std, generator, callback, steps=steps, batch=batch, lr=lr)
         orders = solver(pieces)
     else:
-        owner = senders(observations)
-        for client in owner.unique().tolist():
-            own = owner == client
-            order, fit = place_by_moments(pieces[own], public, sweeps=sweeps)
-            orders[own] = order
-            objective.append(fit)
-            if callback:
-                callback("jigsaw", len(objective), len(owner.unique()), fit)
+        orders, objective = _fixed_orders(pieces, public, senders(observations), sweeps, callback)
     result = closed_form(_ordered(observations, orders, defences.patch_shuffle), plain, generator=generator)
     used = result.used if defences.fixed_noise else tuple(dict.fromkeys((*result.used, *_hint_fields(seen, plain))))
     return replace(result, used=used, objective=tuple(objective))
+
+
+def _fixed_orders(
+    pieces: Float[Tensor, "n p d"],
+    public: Float[Tensor, "m p d"],
+    owner: Int[Tensor, " n"],
+    sweeps: int,
+    callback: Callback | None,
+) -> tuple[Int[Tensor, "n p"], list[float]]:
+    """Find one order per client."""
+    orders, fits = torch.empty(pieces.shape[:2], dtype=torch.int64), []
+    clients = owner.unique().tolist()
+    for client in clients:
+        order, fit = place_by_moments(pieces[owner == client], public, sweeps=sweeps)
+        orders[owner == client] = order
+        fits.append(fit)
+        if callback:
+            callback("jigsaw", len(fits), len(clients), fit)
+    return orders, fits
 
 
 def _hint_fields(seen: Observation, knowledge: Knowledge) -> tuple[str, ...]:
