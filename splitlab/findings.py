@@ -26,7 +26,8 @@ def findings(evidence: Evidence) -> list[str]:
     own = [leak for leak in found if leak.run in defended(evidence.training)]
     sentences = [*_main(own), *_floor(evidence, found), *_without_noise(evidence, own)]
     best = strongest(found)
-    rows = evidence.training[evidence.training["scheme"] == "split_gradients"]
+    rows = evidence.training
+    rows = rows[(rows["scheme"] == "split_gradients") & (rows["server"] == "honest")]
     sentences += [
         f"**Conventional split learning** sends the same fields ({run}): {best[run]}"
         for run in rows["run"]

@@ -16,6 +16,7 @@ from splitlab.types import OBSERVATION_FIELDS, Observation, Truth, stack
 from splitlab.wire import (
     Header,
     from_bytes,
+    read_server,
     read_transcript,
     read_truth,
     to_bytes,
@@ -291,3 +292,12 @@ def test_a_transcript_holds_no_field_beyond_the_observation(transcript: Path):
     assert {key.partition("/")[2] for key in tensors} <= set(OBSERVATION_FIELDS)
     assert set(meta) == {"header", "envelopes"}
     assert set(json.loads(json.dumps(meta["header"]))) == set(asdict(HEADER))
+
+
+def test_what_a_malicious_server_trained_is_read_by_name_and_an_honest_ones_is_empty(tmp_path: Path):
+    checkpoint.save(tmp_path / "a.safetensors", {"decoder.weight": torch.ones(2)}, {})
+    checkpoint.save(tmp_path / "b.safetensors", {}, {})
+    assert read_server(tmp_path / "a.safetensors")["decoder.weight"].tolist() == [1.0, 1.0]
+    assert read_server(tmp_path / "b.safetensors") == {}
+    with pytest.raises(InputError, match="no such file"):
+        read_server(tmp_path / "c.safetensors")
