@@ -38,6 +38,7 @@ def project(root: Path, base_path: Path) -> Path:
         "pretrain": {},
         "runs": RUNS,
         "attacks": dict.fromkeys(("plain", "guarded"), ATTACKS),
+        "survey": {},
         "evaluate": {"candidates": 10},
     }
     root.mkdir(parents=True, exist_ok=True)

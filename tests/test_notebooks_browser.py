@@ -146,7 +146,7 @@ def test_keys_and_drags_on_the_sample_slider_show_other_samples(visit: Visit, pr
 def test_another_attack_shows_another_reconstruction_of_the_same_sample(visit: Visit):
     page, before = visit.page, visit.page.evaluate(PICTURES)
     menu = page.locator(".widget-dropdown:has(.widget-label:text-is('attack')) select").first
-    menu.select_option(label="guess: a random public image — uses nothing")
+    menu.select_option(label="random public image — uses nothing")
     after = wait_for_other(page, before)
     assert after[:5] == before[:5], "private and wire stay"
     assert after[5] != before[5]
