@@ -65,6 +65,7 @@ def pooled(rows: pd.DataFrame) -> list[dict[str, Any]]:
         pool: dict[str, Any] = {name: float((own[name] * weights).sum(min_count=len(own))) for name in columns}
         worst = own.sort_values("id_top1", ascending=False, kind="stable", na_position="last").to_dict("records")[0]
         pool |= {"id_worst": _number(worst["id_top1"]), "worst_t_low": worst["t_low"], "attack": attack}
+        pool["prompted"] = "encoder_hidden_states" in str(worst["knowledge"]).split(" + ")
         found.append(pool | {"n": int(own["n"].sum()), "n_seeds": int(own["n_seeds"].max())})
     return sorted(found, key=lambda one: (-_number(one["id_top1"]), -_number(one["psnr_db"])))
 
@@ -96,7 +97,7 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
     if utility is not None:
         same = utility[(utility["dataset"] == dataset) & (utility["defences"] == defences)]
         verdict |= {name: same[name].mean() for name in ("control_iou", "eval_loss") if len(same)}
-    return verdict | {"reason": _reason(verdict, str(worst["attack"]))}
+    return verdict | {"reason": _reason(verdict, worst)}
 
 
 def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> pd.DataFrame:
@@ -130,12 +131,12 @@ def _number(value: Any) -> float:
     return 0.0 if pd.isna(value) else float(value)
 
 
-def _reason(verdict: dict[str, Any], worst: str) -> str:
+def _reason(verdict: dict[str, Any], worst: dict[str, Any]) -> str:
     """Say in one sentence why the defence holds or not."""
     limit, where = STOPPED * verdict["id_chance"], f"t ≥ {verdict['worst_t_low']:.0f}"
     if verdict["id_worst"] > limit:
-        plain = worst.partition("-without-")[0]
-        why = WHY.get(plain, "the attack named undoes it")
+        plain = str(worst["attack"]).partition("-without-")[0]
+        why = WHY.get(plain, "the attack named undoes it") + (", and the prompt is sent" if worst["prompted"] else "")
         return f"{plain} identifies {verdict['id_worst']:.0%} at {where}: {why}"
     if _number(verdict["hint_id_top1"]) > limit:
         return f"the image is hidden, but the hint is recovered and identifies {verdict['hint_id_top1']:.0%}"

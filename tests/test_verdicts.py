@@ -10,6 +10,7 @@ QUIET = {"psnr_db": 11.0, "ssim": 0.3, "id_top1": 0.02, "hint_id_top1": None, "p
 
 def row(attack: str, t_low: int = 0, **changes: object) -> dict:
     fixed = {"run": "survey-shapes-x", "dataset": "shapes", "defences": "half", "attack": attack, "t_low": t_low}
+    fixed |= {"knowledge": "timesteps + noisy_latents"}
     return fixed | {"n": 64, "n_seeds": 3, "id_chance": 0.01} | QUIET | changes
 
 
@@ -36,6 +37,9 @@ def test_one_timestep_bucket_in_which_an_attack_identifies_is_enough_to_fail():
     assert found["worst_t_low"] == 800
     assert found["id_top1"] == pytest.approx((4 * 0.02 + 0.2) / 5)
     assert found["reason"].startswith("closed_form identifies 20% at t ≥ 800")
+    assert not found["reason"].endswith("the prompt is sent")
+    told = judge(row("adaptive_network", id_top1=1.0, knowledge="noisy_latents + encoder_hidden_states"))
+    assert told["reason"].endswith(", and the prompt is sent")
 
 
 def test_a_hint_that_identifies_fails_the_defence_but_not_the_papers_attacks():
