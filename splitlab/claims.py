@@ -1,5 +1,6 @@
 """What Yao (2024, S1) claims, what the result tables say, and a verdict by rules that are written beside it."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ class Leak:
 
 
 def percent(value: float) -> str:
-    """Write a share as a whole percentage that says 100 only if nothing is missing."""
+    """Write a share as a whole percentage that says 100 only if nothing is missing; a dash where there is none."""
+    if math.isnan(value):
+        return "–"
     rounded = round(100 * value)
     return f"{99 if rounded == 100 and value < 0.995 else rounded}\u00a0%"
 
