@@ -136,7 +136,7 @@ def draw_figures(
     for dataset in judged["dataset"].unique():
         own = judged[judged["dataset"] == dataset]
         drawn.append(_save(draw_frontier(own), out / f"frontier-{dataset}.png"))
-        drawn.append(_save(draw_matrix(attacks, dataset), out / f"matrix-{dataset}.png"))
+        drawn.append(_save(draw_matrix(attacks, dataset, list(own["setting"])), out / f"matrix-{dataset}.png"))
     return drawn
 
 

@@ -57,7 +57,7 @@ def _main(own: list[Leak]) -> list[str]:
     first = (
         f"**S1's defences do not keep the images from the server.** In every timestep bucket of "
         f"{counted(len(best), 'defended run')} ({', '.join(leak.run for leak in best)}), the attack *{names}* comes "
-        f"within {gap:.1f} dB of the VAE ceiling, the best that an attack on latents can be expected to reach, and "
+        f"within {gap:.1f} dB of the VAE ceiling, the best that decoding recovered latents can reach, and "
         f"{picks}."
     )
     if any(leak.attack != "closed_form" for leak in best):

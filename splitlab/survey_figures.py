@@ -1,5 +1,6 @@
 """Pictures of the survey: every defence against every attack, and what privacy costs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -7,7 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from splitlab.canvas import subplots
-from splitlab.verdicts import STOPPED, SURVEY, pooled
+from splitlab.verdicts import PAPER, STOPPED, SURVEY, pooled
 from splitlab.words import attack_label
 
 PAPER_COLOUR, ADAPTIVE_COLOUR, HINT_COLOUR = "#E69F00", "#D55E00", "#0072B2"
@@ -46,12 +47,13 @@ def draw_frontier(verdicts: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_matrix(attacks: pd.DataFrame, dataset: str) -> Figure:
+def draw_matrix(attacks: pd.DataFrame, dataset: str, order: Sequence[str]) -> Figure:
     """Draw how often each attack identifies the private image under each defence of the survey, over all timesteps.
 
     Args:
         attacks: the attack table.
         dataset: which data set's rows.
+        order: the settings, from top to bottom.
     """
     rows = attacks[attacks["run"].str.startswith(f"{SURVEY}{dataset}-")]
     cells = {
@@ -59,12 +61,16 @@ def draw_matrix(attacks: pd.DataFrame, dataset: str) -> Figure:
         for run, own in rows.groupby("run", sort=False)
     }
     table = pd.DataFrame(cells).T.dropna(axis="columns", how="all")
-    table = table[table.mean().sort_values(kind="stable").index]
-    figure, axes = subplots(1, 1, size=(3.2 + 0.95 * table.shape[1], 2.6 + 0.36 * len(table)))
+    table = table.loc[[name for name in order if name in table.index], table.mean().sort_values(kind="stable").index]
+    figure, axes = subplots(1, 1, size=(11.0, 2.4 + 0.36 * len(table)))
     axis = axes[0, 0]
     sns.heatmap(table, ax=axis, vmin=0.0, vmax=1.0, cmap="rocket_r", annot=True, fmt=".2f", linewidths=0.5,
-                cbar_kws={"label": "top-1 identification"}, annot_kws={"fontsize": 8})  # fmt: skip
-    axis.set_xticks(axis.get_xticks(), [attack_label(name) for name in table.columns], rotation=35, ha="right")
+                cbar=False, annot_kws={"fontsize": 8})  # fmt: skip
+    names = [
+        attack_label(name.removesuffix(PAPER)).split(" (")[0] + (", paper's" if name.endswith(PAPER) else "")
+        for name in table.columns
+    ]
+    axis.set_xticks(axis.get_xticks(), names, rotation=30, ha="right")
     axis.tick_params(axis="y", rotation=0)
     axis.grid(visible=False)
     axis.set(title=f"{dataset}: how often the private image is identified (empty: the attack does not apply)")

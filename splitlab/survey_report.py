@@ -101,10 +101,8 @@ FAMILIES = (
 
 def verdict_table(material: Material) -> HTML:
     """Answer, defence by defence: does it stop the paper's attackers, does it stop those that adapt, at what cost?"""
-    columns = {"setting": "name", "defences": ""} | dict.fromkeys(
-        ("strongest attack", "PSNR, dB", "top-1", "worst bucket", "hint top-1", "control IoU", "eval loss"), "number"
-    )
-    columns |= {"stops the paper's": "", "stops adaptive": "", "why": "says"} | {"strongest attack": "name"}
+    columns = {"defence, and why": "says", "stops the paper's": "", "stops adaptive": "", "strongest attack": ""}
+    columns |= dict.fromkeys(("PSNR, dB", "top-1", "worst bucket", "hint top-1", "control IoU"), "number")
     groups = {html.escape(str(data)): map(_verdict_row, _records(own)) for data, own in _by_dataset(material.verdicts)}
     rule = (
         f"Stopped: in no timestep bucket does an attack identify more than {STOPPED:.0f} times chance. The paper's "
@@ -124,19 +122,17 @@ def _by_dataset(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _verdict_row(row: dict[str, object]) -> Sequence[str]:
+    name, words = html.escape(str(row["setting"])), in_words(str(row["defences"]).replace("none", ""))
     return (
-        html.escape(str(row["setting"])),
-        html.escape(in_words(str(row["defences"]).replace("none", ""))),
+        f"<b>{name}</b> <small>({html.escape(words)})<br>{html.escape(str(row['reason']))}</small>",
+        _yes(row["stops_paper_attacks"]),
+        _yes(row["stops_adaptive"]),
         html.escape(attack_label(str(row["strongest_attack"]))),
         number(row["psnr_db"], 1),
         _share(row["id_top1"]),
         _share(row["id_worst"]),
         _share(row["hint_id_top1"]),
         number(row["control_iou"], 2),
-        number(row["eval_loss"], 3),
-        _yes(row["stops_paper_attacks"]),
-        _yes(row["stops_adaptive"]),
-        html.escape(str(row["reason"])),
     )
 
 
@@ -183,8 +179,8 @@ def families(material: Material) -> HTML:
 
 
 def _family_table(rows: pd.DataFrame, family: Family) -> str:
-    columns = {"transcript": "name", "attack": "name"} | dict.fromkeys(
-        ("PSNR, dB", "SSIM", "top-1", "hint top-1", "prompt exact", "seeds", "evaluations", "CPU s"), "number"
+    columns = {"transcript": "name", "attack": ""} | dict.fromkeys(
+        ("PSNR, dB", "SSIM", "top-1", "hint top-1", "seeds", "evaluations", "CPU s"), "number"
     )
     cells = []
     for run, own in rows.groupby("run", sort=False):
@@ -198,7 +194,6 @@ def _family_table(rows: pd.DataFrame, family: Family) -> str:
                     number(one["ssim"], 2),
                     _share(one["id_top1"]),
                     _share(one["hint_id_top1"]),
-                    _share(one["prompt_exact"]),
                     str(one["n_seeds"]),
                     number(costs["n_evals"][one["attack"]]),
                     number(costs["cpu_s"][one["attack"]], 1),
@@ -234,7 +229,7 @@ def prompts_table(material: Material) -> HTML:
 def ablation_table(material: Material) -> HTML:
     """Show which single fact each attack lives on."""
     columns = {"transcript": "name", "attack": "name", "denied": "", "measure": "", "with it": "number"}
-    columns |= {"without it": "number", "breaks": "", "note": "says"}
+    columns |= {"without it": "number", "breaks": ""}
     measures = {"id_top1": "top-1", "hint_id_top1": "hint top-1", "prompt_exact": "prompt exact"}
     cells = [
         (
@@ -244,12 +239,15 @@ def ablation_table(material: Material) -> HTML:
             measures.get(str(row["measure"]), ""),
             _share(row["with_it"]),
             _share(row["without_it"]),
-            "yes" if str(row["breaks"]) == "True" else "no",
-            html.escape("" if pd.isna(row["note"]) else str(row["note"])),  # type: ignore[call-overload]
+            ("yes" if str(row["breaks"]) == "True" else "no") + _refusal(row["note"]),
         )
         for row in _records(material.ablations)
     ]
     return lay_out(columns, {"": cells})
+
+
+def _refusal(note: object) -> str:
+    return "" if pd.isna(note) else "<small>it cannot run</small>"  # type: ignore[call-overload]
 
 
 def conclusion(material: Material) -> Markdown:

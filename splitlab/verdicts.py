@@ -44,15 +44,18 @@ def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None) -> pd.DataFram
         attacks: the attack table.
         utility: the survey's table of what each defence costs (`splitlab.survey.UTILITY_COLUMNS`), or None.
 
-    Returns one row per surveyed run. `strongest_attack` identifies most private images over all the timesteps that the
-    client draws (PSNR decides between equals), and `psnr_db`, `ssim`, `id_top1` are its; `id_worst` is the highest
-    identification by any attack in any one timestep bucket. `stops_adaptive` also asks that no recovered hint
-    identifies.
+    Returns one row per surveyed run, in the order of `utility`. `strongest_attack` identifies most private images over
+    all the timesteps that the client draws (PSNR decides between equals), and `psnr_db`, `ssim`, `id_top1` are its;
+    `id_worst` is the highest identification by any attack in any one timestep bucket. `stops_adaptive` also asks that
+    no recovered hint identifies.
     """
     rows = [
         _verdict(str(run), own, utility)
         for run, own in attacks[attacks["run"].str.startswith(SURVEY)].groupby("run", sort=False)
     ]
+    if utility is not None:
+        places = {cell: i for i, cell in enumerate(zip(utility["dataset"], utility["defences"], strict=True))}
+        rows.sort(key=lambda row: places.get((row["dataset"], row["defences"]), len(places)))
     return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).round(4)
 
 
