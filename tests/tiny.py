@@ -8,14 +8,19 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.schedulers import SchedulerMixin
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from splitlab.base import Base
 from splitlab.colours import COLOURS
 from splitlab.config import TrainConfig
 from splitlab.data import ImageSet, image_set
+from splitlab.federated import UpdateTruth
 from splitlab.generate import Sample, shapes
 from splitlab.pretrain import MAX_TOKENS, make_scheduler, make_tokenizer
 
 SIZE = 16
 """Height and width of the tiny images, pixels: the smallest on which SSIM's 11x11 window fits."""
+
+ALPHAS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+"""ᾱ of the linear noise schedule (Ho et al. 2020), for models without a base."""
 
 PROMPTS = [f"{colour} circle with {colour} background" for colour in COLOURS]
 
@@ -129,3 +134,18 @@ def config(**changes: object) -> TrainConfig:
 def draw(seed: int = 0) -> torch.Generator:
     """Return a fresh generator."""
     return torch.Generator().manual_seed(seed)
+
+
+def update_truth(base: Base | None = None, *, n: int = 2, steps: int | None = None, seed: int = 0) -> UpdateTruth:
+    """Draw a batch for a federated client: 8x8 pixels, or the base's latents with prompts and hints."""
+    random = draw(seed)
+    shape, lead = (n, 3, 8, 8) if base is None else (n, 4, 4, 4), () if steps is None else (steps,)
+    prompts = tuple(PROMPTS[:n]) if base else ()
+    return UpdateTruth(
+        torch.rand(shape, generator=random) * 2 - 1,
+        torch.randint(1000, (*lead, n), generator=random),
+        torch.randn((*lead, *shape), generator=random),
+        text=base.encode_prompts(prompts) if base else None,
+        hint_latents=torch.randn(shape, generator=random) if base else None,
+        prompts=prompts,
+    )

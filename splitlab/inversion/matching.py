@@ -1,0 +1,142 @@
+"""Distances between gradients, and the gradients of candidates: the objective of every matching attack."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from splitlab.errors import InputError
+from splitlab.inversion.optimise import Objective
+from splitlab.inversion.problem import Problem
+from splitlab.inversion.tape import Tape
+
+Gradients = Mapping[str, Tensor]
+
+
+def _energy(value: Tensor) -> Tensor:
+    return value.flatten(1).square().sum(1)
+
+
+def normalised_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
+    """Return `[u]`: Σ_l w_l |g_l - G_l|², with w_l of `layer_weights`: every parameter tensor counts alike."""
+    return torch.stack([weights[n] * _energy(found[n] - wanted[n]) for n in wanted]).sum(0)
+
+
+def summed_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
+    """Return `[u]`: Σ_l |g_l - G_l|², as in DLG (Zhu et al. 2019, eq. 3) and GIDM; 0-weighted tensors drop out."""
+    return torch.stack([(weights[n] > 0) * _energy(found[n] - wanted[n]) for n in wanted]).sum(0)
+
+
+def cosine(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
+    """Return `[u]`: 1 - cos of all gradients as one vector (Geiping et al. 2020, eq. 4): blind to their length."""
+    on = {n: weights[n] > 0 for n in wanted}
+    inner = torch.stack([on[n] * (found[n] * wanted[n]).flatten(1).sum(1) for n in wanted]).sum(0)
+    norms = [torch.stack([on[n] * _energy(part[n]) for n in wanted]).sum(0) for part in (found, wanted)]
+    return 1 - inner / (norms[0] * norms[1]).clamp_min(1e-30).sqrt()
+
+
+DISTANCES: dict[str, Callable[[Gradients, Gradients, Gradients], Tensor]] = {
+    "normalised": normalised_l2,
+    "cosine": cosine,
+    "l2": summed_l2,
+}
+
+
+def layer_weights(gradients: Gradients, *, share: float = 1.0) -> dict[str, Tensor]:
+    """Return the weight of every parameter tensor, 1 / |G_l|², scaled so that they make a mean.
+
+    A tensor whose gradient is next to nothing (in exact arithmetic 0, as an attention's key bias) would only pass on
+    rounding errors: its weight is bounded by that of a tensor with 1e-3 of the root mean square of all.
+
+    Args:
+        gradients: what was shared.
+        share: annealing over layers: only this share of the tensors, from the network's output on, gets a weight.
+    """
+    n_entries = sum(value.numel() for value in gradients.values())
+    mean_square = torch.stack([value.square().sum() for value in gradients.values()]).sum() / n_entries
+    names = list(gradients)
+    silent = set(names[: len(names) - max(1, round(share * len(names)))])
+    weights = {}
+    for name, value in gradients.items():
+        floor = 1e-6 * mean_square * value.numel()
+        weight = 1.0 / torch.maximum(value.square().sum(), floor).clamp_min(1e-30)
+        weights[name] = torch.zeros(()) if name in silent else weight / (len(names) - len(silent))
+    return weights
+
+
+class Matcher:
+    """The distance of candidates' gradients to the shared ones, for all updates at once.
+
+    One batched pass (see `tape`) gives all updates' values and derivatives; nothing is accumulated into parameters.
+
+    Args:
+        problem: the updates.
+        distance: a key of `DISTANCES`.
+
+    Raises:
+        InputError: no such distance.
+    """
+
+    def __init__(self, problem: Problem, *, distance: str = "normalised"):
+        if distance not in DISTANCES:
+            raise InputError(f"distance {distance!r} is unknown; choose one of {', '.join(DISTANCES)}")
+        self.problem, self.distance = problem, DISTANCES[distance]
+        self.names = [name for name, _ in problem.model.named_parameters() if name in problem.gradients[0]]
+        self.wanted = {name: torch.stack([g[name] for g in problem.gradients]) for name in self.names}
+        self.tape = Tape(problem.model, self.names)
+        self.samples = torch.arange(problem.n_samples)
+        self.anneal(1.0)
+
+    def anneal(self, share: float) -> None:
+        """Count only this share of the parameter tensors, from the output on."""
+        each = [layer_weights({n: g[n] for n in self.names}, share=share) for g in self.problem.gradients]
+        self.weights = {name: torch.stack([weights[name] for weights in each]) for name in self.names}
+
+    def from_clean(self, noise: Tensor) -> Objective:
+        """Return the objective over flattened clean samples `[u, b c h w]`, noise and timesteps known.
+
+        The gradient depends on the image only through x_t = sqrt(ᾱ) x0 + sqrt(1 - ᾱ) noise and the target.
+        """
+        problem, timesteps = self.problem, self.problem.timesteps
+        signal, sigma = problem.rates(timesteps)
+
+        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+            z = z.detach().requires_grad_(True)
+            clean = z.reshape(-1, *problem.shape)
+            target = noise if problem.objective == "epsilon" else signal * noise - sigma * clean
+            return self._evaluate(z, signal * clean + sigma * noise, timesteps, lambda output: output - target)
+
+        return objective
+
+    def from_residual(self, timesteps: Tensor) -> Objective:
+        """Return the objective over `[u, 2 b c h w]`: noisy inputs and residuals r = prediction - target.
+
+        The gradient is linear in r: it is J(x_t)ᵀ r times 2 over the number of elements.
+        """
+        problem = self.problem
+
+        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+            z = z.detach().requires_grad_(True)
+            noisy, residual = z.reshape(-1, 2, problem.batch, *problem.shape).unbind(1)
+            return self._evaluate(z, noisy.flatten(0, 1), timesteps, lambda output: residual.flatten(0, 1))
+
+        return objective
+
+    def _evaluate(
+        self, z: Tensor, noisy: Tensor, timesteps: Tensor, residual: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        problem = self.problem
+        with self.tape as tape:
+            prediction = problem.predict(noisy, timesteps, self.samples)
+        back = residual(prediction) * (2.0 / (problem.batch * problem.unknowns))
+        found = tape.gradients(prediction, back, batch=problem.batch)
+        values = self.distance(found, self.wanted, self.weights)
+        return values.detach(), torch.autograd.grad(values.sum(), z)[0]
+
+
+def best_of(values: Float[Tensor, "k u"], candidates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return, for each update, the candidate of its smallest value, and that value."""
+    chosen = values.argmin(0)
+    picked = torch.stack([candidates[k][u] for u, k in enumerate(chosen.tolist())])
+    return picked, values.min(0).values

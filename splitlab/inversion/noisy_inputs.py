@@ -1,0 +1,139 @@
+"""The noisy inputs x_t of updates, from the patch test alone: neither noise nor loss enters, see `patches`."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from splitlab.inversion.optimise import Objective, Watch, lbfgs
+from splitlab.inversion.patches import SpanTest, choose_layers, find_layers
+from splitlab.inversion.problem import Problem, Recorder
+
+
+@dataclass(frozen=True)
+class NoisyInputs:
+    """What the patch test found.
+
+    Attributes:
+        noisy: `[n, c, h, w]`.
+        value: `[n]`: the share of patch energy outside of the gradient's row space; 0: certain.
+        layers: the layers tested.
+        starts: random starts made.
+    """
+
+    noisy: Tensor
+    value: Tensor
+    layers: tuple[str, ...]
+    starts: int
+
+
+def find_noisy(
+    problem: Problem,
+    timesteps: Int[Tensor, " n"],
+    *,
+    generator: torch.Generator,
+    recorder: Recorder | None = None,
+    n_evals: int = 400,
+    n_starts: int = 8,
+    goal: float = 1e-6,
+    margin: float = 10.0,
+) -> NoisyInputs | None:
+    """Find the noisy input of every sample, by L-BFGS from random starts; None if no shared layer allows the test.
+
+    Samples that are not at `goal`, or that copy another sample of their update, start again; what the samples found so
+    far account for is then left out of the test.
+
+    Args:
+        problem: the updates.
+        timesteps: of the samples.
+        generator: of the starts, standard normal as noisy inputs nearly are.
+        recorder: told of every evaluation.
+        n_evals: evaluations per start.
+        n_starts: starts per sample at most.
+        goal: what counts as found: below it a sample makes no further start.
+        margin: layers are added until they state this many times as many equations as unknowns.
+    """
+    probe = torch.zeros(1, *problem.shape)
+    first = torch.zeros(1, dtype=torch.int64)
+    available = find_layers(
+        problem.model, list(problem.gradients[0]), lambda x: problem.predict(x, timesteps[:1], first), probe
+    )
+    layers = choose_layers(available, batch=problem.batch, unknowns=problem.unknowns, margin=margin)
+    if not layers:
+        return None
+    test = SpanTest(problem.model, layers, problem.gradients, batch=problem.batch)
+    best = torch.zeros(problem.n_samples, problem.unknowns)
+    value = torch.full((problem.n_samples,), torch.inf)
+    owners = torch.arange(problem.n_samples) // problem.batch
+    starts = 0
+    while starts < n_starts and (open_ := (value > goal).nonzero()[:, 0]).numel():
+        starts += 1
+        explained = _explained(problem, test, timesteps, best, value <= goal)
+        end = lbfgs(
+            _objective(problem, test, timesteps, open_, owners, explained),
+            torch.randn(len(open_), problem.unknowns, generator=generator),
+            n_evals=n_evals,
+            goal=goal * 1e-4,
+            stall=60,
+            watch=_watch(problem, recorder, timesteps, best, open_),
+        )
+        for sample, point, reached in zip(open_.tolist(), end.point, end.value, strict=True):
+            if reached < value[sample] and not _is_copy(sample, point, best, value, owners, goal):
+                best[sample], value[sample] = point, reached
+    return NoisyInputs(best.reshape(-1, *problem.shape), value, tuple(layer.name for layer in layers), starts)
+
+
+def _explained(
+    problem: Problem, test: SpanTest, timesteps: Tensor, best: Tensor, done: Tensor
+) -> dict[str, Tensor] | None:
+    """Return, by layer, the rows `[n, batch positions, d]` that the images found so far account for."""
+    if problem.batch == 1 or not done.any():
+        return None
+    every = torch.arange(problem.n_samples)
+    bases = test.bases(lambda x: problem.predict(x, timesteps, every), best.reshape(-1, *problem.shape))
+    result = {}
+    for name, rows in bases.items():
+        known = (rows * done[:, None, None]).reshape(len(problem.updates), -1, rows.shape[2])
+        _, sizes, axes = torch.linalg.svd(known.double(), full_matrices=False)
+        result[name] = (axes * (sizes > 1e-6)[..., None]).float().repeat_interleave(problem.batch, 0)
+    return result
+
+
+def _objective(
+    problem: Problem,
+    test: SpanTest,
+    timesteps: Tensor,
+    samples: Tensor,
+    owners: Tensor,
+    explained: dict[str, Tensor] | None = None,
+) -> Objective:
+    others = None if explained is None else {name: rows[samples] for name, rows in explained.items()}
+
+    def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_(True)
+        losses = test.losses(
+            lambda x: problem.predict(x, timesteps[samples], samples),
+            z.reshape(-1, *problem.shape),
+            owners[samples],
+            explained=others,
+        ).mean(1)
+        return losses.detach(), torch.autograd.grad(losses.sum(), z)[0]
+
+    return objective
+
+
+def _watch(problem: Problem, recorder: Recorder | None, timesteps: Tensor, best: Tensor, open_: Tensor) -> Watch:
+    def watch(count: int, point: Tensor, value: Tensor) -> None:
+        if recorder is not None:
+            shown = best.clone()
+            shown[open_] = point
+            recorder.tell(float(value.mean()), shown.reshape(-1, *problem.shape) / problem.rates(timesteps)[0])
+
+    return watch
+
+
+def _is_copy(sample: int, point: Tensor, best: Tensor, value: Tensor, owners: Tensor, goal: float) -> bool:
+    """Say whether `point` is what another sample of the same update has already found."""
+    others = ((owners == owners[sample]) & (value <= goal)).nonzero()[:, 0].tolist()
+    return any(other != sample and bool((best[other] - point).square().mean() < 1e-2) for other in others)

@@ -1,0 +1,206 @@
+"""What a weight gradient says about its layer's input, whatever the loss: the input's patches span the gradient's rows.
+
+For a convolution or a linear layer, dL/dW = Σ_p δ_p a_pᵀ over positions p, where a_p is the input patch under the
+kernel and δ_p the signal that comes back. The rows of dL/dW [outputs, D] therefore lie in the span of the P patches, a
+proper subspace wherever P < D; with as many outputs as patches they are the span. That holds on the coarser levels of
+most U-Nets. Neither the loss, nor the noise, nor the residual appears: a noisy input that the update came from is one
+whose patches fit. This asks for first derivatives only and for no more of the network than leads to the layers used.
+Extends the span tests of linear layers (Petrov et al. 2024, DAGER; Dimitrov et al. 2024, SPEAR) to convolutions, whose
+overlapping patches leave hardly any freedom.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Forward = Callable[[Tensor], object]
+"""Runs the model on noisy inputs `[m, c, h, w]`."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose input can be tested.
+
+    Attributes:
+        name: of the module.
+        order: when it runs in the forward pass.
+        positions: patches per sample.
+        width: D, the entries of a patch.
+        outputs: rows of its weight gradient.
+    """
+
+    name: str
+    order: int
+    positions: int
+    width: int
+    outputs: int
+
+    def is_spanned(self, batch: int) -> bool:
+        """Say whether the gradient's rows span all patches of a batch: then each image can be tested by itself."""
+        return batch * self.positions <= min(self.outputs, self.width - 1)
+
+    def equations(self, batch: int) -> int:
+        """How many independent equations the span test states about one image."""
+        return self.positions * (self.width - batch * self.positions) if self.is_spanned(batch) else 0
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass after the last layer of interest."""
+
+
+def capture(model: nn.Module, names: Sequence[str], forward: Forward, noisy: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of the modules `names`, running the model no further than the last of them."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[name] = inputs[0]
+            if len(found) == len(names):
+                raise _EnoughError
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        forward(noisy)
+    except _EnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Say whether `patches` knows the module: linear layers, and convolutions of one group padded with zeros."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear)
+
+
+def patches(module: nn.Module, inputs: Tensor) -> Float[Tensor, "m p d"]:
+    """Return what the module's weight is multiplied with, position by position."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str), "not is_supported"
+        unfolded = F.unfold(
+            inputs, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
+        )
+        return unfolded.transpose(1, 2)
+    return inputs.reshape(len(inputs), -1, inputs.shape[-1])
+
+
+def find_layers(
+    model: nn.Module, names: Sequence[str], forward: Forward, probe: Float[Tensor, "1 c h w"]
+) -> list[Layer]:
+    """List the layers whose weights are among the shared parameters `names` and whose input depends on the image.
+
+    Args:
+        model: the attacked model.
+        names: parameter names in the update.
+        forward: runs the model on a probe.
+        probe: any input of the right shape.
+    """
+    shared = set(names)
+    candidates = {
+        name: module for name, module in model.named_modules() if f"{name}.weight" in shared and is_supported(module)
+    }
+    found: dict[str, Layer] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].requires_grad:
+                seen = patches(module, inputs[0])
+                weight = module.get_parameter("weight")
+                found[name] = Layer(name, len(found), seen.shape[1], seen.shape[2], weight.shape[0])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates.items()]
+    try:
+        forward(probe.detach().clone().requires_grad_(True))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
+def choose_layers(layers: Sequence[Layer], *, batch: int, unknowns: int, margin: float = 4.0) -> list[Layer]:
+    """Choose the layers to test: from the first on, until they state `margin` times as many equations as unknowns.
+
+    The earlier a layer, the less of the network is in the way. Empty if all of them together state too few.
+    """
+    chosen, stated = [], 0
+    for layer in sorted(layers, key=lambda layer: layer.order):
+        if layer.equations(batch) >= unknowns // 4:
+            chosen.append(layer)
+            stated += layer.equations(batch)
+        if stated >= margin * unknowns:
+            return chosen
+    return chosen if stated >= unknowns else []
+
+
+class SpanTest:
+    """How far candidate inputs are from being among those that sent n updates.
+
+    The loss is the share of the patches' energy outside of the row space of the weight gradient: 0 at each image of
+    the update. A mean over layers, rows of equal weight.
+
+    Args:
+        model: the attacked model.
+        layers: the layers to test, all `is_spanned`.
+        gradients: n updates' gradients by parameter name.
+        batch: images per update.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], gradients: Sequence[dict[str, Tensor]], *, batch: int
+    ):
+        self.model, self.layers = model, sorted(layers, key=lambda layer: layer.order)
+        self.rows: dict[str, Tensor] = {}
+        for layer in self.layers:
+            weights = torch.stack([g[f"{layer.name}.weight"].flatten(1) for g in gradients]).double()
+            rows = torch.linalg.svd(weights, full_matrices=False)[2]
+            self.rows[layer.name] = rows[:, : batch * layer.positions].float()
+
+    def losses(
+        self,
+        forward: Forward,
+        noisy: Float[Tensor, "m c h w"],
+        owners: Int[Tensor, " m"],
+        *,
+        explained: Mapping[str, Tensor] | None = None,
+    ) -> Float[Tensor, "m l"]:
+        """Return each input's loss at each layer.
+
+        Args:
+            forward: runs the model on the inputs.
+            noisy: the inputs.
+            owners: the number of the update that each is tested against.
+            explained: by layer, orthonormal (or zero) rows `[m, k, d]` that other images of the update account for:
+                energy in their span counts for nothing, so that the test does not find the same image again.
+        """
+        inputs = capture(self.model, [layer.name for layer in self.layers], forward, noisy)
+        losses = []
+        for layer in self.layers:
+            rows = self.rows[layer.name][owners]
+            seen = patches(self.model.get_submodule(layer.name), inputs[layer.name])
+            outside = (seen - seen @ rows.mT @ rows).square().sum((1, 2))
+            whole = seen.square().sum((1, 2))
+            if explained is not None:
+                whole = whole - (seen @ explained[layer.name].mT).square().sum((1, 2)) + 1e-4 * whole
+            losses.append(outside / whole)
+        return torch.stack(losses, 1)
+
+    @torch.no_grad()
+    def bases(self, forward: Forward, noisy: Float[Tensor, "m c h w"]) -> dict[str, Tensor]:
+        """Return, by layer, orthonormal rows `[m, positions, d]` that span each input's patches."""
+        inputs = capture(self.model, [layer.name for layer in self.layers], forward, noisy)
+        found = {}
+        for layer in self.layers:
+            seen = patches(self.model.get_submodule(layer.name), inputs[layer.name])
+            found[layer.name] = torch.linalg.qr(seen.double().mT)[0].mT.float()
+        return found

@@ -1,0 +1,116 @@
+"""The residual r = prediction - target of an update, its noisy inputs known: a linear system, by conjugate gradients.
+
+The gradient of the mean squared error is (2 / elements) J(x_t)ᵀ r, linear in r. The layers next to the output determine
+it best, and their part of J costs least.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitlab.inversion.matching import layer_weights
+from splitlab.inversion.patches import find_layers
+from splitlab.inversion.problem import Problem
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A solved residual.
+
+    Attributes:
+        residual: `[b, c, h, w]`.
+        prediction: `[b, c, h, w]`: the model's output at the noisy inputs.
+        misfit: the share of the (per-tensor normalised) gradient left unexplained, squared.
+        n_evals: products with J and its transpose.
+    """
+
+    residual: Tensor
+    prediction: Tensor
+    misfit: float
+    n_evals: int
+
+
+def tail(problem: Problem, timesteps: Tensor, *, margin: float = 20.0) -> list[str]:
+    """Name the shared parameters of the last layers, at least `margin` times as many as residuals, if there are."""
+    shared = problem.gradients[0]
+    sample = torch.zeros(1, dtype=torch.int64)
+    layers = find_layers(
+        problem.model,
+        list(shared),
+        lambda x: problem.predict(x, timesteps[:1], sample),
+        torch.zeros(1, *problem.shape),
+    )
+    names: list[str] = []
+    entries = 0
+    for layer in sorted(layers, key=lambda layer: -layer.order):
+        own = [f"{layer.name}.{kind}" for kind in ("weight", "bias") if f"{layer.name}.{kind}" in shared]
+        names += own
+        entries += sum(shared[name].numel() for name in own)
+        if entries >= margin * problem.batch * problem.unknowns:
+            break
+    return names
+
+
+def solve_residual(
+    problem: Problem,
+    number: int,
+    noisy: Tensor,
+    timesteps: Tensor,
+    names: list[str],
+    *,
+    n_iterations: int = 200,
+    goal: float = 1e-9,
+) -> Residual:
+    """Solve for the residual of update `number`, given its noisy inputs (CGNR; Saad 2003, alg. 8.4).
+
+    Products with J come from differentiating J(x)ᵀ r, which is linear in r, once more; both graphs are built once.
+
+    Args:
+        problem: the updates.
+        number: which of them.
+        noisy: `[b, c, h, w]`.
+        timesteps: `[b]`.
+        names: the parameters to use, e.g. from `tail`.
+        n_iterations: at most.
+        goal: stop at this misfit.
+    """
+    samples = torch.arange(number * problem.batch, (number + 1) * problem.batch)
+    wanted = {name: problem.gradients[number][name] for name in names}
+    roots = {name: weight.sqrt() for name, weight in layer_weights(wanted).items()}
+    parameters = [parameter for name, parameter in problem.model.named_parameters() if name in wanted]
+    order = [name for name, _ in problem.model.named_parameters() if name in wanted]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    prediction = problem.predict(noisy, timesteps, samples)
+    scale = 2.0 / prediction.numel()
+    probe = torch.zeros_like(prediction, requires_grad=True)
+    linear = torch.autograd.grad(prediction, parameters, probe, create_graph=True)
+
+    def back(residual: Tensor) -> list[Tensor]:
+        products = torch.autograd.grad(prediction, parameters, residual, retain_graph=True)
+        return [scale * roots[name] * product for name, product in zip(order, products, strict=True)]
+
+    def forth(parts: list[Tensor]) -> Tensor:
+        weighted = [scale * roots[name] * part for name, part in zip(order, parts, strict=True)]
+        return torch.autograd.grad(linear, probe, weighted, retain_graph=True)[0]
+
+    left = [roots[name] * wanted[name] for name in order]
+    whole = float(sum(part.square().sum() for part in left))
+    found = torch.zeros_like(prediction)
+    slope = forth(left)
+    direction, size = slope, slope.square().sum()
+    count, misfit = 1, 1.0
+    while count < 2 * n_iterations and misfit > goal and size > 0:
+        image = back(direction)
+        step = size / torch.stack([part.square().sum() for part in image]).sum()
+        found = found + step * direction
+        left = [part - step * change for part, change in zip(left, image, strict=True)]
+        slope = forth(left)
+        before, size = size, slope.square().sum()
+        direction = slope + size / before * direction
+        count += 2
+        misfit = float(sum(part.square().sum() for part in left)) / whole
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return Residual(found.detach(), prediction.detach(), misfit, count)

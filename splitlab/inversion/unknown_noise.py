@@ -1,0 +1,157 @@
+"""Images from updates whose noise is honestly unknown: noisy inputs by the patch test, the residual by a linear solve.
+
+The attack splits the unknowns the way the gradient does. First x_t, without any reference to noise or loss (`patches`);
+then r = prediction - target, in which the gradient is linear (`residual`); then x_t and r together give the target and
+the image. Where no layer allows the patch test, both are fitted to the gradient by L-BFGS.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from splitlab.errors import InputError
+from splitlab.federated import InversionKnowledge, Update
+from splitlab.inversion.matching import Matcher, best_of
+from splitlab.inversion.noisy_inputs import NoisyInputs, find_noisy
+from splitlab.inversion.optimise import lbfgs
+from splitlab.inversion.problem import Inversion, Problem, Recorder
+from splitlab.inversion.residual import solve_residual, tail
+from splitlab.inversion.timesteps import timesteps as read_timesteps
+from splitlab.types import Callback
+
+
+def unknown_noise(
+    update: Update | Sequence[Update],
+    knowledge: InversionKnowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+    start: str = "patches",
+    n_evals: int = 400,
+    n_starts: int = 8,
+    n_iterations: int = 200,
+    fit_evals: int = 0,
+    stages: int = 1,
+    std: float = 0.3,
+) -> Inversion:
+    """Reconstruct images from updates without their noise. Timesteps that are not granted are read off the updates.
+
+    Args:
+        update: the update, or several to be inverted side by side.
+        knowledge: the threat model; `noise` is ignored if it is granted. Samples of one update come out in the order of
+            `timesteps`, ascending if those are found.
+        generator: of the starting points.
+        callback: told of every evaluation.
+        start: "patches", or "random": skip the patch test and fit (x_t, r) to the gradient from random starts.
+        n_evals: evaluations of the patch test, or of the fit, per start.
+        n_starts: random starts at most; the one of the smallest objective is kept.
+        n_iterations: of the linear solve for the residual.
+        fit_evals: L-BFGS evaluations on (x_t, r) together, after the linear solve.
+        stages: annealing of a fit from random starts: the first stage counts the last 1/stages of the tensors.
+        std: of the random starts of a fit.
+
+    Returns:
+        An `Inversion` with `noise`, whose `final` is the normalised L2 between the found and the shared gradient.
+
+    Raises:
+        InputError: the update does not fit the model, or its timesteps cannot be told.
+    """
+    problem = Problem(update, _with_timesteps(update, knowledge, generator))
+    timesteps = problem.timesteps
+    recorder = Recorder(problem, "unknown_noise", n_evals * n_starts, callback)
+    matcher = Matcher(problem)
+    found = None
+    if start == "patches":
+        found = find_noisy(
+            problem, timesteps, generator=generator, recorder=recorder, n_evals=n_evals, n_starts=n_starts
+        )
+    if found is not None:
+        state = _solve(problem, found, timesteps, n_iterations, recorder)
+        if fit_evals:
+            state, _ = _fit(problem, matcher, state, timesteps, fit_evals, recorder)
+    else:
+        state = _fit_from_random(
+            problem, matcher, timesteps, generator, recorder, n_evals, n_starts=n_starts, stages=stages, std=std
+        )
+    matcher.anneal(1.0)
+    value, _ = matcher.from_residual(timesteps)(state)
+    clean, noise = _read(problem, state, timesteps)
+    return recorder.finish(clean, value, timesteps, noise)
+
+
+def _with_timesteps(
+    update: Update | Sequence[Update], knowledge: InversionKnowledge, generator: torch.Generator
+) -> InversionKnowledge:
+    """Return the knowledge with timesteps and batch size as found in closed form, unless they are granted."""
+    if knowledge.timesteps is not None:
+        return knowledge
+    updates = (update,) if isinstance(update, Update) else update
+    sets = [read_timesteps(one, knowledge, generator=generator).timesteps for one in updates]
+    batch = knowledge.batch_size or max(len(found) for found in sets)
+    for number, found in enumerate(sets):
+        if len(found) not in (1, batch):
+            raise InputError(
+                f"update {number}: {len(found)} different timesteps for {batch} images, so some repeat and it is open "
+                "which; grant knowledge.timesteps"
+            )
+    timesteps = torch.cat([found if len(found) == batch else found.repeat(batch) for found in sets])
+    return replace(knowledge, batch_size=batch, timesteps=timesteps)
+
+
+def _solve(problem: Problem, found: NoisyInputs, timesteps: Tensor, n_iterations: int, recorder: Recorder) -> Tensor:
+    """Return `[u, 2 b c h w]`: noisy inputs and the residuals that explain the gradient best."""
+    names, rows = tail(problem, timesteps), []
+    for number in range(len(problem.updates)):
+        own = slice(number * problem.batch, (number + 1) * problem.batch)
+        solved = solve_residual(problem, number, found.noisy[own], timesteps[own], names, n_iterations=n_iterations)
+        recorder.n_evals += solved.n_evals if number == 0 else 0
+        rows.append(torch.stack([found.noisy[own], solved.residual]).flatten())
+    return torch.stack(rows)
+
+
+def _fit(
+    problem: Problem, matcher: Matcher, state: Tensor, timesteps: Tensor, n_evals: int, recorder: Recorder
+) -> tuple[Tensor, Tensor]:
+    def watch(count: int, point: Tensor, value: Tensor) -> None:
+        recorder.tell(float(value.mean()), point.reshape(-1, 2, problem.batch, *problem.shape)[:, 0].flatten(0, 1))
+
+    end = lbfgs(matcher.from_residual(timesteps), state, n_evals=n_evals, goal=1e-10, stall=200, watch=watch)
+    return end.point, end.value
+
+
+def _fit_from_random(
+    problem: Problem,
+    matcher: Matcher,
+    timesteps: Tensor,
+    generator: torch.Generator,
+    recorder: Recorder,
+    n_evals: int,
+    *,
+    n_starts: int,
+    stages: int,
+    std: float,
+) -> Tensor:
+    ends, values = [], []
+    for _ in range(n_starts):
+        shape = (len(problem.updates), 2 * problem.batch * problem.unknowns)
+        state = std * torch.randn(shape, generator=generator)
+        value = torch.zeros(len(state))
+        for stage in range(stages):
+            matcher.anneal((stage + 1) / stages)
+            state, value = _fit(problem, matcher, state, timesteps, n_evals // stages, recorder)
+        ends.append(state)
+        values.append(value)
+        if bool((torch.stack(values).min(0).values < 1e-6).all()):
+            break
+    return best_of(torch.stack(values), ends)[0]
+
+
+@torch.no_grad()
+def _read(problem: Problem, state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return clean samples and noise: target = prediction - r."""
+    noisy, residual = state.reshape(-1, 2, problem.batch, *problem.shape).unbind(1)
+    noisy, residual = noisy.flatten(0, 1), residual.flatten(0, 1)
+    prediction = problem.predict(noisy, timesteps, torch.arange(problem.n_samples))
+    return problem.unmix(noisy, prediction - residual, timesteps)

@@ -1,0 +1,222 @@
+"""What a federated client sends, what it alone knows, and the files of both.
+
+`Update` is the whole list of what leaves the client. Its truth is another record in another file.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from splitlab import checkpoint
+from splitlab.config import parse
+from splitlab.errors import InputError
+
+VERSION = 1
+KINDS = ("gradient", "fedavg")
+OBJECTIVES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Update:
+    """Everything the server receives from one client in one round. Nothing else leaves the client.
+
+    Attributes:
+        gradients: parameter name -> tensor of the parameter's shape: the gradient of the loss, or for "fedavg" the
+            weights before minus the weights after the local steps (so both point uphill).
+        kind: "gradient", or "fedavg" for a weight difference after `local_steps` steps of SGD.
+        objective: what the model is trained to predict: "epsilon" (the noise) or "v_prediction".
+        size: height and width of the model's input: pixels, or latent cells.
+        model: `model_digest` of the weights the client started from, which the server sent it.
+        defence: the defence that is on, in public words; "none".
+        local_steps, lr: the client's SGD, public; the loss is a mean over batch and elements.
+    """
+
+    gradients: dict[str, Tensor]
+    kind: str
+    objective: str
+    size: int
+    model: str
+    defence: str = "none"
+    local_steps: int = 1
+    lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions at construction."""
+        if self.kind not in KINDS:
+            raise InputError(f"update: kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"update: objective {self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        if self.local_steps < 1 or (self.kind == "fedavg" and not self.lr > 0):
+            raise InputError(
+                f"update: local_steps must be 1 or more and lr positive, got {self.local_steps} and {self.lr}"
+            )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Update":
+        """Return a copy with `change` applied to every tensor."""
+        return replace(self, gradients={name: change(value) for name, value in self.gradients.items()})
+
+    def mean_gradient(self) -> dict[str, Tensor]:
+        """Return the gradients in float32; of a weight difference, the mean gradient over its local steps."""
+        scale = 1.0 if self.kind == "gradient" else 1.0 / (self.lr * self.local_steps)
+        return {name: value.float() * scale for name, value in self.gradients.items()}
+
+
+@dataclass(frozen=True)
+class UpdateTruth:
+    """What only the client and the evaluator hold about one update, sample by sample.
+
+    Attributes:
+        clean: `[b, c, h, w]`: what the model was trained on: images in [-1, 1], or latents.
+        timesteps: `[b]` int64; `[e, b]` where each of e local steps drew its own.
+        noise: `[b, c, h, w]`, or `[e, b, c, h, w]` likewise.
+        text: `[b, l, d]` text embeddings, for a text-conditional model.
+        hint_latents: `[b, c, h, w]`, for a ControlNet.
+        images: `[b, 3, s, s]` in [-1, 1], where `clean` is latents.
+        prompts: b prompts, for a text-conditional model.
+    """
+
+    clean: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    text: Tensor | None = None
+    hint_latents: Tensor | None = None
+    images: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, indices: slice) -> "UpdateTruth":
+        """Return the truth of some of the samples."""
+        axis = (slice(None),) * (self.timesteps.ndim - 1)
+        optional = {k: getattr(self, k) for k in ("text", "hint_latents", "images")}
+        return UpdateTruth(
+            self.clean[indices],
+            self.timesteps[(*axis, indices)],
+            self.noise[(*axis, indices)],
+            **{k: v if v is None else v[indices] for k, v in optional.items()},
+            prompts=self.prompts[indices],
+        )
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return SHA-256 over a model's weights and their names: equal digests, equal models."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_update(update: Update, model: nn.Module, *, where: str = "update") -> None:
+    """Refuse an update that `model` cannot have produced.
+
+    Raises:
+        InputError: names or shapes that are not the model's (says which), values that are not finite, nothing but
+            zeros, or gradients taken at other weights.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    kind = type(model).__name__
+    if not update.gradients:
+        raise InputError(f"{where}: it holds no gradients; share at least one parameter's")
+    strange = [name for name in update.gradients if name not in shapes]
+    if strange:
+        raise InputError(f"{where}: this {kind} has no parameter {some(strange)}; load the architecture it was made of")
+    wrong = [
+        f"{n} {tuple(g.shape)} for {shapes[n]}" for n, g in update.gradients.items() if tuple(g.shape) != shapes[n]
+    ]
+    if wrong:
+        raise InputError(
+            f"{where}: shapes that differ from this {kind}'s: {some(wrong)}; load the architecture it was made of"
+        )
+    integers = [name for name, value in update.gradients.items() if not value.is_floating_point()]
+    if integers:
+        raise InputError(f"{where}: {some(integers)} is not of a floating-point type; dequantise it first")
+    bad = [name for name, value in update.gradients.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise InputError(f"{where}: {some(bad)} holds NaN or infinity; nothing can be learnt from it: ask for another")
+    if not any(value.any() for value in update.gradients.values()):
+        raise InputError(f"{where}: every gradient is zero, so it says nothing about the images; ask for another")
+    if update.model and update.model != model_digest(model):
+        raise InputError(
+            f"{where}: taken at weights {update.model[:12]}, this {kind} has {model_digest(model)[:12]}; "
+            "load the weights the client was sent"
+        )
+
+
+def some(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def write_update(path: Path, update: Update) -> None:
+    """Write what the server received to a safetensors file."""
+    header = {k: v for k, v in asdict(replace(update, gradients={})).items() if k != "gradients"}
+    checkpoint.save(path, update.gradients, {"update": header | {"version": VERSION}})
+
+
+@dataclass(frozen=True)
+class _Header:
+    kind: str
+    objective: str
+    size: int
+    model: str
+    defence: str
+    local_steps: int
+    lr: float
+    version: int
+
+
+def read_update(
+    path: str | Path, *, model: nn.Module | None = None, size: int | None = None, objective: str = "epsilon"
+) -> Update:
+    """Read an update and check it.
+
+    Args:
+        path: the file: `write_update`'s, or any safetensors file of gradients by parameter name.
+        model: the model it is to be attacked with; None skips the checks against it.
+        size: for a file without splitlab's header: height and width of the model's input.
+        objective: for a file without splitlab's header: what the model was trained to predict.
+
+    Raises:
+        InputError: the file is missing or damaged, of another version, or not of this model (see `check_update`).
+    """
+    path = Path(path)
+    tensors, meta = checkpoint.load(path)
+    fields = meta.get("update") if isinstance(meta, dict) else None
+    if fields is None and size is not None:
+        update = Update(tensors, "gradient", objective, size, "")
+    elif not isinstance(fields, dict):
+        raise InputError(f"{path}: it has no header of an update; if it holds plain gradients, say size=<input's size>")
+    elif fields.get("version") != VERSION:
+        raise InputError(f"{path}: update version {fields.get('version')}, expected {VERSION}; share it again")
+    else:
+        header = asdict(parse(_Header, fields, where=f"{path}: header"))
+        update = Update(tensors, **{k: v for k, v in header.items() if k != "version"})
+    if model is not None:
+        check_update(update, model, where=str(path))
+    return update
+
+
+def write_update_truth(path: Path, truth: UpdateTruth) -> None:
+    """Write what only the client knew to a file of its own."""
+    tensors = {k: v for k, v in vars(truth).items() if isinstance(v, Tensor)}
+    checkpoint.save(path, tensors, {"prompts": list(truth.prompts)})
+
+
+def read_update_truth(path: str | Path) -> UpdateTruth:
+    """Read what `write_update_truth` wrote.
+
+    Raises:
+        InputError: the file is missing, damaged or no truth of an update.
+    """
+    tensors, meta = checkpoint.load(Path(path))
+    prompts = meta.get("prompts")
+    needed = {"clean", "timesteps", "noise"}
+    if not isinstance(prompts, list) or not needed <= set(tensors) <= set(UpdateTruth.__dataclass_fields__):
+        raise InputError(f"{path}: not the truth of an update; `splitlab.federated.write_update_truth` makes one")
+    return UpdateTruth(**tensors, prompts=tuple(prompts))
