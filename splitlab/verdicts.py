@@ -77,7 +77,7 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
     dataset, defences = str(rows["dataset"].iloc[0]), str(rows["defences"].iloc[0])
     chance = float(rows["id_chance"].iloc[0])
     every = pooled(rows)
-    best, worst = every[0], max(every, key=lambda one: one["id_worst"])
+    best, worst = every[0], max(every, key=lambda one: (one["id_worst"], -_place(one["attack"])))
     hint = max(every, key=lambda one: _number(one["hint_id_top1"]))
     papers = [one for one in every if one["attack"].endswith(PAPER)]
     verdict: dict[str, Any] = {
@@ -128,6 +128,12 @@ def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> 
         breaks = bool(note) or left < 0.5 * _number(own[measure])
         rows.append(row | {"with_it": own[measure], "without_it": left, "breaks": breaks, "note": note})
     return pd.DataFrame(rows, columns=list(ABLATION_COLUMNS)).round(4)
+
+
+def _place(attack: str) -> int:
+    """Return where an attack stands in `WHY`: of equals the first, which is the simplest, gives the reason."""
+    plain = attack.partition("-without-")[0]
+    return list(WHY).index(plain) if plain in WHY else len(WHY)
 
 
 def _number(value: Any) -> float:

@@ -101,3 +101,9 @@ def test_an_ablation_compares_an_attack_with_itself_denied_one_fact():
     assert by_name["note"]["closed_form"] == "no noise"
     assert by_name["denied"]["closed_form"] == "noise-smashed"
     assert by_name["measure"]["words"] == "prompt_exact"
+
+
+def test_of_equally_strong_attacks_the_simplest_gives_the_reason():
+    found = judge(row("posterior", id_top1=1.0, psnr_db=30.0), row("closed_form", id_top1=1.0, psnr_db=29.0))
+    assert found["strongest_attack"] == "posterior"
+    assert found["reason"].startswith("closed_form identifies 100%")
