@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 from IPython.display import HTML, Markdown
 
+from splitlab.attacks import NO_INFORMATION
 from splitlab.claims import percent
 from splitlab.report import DASH, Material, figure, in_words, lay_out, number
 from splitlab.verdicts import STOPPED, SURVEY, pooled
@@ -108,7 +109,7 @@ def verdict_table(material: Material) -> HTML:
         f"Stopped: in no timestep bucket does an attack identify more than {STOPPED:.0f} times chance. The paper's "
         "attackers know neither the noise they are sent nor which defences are on, and are judged by the image; those "
         "that adapt know both, and are judged by image and hint. Top-1 and PSNR are the strongest attack's over all "
-        "timesteps that the client draws, the worst bucket any attack's."
+        "timesteps that the client draws, the worst bucket any attack's. What guessing gets stands below the families."
     )
     return HTML(f'{lay_out(columns, groups).data}<p class="note">{rule}</p>')
 
@@ -171,7 +172,7 @@ def families(material: Material) -> HTML:
         if rows.empty:
             parts.append('<p class="note">Not run: see params.yaml.</p>')
             continue
-        parts.append(_family_table(rows, family))
+        parts.append(_family_table(rows, family) + _without_information(every[every["run"].isin(rows["run"])]))
         for run in [run for run in family.shown_on if run in set(rows["run"])][:1]:
             caption = f"{run}: the first samples of each timestep bucket, none picked by hand; weakest attack first."
             parts.append(figure(material.figures / f"grid-{run}.png", caption))
@@ -180,26 +181,42 @@ def families(material: Material) -> HTML:
 
 def _family_table(rows: pd.DataFrame, family: Family) -> str:
     columns = {"transcript": "name", "attack": ""} | dict.fromkeys(
-        ("PSNR, dB", "SSIM", "top-1", "hint top-1", "seeds", "evaluations", "CPU s"), "number"
+        ("PSNR, dB", "± images", "SSIM", "top-1", "hint top-1", "n", "seeds", "evaluations", "CPU s"), "number"
     )
     cells = []
     for run, own in rows.groupby("run", sort=False):
         costs = own.groupby("attack")[["n_evals", "cpu_s"]].max()
+        spread = own.groupby("attack")["psnr_db_std"].mean()
         for one in sorted(pooled(own), key=lambda one: family.attacks.index(one["attack"])):
             cells.append(
                 (
                     html.escape(str(run).removeprefix(SURVEY)),
                     html.escape(attack_label(one["attack"])),
                     number(one["psnr_db"], 1),
+                    number(spread[one["attack"]], 1),
                     number(one["ssim"], 2),
                     _share(one["id_top1"]),
                     _share(one["hint_id_top1"]),
+                    str(one["n"]),
                     str(one["n_seeds"]),
                     number(costs["n_evals"][one["attack"]]),
                     number(costs["cpu_s"][one["attack"]], 1),
                 )
             )
     return str(lay_out(columns, {"": cells}).data)
+
+
+def _without_information(rows: pd.DataFrame) -> str:
+    """Say what guessing gets on the same transcripts."""
+    guesses = rows[rows["attack"].isin(NO_INFORMATION)]
+    psnr = guesses[guesses["attack"] == "mean_public"]["psnr_db"]
+    images, hints = (percent(guesses[name].max()) for name in ("id_top1", "hint_id_top1"))
+    return (
+        f'<p class="note">No information, on the same transcripts: the mean public image reaches {psnr.min():.1f} to '
+        f"{psnr.max():.1f} dB, depending on transcript and bucket; it or a random public one identifies at most {images} "
+        f"by the image and {hints} by the hint in any bucket (mixed samples are matched within their group, which helps "
+        f"guesses too). Chance: {percent(rows['id_chance'].max())}.</p>"
+    )
 
 
 def prompts_table(material: Material) -> HTML:
