@@ -213,9 +213,9 @@ def _without_information(rows: pd.DataFrame) -> str:
     images, hints = (percent(guesses[name].max()) for name in ("id_top1", "hint_id_top1"))
     return (
         f'<p class="note">No information, on the same transcripts: the mean public image reaches {psnr.min():.1f} to '
-        f"{psnr.max():.1f} dB, depending on transcript and bucket; it or a random public one identifies at most {images} "
-        f"by the image and {hints} by the hint in any bucket (mixed samples are matched within their group, which helps "
-        f"guesses too). Chance: {percent(rows['id_chance'].max())}.</p>"
+        f"{psnr.max():.1f} dB, depending on transcript and bucket; it or a random public one identifies at most "
+        f"{images} by the image and {hints} by the hint in any bucket (mixed samples are matched within their group, "
+        f"which helps guesses too). Chance: {percent(rows['id_chance'].max())}.</p>"
     )
 
 
