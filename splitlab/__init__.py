@@ -17,17 +17,22 @@ from splitlab.data import ImageSet, load  # noqa: E402
 from splitlab.errors import InputError  # noqa: E402
 from splitlab.evaluate import evaluate_all  # noqa: E402
 from splitlab.figures import draw_figures, show_images  # noqa: E402
+from splitlab.inversion import INVERSIONS  # noqa: E402
+from splitlab.inversion.brought import attack_gradient  # noqa: E402
 from splitlab.params import load_params, load_split, section  # noqa: E402
 from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
 from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
 from splitlab.survey import SurveyConfig, attack_survey, record_survey, utility  # noqa: E402
 from splitlab.train import train  # noqa: E402
 from splitlab.types import Knowledge, Observation, Reconstruction, Truth  # noqa: E402
+from splitlab.update_scores import evaluate_updates  # noqa: E402
+from splitlab.update_survey import UpdateConfig, attack_updates, record_updates  # noqa: E402
 from splitlab.wire import Transcript, read_server, read_transcript  # noqa: E402
 
 __all__ = [
     "ATTACKS",
     "CACHE",
+    "INVERSIONS",
     "ROOT",
     "AttackSpec",
     "Base",
@@ -43,12 +48,16 @@ __all__ = [
     "TrainConfig",
     "Transcript",
     "Truth",
+    "UpdateConfig",
     "attack_and_save",
+    "attack_gradient",
     "attack_survey",
     "attack_transcript",
+    "attack_updates",
     "draw_figures",
     "encoded",
     "evaluate_all",
+    "evaluate_updates",
     "load",
     "load_base",
     "load_params",
@@ -59,6 +68,7 @@ __all__ = [
     "read_server",
     "read_transcript",
     "record_survey",
+    "record_updates",
     "resolve",
     "save_reconstruction",
     "section",

@@ -122,25 +122,26 @@ def draw_figures(
         picked = pick(one, config)
         order = by_strength(rows)
         shown = _reconstructed(one, scores / f"{one.name}.safetensors", order, picked)
-        drawn.append(_save(draw_grid(one, base, private, picked, shown), out / f"grid-{one.name}.png"))
-        drawn.append(_save(draw_leakage(rows, order, config), out / f"leakage-{one.name}.png"))
+        drawn.append(save_figure(draw_grid(one, base, private, picked, shown), out / f"grid-{one.name}.png"))
+        drawn.append(save_figure(draw_leakage(rows, order, config), out / f"leakage-{one.name}.png"))
     for dataset in training["dataset"].unique():
         trained = training[(training["dataset"] == dataset) & training["steps"].notna()]
         folders = {name: runs / name for name in trained["run"]}
         yardsticks = training[(training["dataset"] == dataset) & training["steps"].isna()]
-        drawn.append(_save(draw_losses(folders), out / f"loss-{dataset}.png"))
-        drawn.append(_save(draw_control(folders, trained, yardsticks), out / f"control-{dataset}.png"))
-        drawn.append(_save(draw_samples(folders), out / f"samples-{dataset}.png"))
-    drawn.append(_save(draw_bytes(training[training["steps"].notna()]), out / "bytes.png"))
+        drawn.append(save_figure(draw_losses(folders), out / f"loss-{dataset}.png"))
+        drawn.append(save_figure(draw_control(folders, trained, yardsticks), out / f"control-{dataset}.png"))
+        drawn.append(save_figure(draw_samples(folders), out / f"samples-{dataset}.png"))
+    drawn.append(save_figure(draw_bytes(training[training["steps"].notna()]), out / "bytes.png"))
     judged = read_table(metrics / "split_verdicts.csv", empty=True)
     for dataset in judged["dataset"].unique():
         own = judged[judged["dataset"] == dataset]
-        drawn.append(_save(draw_frontier(own), out / f"frontier-{dataset}.png"))
-        drawn.append(_save(draw_matrix(attacks, dataset, list(own["setting"])), out / f"matrix-{dataset}.png"))
+        drawn.append(save_figure(draw_frontier(own), out / f"frontier-{dataset}.png"))
+        drawn.append(save_figure(draw_matrix(attacks, dataset, list(own["setting"])), out / f"matrix-{dataset}.png"))
     return drawn
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure without the versions and dates that would make equal figures differ; return `path`."""
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
     return path
 

@@ -138,6 +138,12 @@ def bars(content: Sequence[Mapping[str, Any]], *, chosen: str, guess: float, cei
     return block(f"<table>{head}{''.join(lines)}</table>{legend}")
 
 
+def picture(data: bytes, caption: str) -> str:
+    """Show one picture with its caption."""
+    shown = f'<div class="sl-pictures">{image(data, caption)}</div>'
+    return block(f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>")
+
+
 def gallery(triples: Sequence[tuple[bytes, bytes, str]]) -> str:
     """Show (hint, generated image, prompt) triples."""
     cards = (

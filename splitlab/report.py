@@ -32,6 +32,7 @@ _FOLDERS = {
     "reconstructions": "reconstructions",
     "metrics": "reports/metrics",
     "figures": "reports/figures",
+    "update_figures": "reports/figures-updates",
 }
 
 
@@ -72,7 +73,7 @@ class Material:
 
 
 def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Path) -> Material:
-    """Read what the report is made of.
+    """Read what the report is made of, but for the part on updates (`splitlab.update_report`).
 
     Raises:
         InputError: something is missing or damaged; the message says what makes it.
@@ -394,7 +395,9 @@ def write_report(folders: Mapping[str, Path], *, executed: Path, out: Path) -> P
     Raises:
         InputError: an artefact is missing or damaged.
     """
-    load_material(**folders)  # fails here, with a clear message, rather than inside a kernel
+    load_material(
+        **{name: folders[name] for name in ("runs", "reconstructions", "metrics", "figures")}
+    )  # fails here, with a clear message, rather than inside a kernel
     parameters = {name: str(path) for name, path in folders.items()}
     notebook = pages.execute(ROOT / "notebooks" / "report.ipynb", executed, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -406,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report; the command behind `python -m splitlab.report`."""
     parser = argparse.ArgumentParser(prog="python -m splitlab.report", description="Write the HTML report.")
     for name, default in _FOLDERS.items():
-        parser.add_argument(f"--{name}", default=default, help=f"folder, default {default}")
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"folder, default {default}")
     parser.add_argument("--executed", default="reports/executed/report.ipynb", help="the executed notebook to write")
     parser.add_argument("--out", default="reports/index.html", help="the page to write")
     options = parser.parse_args(arguments)

@@ -1,5 +1,7 @@
 """How attacks, schemes, fields and defences are called wherever people read of them."""
 
+from collections.abc import Sequence
+
 ATTACK_WORDS = {
     "mean_public": "no information: mean public image",
     "random_public": "random public image",
@@ -59,3 +61,25 @@ def attack_label(attack: str) -> str:
     words = ATTACK_WORDS.get(plain, plain.replace("_", " "))
     facts = ", ".join(FIELD_WORDS.get(name, name) for name in denied.split("-")) if denied else ""
     return f"{live}{words}" + (f" without {facts}" if facts else "")
+
+
+INVERSION_WORDS = {
+    "no_information": "no information",
+    "timesteps": "timesteps, closed form",
+    "prompts": "prompts, span test",
+    "dlg": "DLG",
+    "inverting_gradients": "Inverting Gradients",
+    "gidm": "GIDM",
+    "gidm_plus": "GIDM+",
+    "known_noise": "gradient matching",
+    "unknown_noise": "patch test",
+}
+
+GRANT_WORDS = {"batch_size": "batch size", "timesteps": "t", "noise": "noise", "text": "prompt", "hint_latents": "hint"}
+
+
+def inversion_label(attack: str, granted: Sequence[str] = ()) -> str:
+    """Say in words which attack on updates it is, and what it was granted."""
+    words = INVERSION_WORDS.get(attack, attack.replace("_", " "))
+    facts = ", ".join(GRANT_WORDS.get(name, name) for name in granted)
+    return words + (f" (knows {facts})" if facts else "")

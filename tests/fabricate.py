@@ -39,6 +39,7 @@ def project(root: Path, base_path: Path) -> Path:
         "runs": RUNS,
         "attacks": dict.fromkeys(("plain", "guarded"), ATTACKS),
         "survey": {},
+        "updates": {},
         "evaluate": {"candidates": 10},
     }
     root.mkdir(parents=True, exist_ok=True)

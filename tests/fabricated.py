@@ -8,18 +8,46 @@ import pandas as pd
 import tiny
 
 from splitlab.attacks import attack_and_save
-from splitlab.base import load_base
+from splitlab.base import Base, load_base
 from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.data import ImageSet
 from splitlab.evaluate import evaluate_all
 from splitlab.figures import draw_figures
 from splitlab.generate import write_split
 from splitlab.params import load_split
 from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, attack_survey, record_survey
 from splitlab.train import train
+from splitlab.update_figures import draw_update_figures
+from splitlab.update_scores import evaluate_updates
+from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
 from splitlab.wire import read_transcript
 
 _FEW = {"dataset": "tiny", "steps": 4, "batch_size": 3, "local_steps": 2, "record_messages": 4, "eval_samples": 3}
 _ALL = {"timestep_floor": 500, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
+
+UPDATES = {
+    "images": 2,
+    "models": {"pixel": {"kind": "pixel", "size": 16, "channels": [32, 64]}, "latent": {"kind": "latent"}},
+    "cases": [
+        {
+            "model": "pixel",
+            "dataset": "tiny",
+            "defences": ["none", "noise=1", "noise=100"],
+            "attacks": [
+                {"attack": "timesteps"},
+                {"attack": "unknown_noise", "options": {"n_starts": 2}},
+                {"attack": "gidm", "grant": ["timesteps", "noise"], "options": {"latent_evals": 0, "pixel_evals": 4}},
+            ],
+        },
+        {
+            "model": "latent",
+            "dataset": "tiny",
+            "timesteps": [-1],
+            "attacks": [{"attack": "timesteps"}, {"attack": "prompts"}],
+        },
+    ],
+}
+"""A section `updates` that takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +61,11 @@ class World:
     def folders(self) -> dict[str, Path]:
         """What `load_material` takes."""
         return {name: self.root / name for name in ("runs", "reconstructions", "metrics", "figures")}
+
+    @property
+    def page(self) -> dict[str, Path]:
+        """What `write_report` takes."""
+        return self.folders | {"update_figures": self.root / "figures-updates"}
 
     @property
     def survey(self) -> Path:
@@ -88,6 +121,7 @@ def _make(root: Path, base_path: Path) -> World:
             "steps": 2,
             "datasets": ["tiny"],
         },
+        "updates": UPDATES,
         "evaluate": {"buckets": [0, 500, 1000], "candidates": 6, "samples": 6},
     }
     for seed, (split, n) in enumerate({"private": 12, "heldout": 4, "public": 8}.items()):
@@ -120,4 +154,17 @@ def _make(root: Path, base_path: Path) -> World:
     ]
     pd.DataFrame(costs, columns=list(UTILITY_COLUMNS)).to_csv(folders["utility"], index=False)
     evaluate_all(root / "runs", root / "reconstructions", base, params, config, **folders)
+    make_updates(parse(UpdateConfig, UPDATES, where="updates"), base, {"private": private, "public": public}, root)
     return World(root, params)
+
+
+def make_updates(config: UpdateConfig, base: Base, data: dict[str, ImageSet], root: Path) -> pd.DataFrame:
+    """Record, attack, evaluate and draw the updates of `config` below `root`; return the table."""
+    recorded, inversions = root / "updates", root / "updates" / "inversions"
+    record_updates(config, base, lambda _, split: data[split], out=recorded)
+    attack_updates(config, base, lambda _, split: data["public"], recorded=recorded, out=inversions)
+    folders = {"recorded": recorded, "inversions": inversions}
+    out = root / "metrics" / "gradient_attacks.csv"
+    table = evaluate_updates(config, base, lambda _, split: data[split], out=out, **folders)
+    draw_update_figures(config, table, out=root / "figures-updates", **folders)
+    return table

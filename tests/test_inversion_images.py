@@ -24,6 +24,7 @@ from splitlab.inversion.residual import solve_residual, tail
 from splitlab.inversion.tape import Tape
 from splitlab.inversion.unknown_noise import unknown_noise
 from splitlab.metrics import mse
+from splitlab.update_defences import Clip, TopK, protect
 
 SIZE = 8
 SCHEDULE = torch.linspace(0.9999, 0.98, 1000).cumprod(0)
@@ -289,3 +290,32 @@ def test_no_attack_can_see_the_truth() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             assert not any("UpdateTruth" in name or "update_truth" in name for name in names), path.name
+
+
+def test_clipping_is_only_a_rescaling():
+    updates, known, truth = _case(2)
+    clipped = [protect(update, Clip(1e-3), generator=tiny.draw(0)) for update in updates]
+    blind = replace(known, noise=None)
+    found = unknown_noise(clipped, blind, generator=tiny.draw(1))
+    assert mse(found.clean, truth.clean).max() < 0.02
+    exact = known_noise(clipped, known, generator=tiny.draw(1), start="patches", n_evals=20)
+    assert mse(exact.clean, truth.clean).max() < 1e-3
+
+
+def test_a_scale_free_distance_is_blind_to_length_and_sees_direction():
+    updates, known, truth = _case(2)
+    problem = Problem(updates, known)
+    doubled = Problem([update.map(lambda g: 2 * g) for update in updates], known)
+    z = truth.clean.flatten(1)
+    for one in (problem, doubled):
+        value, _ = Matcher(one, distance="scale_free").from_clean(known.noise)(z)
+        assert value.max() < 1e-6
+    value, _ = Matcher(problem, distance="scale_free").from_clean(known.noise)(z + 0.3)
+    assert value.min() > 1e-4
+
+
+def test_withheld_entries_do_not_count():
+    updates, known, truth = _case(1)
+    sparse = [protect(update, TopK(0.5), generator=tiny.draw(0)) for update in updates]
+    value, _ = Matcher(Problem(sparse, known)).from_clean(known.noise)(truth.clean.flatten(1))
+    assert value.max() < 1e-9

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from splitlab.params import load_params, load_split, section
 from splitlab.paths import ROOT
 from splitlab.pretrain import PretrainConfig
 from splitlab.survey import SurveyConfig
+from splitlab.update_survey import UpdateConfig
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PRIVATE = re.compile(
-    r"(^|/)(data/?$|data/private|data/heldout|runs/?$|survey/?$|scores)|truth|record\.json|timing|samples\."
+    r"(^|/)(data/?$|data/private|data/heldout|runs/?$|survey/?$|updates/?$|scores)|truth|record\.json|timing|samples\."
 )
 
 
@@ -37,6 +39,7 @@ def test_attack_stages_depend_on_what_the_server_has_and_public_data_only() -> N
     for name, own in {
         "attack": ["runs/${key}/transcript.safetensors", "runs/${key}/server.safetensors"],
         "survey-attack": ["survey/transcripts"],
+        "updates-attack": ["updates/sent", "updates/granted", "runs/shapes-federated/controlnet"],
     }.items():
         deps = [dep for dep in stage(name)["deps"] if not dep.startswith(("splitlab/", "notebooks/"))]
         assert deps == own + public, name
@@ -48,29 +51,36 @@ def test_the_pretrain_stage_depends_on_public_data_only() -> None:
 
 def test_the_check_for_private_files_can_fail() -> None:
     leaks = ["data", "data/private", "runs", "runs/${key}/truth.safetensors", "data/private/shapes.zip", "scores"]
-    leaks += ["survey", "survey/truth"]
+    leaks += ["survey", "survey/truth", "updates", "updates/truth"]
     assert all(PRIVATE.search(dep) for dep in leaks)
 
 
 def test_the_attack_notebook_reads_nothing_private() -> None:
-    for name in ("attack", "survey_attack"):
+    for name in ("attack", "survey_attack", "updates_attack"):
         source = code(ROOT / f"notebooks/{name}.ipynb")
         assert re.search(r'load_split\((transcript\.header\.)?dataset, "public", params\)', source)
         assert not re.search(r"truth|\"private\"|\"heldout\"|record\.json|evaluate", source)
 
 
 def test_attack_modules_import_neither_truth_nor_evaluation() -> None:
-    for path in (ROOT / "splitlab/attacks").glob("*.py"):
+    for path in (*(ROOT / "splitlab/attacks").glob("*.py"), *(ROOT / "splitlab/inversion").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 names = {alias.name for alias in node.names}
-                assert not names & {"Truth", "read_truth", "load_split", "load"}, path
+                assert not names & {"Truth", "UpdateTruth", "read_truth", "read_update_truth", "load_split", "load"}, (
+                    path
+                )
                 assert node.module not in ("splitlab.evaluate", "splitlab.train"), path
 
 
 def test_truth_is_read_on_the_evaluators_side_only() -> None:
     readers = {p.name for p in (ROOT / "splitlab").rglob("*.py") if re.search(r"\bread_truth\(", p.read_text())}
     assert readers <= {"evaluate.py", "figures.py", "explore.py", "wire.py"}
+
+
+def test_the_truth_of_updates_is_read_on_the_evaluators_side_only() -> None:
+    readers = {p.name for p in (ROOT / "splitlab").rglob("*.py") if re.search(r"\bread_update_truth\(", p.read_text())}
+    assert readers <= {"update_scores.py", "update_figures.py", "update_explore.py", "updates.py"}
 
 
 def test_every_stage_names_modules_and_notebooks_that_exist() -> None:
@@ -87,6 +97,9 @@ def test_every_section_of_the_parameter_file_parses() -> None:
     survey = parse(SurveyConfig, params["survey"], where="survey")
     assert all(spec.attack in ATTACKS for spec in survey.attacks)
     assert len({spec.name for spec in survey.attacks}) == len(survey.attacks), "two attacks would write the same file"
+    updates = parse(UpdateConfig, params["updates"], where="updates")
+    assert updates.cells
+    assert replace(updates, grid="full").cells
     runs = {name: parse(TrainConfig, run, where=name) for name, run in params["runs"].items()}
     for run, specs in params["attacks"].items():
         assert runs[run].scheme in SENDING

@@ -31,7 +31,7 @@ def material(world: fabricated.World) -> report.Material:
 @pytest.fixture(scope="module")
 def index(world: fabricated.World) -> Path:
     executed = world.root / "executed" / "report.ipynb"
-    return report.write_report(world.folders, executed=executed, out=world.root / "index.html")
+    return report.write_report(world.page, executed=executed, out=world.root / "index.html")
 
 
 def evidence(material: report.Material, change: Callable[[pd.DataFrame, pd.DataFrame], None]) -> claims.Evidence:
@@ -170,7 +170,7 @@ def test_the_page_shows_results_and_no_code(index: Path) -> None:
         r"\d\.\d{5,}", re.sub(r'src="data:[^"]*"|arXiv [0-9.]*|href="[^"]*"', "", text).split("</style>")[1]
     )
     assert all(f'href="#{anchor}"' in text for anchor in re.findall(r'<h2 id="([^"]*)"', text))
-    assert text.count("<figure>") == text.count("<figcaption>") == 10  # with the frontier and the matrix of the survey
+    assert text.count("<figure>") == text.count("<figcaption>") == 13  # survey: 2, updates: 3
 
 
 def test_interactive_cells_and_widgets_do_not_reach_the_page() -> None:

@@ -22,7 +22,7 @@ def known_noise(
     start: str = "random",
     n_evals: int = 400,
     n_starts: int = 1,
-    distance: str = "normalised",
+    distance: str | None = None,
     stages: int = 1,
     std: float = 0.3,
     goal: float = 1e-9,
@@ -37,7 +37,7 @@ def known_noise(
         start: "random", or "patches": from the noisy inputs that the patch test finds (see `noisy_inputs`).
         n_evals: budget of gradient evaluations per start.
         n_starts: random starts; the one of the smallest objective is kept.
-        distance: a key of `matching.DISTANCES`.
+        distance: a key of `matching.DISTANCES`; None: as the defence asks for (see `Matcher`).
         stages: annealing: the first stage counts the last 1/stages of the parameter tensors, the last stage all.
         std: of the random start, in units of the image's range [-1, 1].
         goal: stop below this objective.

@@ -36,8 +36,19 @@ def cosine(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
     return 1 - inner / (norms[0] * norms[1]).clamp_min(1e-30).sqrt()
 
 
+def scale_free(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
+    """Return `[u]`: 1 - cos² of gradients, tensors weighted as in `normalised_l2`: blind to the update's length.
+
+    It is what `normalised_l2` leaves at the best common scale, the right thing where a client clips its update.
+    """
+    inner = torch.stack([weights[n] * (found[n] * wanted[n]).flatten(1).sum(1) for n in wanted]).sum(0)
+    norms = [torch.stack([weights[n] * _energy(part[n]) for n in wanted]).sum(0) for part in (found, wanted)]
+    return 1 - inner.square() / (norms[0] * norms[1]).clamp_min(1e-30)
+
+
 DISTANCES: dict[str, Callable[[Gradients, Gradients, Gradients], Tensor]] = {
     "normalised": normalised_l2,
+    "scale_free": scale_free,
     "cosine": cosine,
     "l2": summed_l2,
 }
@@ -69,21 +80,24 @@ class Matcher:
     """The distance of candidates' gradients to the shared ones, for all updates at once.
 
     One batched pass (see `tape`) gives all updates' values and derivatives; nothing is accumulated into parameters.
+    Defences are public: entries that one withholds (zeroes) are left out, and clipped updates compared up to scale.
 
     Args:
         problem: the updates.
-        distance: a key of `DISTANCES`.
+        distance: a key of `DISTANCES`; None: "scale_free" for clipped updates, else "normalised".
 
     Raises:
         InputError: no such distance.
     """
 
-    def __init__(self, problem: Problem, *, distance: str = "normalised"):
+    def __init__(self, problem: Problem, *, distance: str | None = None):
+        distance = distance or ("scale_free" if problem.is_rescaled else "normalised")
         if distance not in DISTANCES:
             raise InputError(f"distance {distance!r} is unknown; choose one of {', '.join(DISTANCES)}")
         self.problem, self.distance = problem, DISTANCES[distance]
         self.names = [name for name, _ in problem.model.named_parameters() if name in problem.gradients[0]]
         self.wanted = {name: torch.stack([g[name] for g in problem.gradients]) for name in self.names}
+        self.kept = {name: value != 0 for name, value in self.wanted.items()} if problem.withholds else None
         self.tape = Tape(problem.model, self.names)
         self.samples = torch.arange(problem.n_samples)
         self.anneal(1.0)
@@ -131,6 +145,8 @@ class Matcher:
             prediction = problem.predict(noisy, timesteps, self.samples)
         back = residual(prediction) * (2.0 / (problem.batch * problem.unknowns))
         found = tape.gradients(prediction, back, batch=problem.batch)
+        if self.kept is not None:
+            found = {name: value * self.kept[name] for name, value in found.items()}
         values = self.distance(found, self.wanted, self.weights)
         return values.detach(), torch.autograd.grad(values.sum(), z)[0]
 

@@ -83,6 +83,16 @@ class Problem:
         self.n_samples = len(self.updates) * self.batch
         self.text, self.hint_latents = self._fact("text"), self._fact("hint_latents")
 
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether the client's defence, which is public, may have shortened the update."""
+        return any(word in self.updates[0].defence for word in ("Clip", "PerExample", "Sign"))
+
+    @property
+    def withholds(self) -> bool:
+        """Whether the client's defence, which is public, zeroes entries of the update."""
+        return any(word in self.updates[0].defence for word in ("TopK", "Soteria"))
+
     def _count_samples(self) -> int:
         for name in ("timesteps", "noise"):
             value = getattr(self.knowledge, name)

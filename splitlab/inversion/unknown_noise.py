@@ -154,4 +154,18 @@ def _read(problem: Problem, state: Tensor, timesteps: Tensor) -> tuple[Tensor, T
     noisy, residual = state.reshape(-1, 2, problem.batch, *problem.shape).unbind(1)
     noisy, residual = noisy.flatten(0, 1), residual.flatten(0, 1)
     prediction = problem.predict(noisy, timesteps, torch.arange(problem.n_samples))
+    if problem.is_rescaled and problem.objective == "epsilon":
+        residual = residual * _unit_noise(prediction, residual)[:, None, None, None]
     return problem.unmix(noisy, prediction - residual, timesteps)
+
+
+def _unit_noise(prediction: Tensor, residual: Tensor) -> Tensor:
+    """Return `[n]`: the factor for a residual with which prediction - residual has mean square 1, as noise has.
+
+    The larger root of a quadratic; 1 where there is none. It undoes a clipped update's unknown scale.
+    """
+    p, r = prediction.flatten(1).double(), residual.flatten(1).double()
+    inner, size = (p * r).sum(1), r.square().sum(1).clamp_min(1e-30)
+    inside = inner.square() - size * (p.square().sum(1) - p.shape[1])
+    root = (inner + inside.clamp_min(0.0).sqrt()) / size
+    return torch.where((inside >= 0) & (root > 0), root, 1.0).float()

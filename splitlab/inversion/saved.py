@@ -1,0 +1,158 @@
+"""Inversions on disk: what attacks on updates leave for the evaluation, for figures and for the explorer."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from splitlab import checkpoint
+from splitlab.artefacts import from_uint8, to_uint8
+from splitlab.data import ImageSet
+from splitlab.inversion.problem import Inversion
+from splitlab.inversion.prompts import PromptsFound
+from splitlab.inversion.timesteps import TimestepsFound
+
+NO_INFORMATION = "no_information"
+
+
+@dataclass(frozen=True)
+class SavedInversion:
+    """What one attack made of the updates of one cell and seed.
+
+    Attributes:
+        attack: its name in `INVERSIONS`, or `NO_INFORMATION`.
+        knowledge: what it was granted, joined by " + ".
+        images: `[n, 3, h, w]` in [-1, 1], sample by sample; None if it is not after images.
+        timesteps: for each update, the sorted timesteps found; None if it is not after them.
+        prompts: for each update, the sorted prompts found; None likewise.
+        history: `(n_evals, images)` on the way.
+        objective: the attack's own objective as it went on.
+        n_evals: evaluations per update.
+        cpu_s: CPU seconds for all updates.
+        refused: why there is no result; "" if there is.
+    """
+
+    attack: str
+    knowledge: str
+    images: Tensor | None = None
+    timesteps: tuple[tuple[int, ...], ...] | None = None
+    prompts: tuple[tuple[str, ...], ...] | None = None
+    history: tuple[tuple[int, Tensor], ...] = ()
+    objective: tuple[float, ...] = ()
+    n_evals: int = 0
+    cpu_s: float = 0.0
+    refused: str = ""
+
+
+def saved_inversion(
+    found: Inversion | Sequence[Any],
+    *,
+    attack: str,
+    knowledge: str,
+    n_updates: int,
+    granted: Sequence[str],
+    cpu_s: float,
+) -> SavedInversion:
+    """Return what an attack's result says, in the form that is saved.
+
+    Args:
+        found: an `Inversion` of all updates, or a `TimestepsFound` or `PromptsFound` for each.
+        attack, knowledge: see `SavedInversion`.
+        n_updates: how many updates there were.
+        granted: the facts granted: what was granted is not counted as found.
+        cpu_s: CPU seconds that the attack took.
+    """
+    if isinstance(found, Inversion):
+        steps = None if "timesteps" in granted else found.timesteps
+        return SavedInversion(
+            attack,
+            knowledge,
+            images=found.images,
+            timesteps=None if steps is None else tuple(_distinct(part) for part in steps.chunk(n_updates)),
+            history=found.history,
+            objective=found.objective,
+            n_evals=found.n_evals,
+            cpu_s=cpu_s,
+        )
+    times = tuple(_distinct(one.timesteps) for one in found if isinstance(one, TimestepsFound))
+    prompts = tuple(tuple(sorted(one.prompts)) for one in found if isinstance(one, PromptsFound))
+    return SavedInversion(attack, knowledge, timesteps=times or None, prompts=prompts or None, cpu_s=cpu_s)
+
+
+def _distinct(timesteps: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(set(timesteps.tolist())))
+
+
+def guess(
+    public: ImageSet, n: int, *, size: int, batch: int, n_timesteps: int, draw: torch.Generator
+) -> SavedInversion:
+    """Answer without looking: the mean public image, random timesteps, the commonest public prompts.
+
+    Args:
+        public: public data.
+        n: samples.
+        size: height and width of the images.
+        batch: samples per update.
+        n_timesteps: T.
+        draw: of the timesteps.
+    """
+    mean = F.interpolate(public.images, size=(size, size), mode="area").mean(0, keepdim=True)
+    steps = torch.randint(n_timesteps, (n,), generator=draw)
+    common = tuple(sorted(prompt for prompt, _ in Counter(public.prompts).most_common(batch)))
+    times = tuple(_distinct(part) for part in steps.split(batch))
+    return SavedInversion(
+        NO_INFORMATION, "nothing", mean.expand(n, -1, -1, -1).clone(), times, (common,) * (n // batch)
+    )
+
+
+def save_inversion(path: Path, saved: SavedInversion) -> None:
+    """Write an inversion. Its CPU seconds go to a file beside it, so that equal attacks give equal files."""
+    tensors = {"objective": torch.tensor(saved.objective, dtype=torch.float32)}
+    if saved.images is not None:
+        tensors["images"] = to_uint8(saved.images)
+    if saved.history:
+        tensors["history"] = to_uint8(torch.stack([images for _, images in saved.history]))
+    meta = asdict(saved) | {"images": None, "history": [count for count, _ in saved.history], "objective": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_json(path.with_suffix(".seconds.json"), {"cpu_s": meta.pop("cpu_s")})
+    checkpoint.save(path, tensors, meta)
+
+
+def load_inversion(path: Path) -> SavedInversion:
+    """Read what `save_inversion` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    tensors, content = checkpoint.load(path)
+    meta: dict[str, Any] = dict(content)
+    seconds = checkpoint.load_json(path.with_suffix(".seconds.json"))["cpu_s"]
+    pictures = from_uint8(tensors["history"]) if "history" in tensors else ()
+    return SavedInversion(
+        meta["attack"],
+        meta["knowledge"],
+        from_uint8(tensors["images"]) if "images" in tensors else None,
+        _nested(meta["timesteps"]),
+        _nested(meta["prompts"]),
+        tuple(zip(meta["history"], pictures, strict=True)),
+        tuple(tensors["objective"].tolist()),
+        meta["n_evals"],
+        seconds,
+        meta["refused"],
+    )
+
+
+def _nested(values: list[list[Any]] | None) -> tuple[tuple[Any, ...], ...] | None:
+    return None if values is None else tuple(tuple(row) for row in values)
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what `call` returns, and the CPU seconds it took."""
+    began = time.process_time()
+    return call(), time.process_time() - began
