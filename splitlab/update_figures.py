@@ -82,7 +82,11 @@ def draw_cells(cells: list[Cell], recorded: Path, inversions: Path) -> Figure:
             row.append(blank if images is None else matched(images, truth, cell.together)[0])
         if any(image is not blank for image in row):
             rows[label] = row
-    return show_images({label: resized(torch.stack(images), size) for label, images in rows.items()})
+    figure = show_images({label: resized(torch.stack(images), size) for label, images in rows.items()})
+    for axis, cell in zip(figure.axes, cells, strict=False):
+        title = cell.name.removeprefix(f"{cell.model}-").replace("-", "\n")
+        axis.set_title(title, fontsize=7)
+    return figure
 
 
 def levels(table: pd.DataFrame) -> pd.DataFrame:
@@ -99,6 +103,7 @@ def levels(table: pd.DataFrame) -> pd.DataFrame:
 def draw_curve(table: pd.DataFrame) -> Figure:
     """Draw what survives Gaussian noise on the update: SSIM of images, exact timesteps and prompts."""
     rows = levels(table)
+    with_images = set(rows[rows["ssim"].notna() & (rows["attack"] != NO_INFORMATION)]["model"])
     figure, axes = subplots(1, 2, size=(11.0, 4.6))
     places = {level: index for index, level in enumerate(sorted(rows["level"].unique()))}
     for axis, columns, title in (
@@ -108,7 +113,8 @@ def draw_curve(table: pd.DataFrame) -> Figure:
         for (model, attack, knowledge), own in rows.groupby(["model", "attack", "knowledge"], sort=False):
             for column in columns:
                 line = own.dropna(subset=[column]).sort_values("level")
-                if len(line) < 2 or (attack == NO_INFORMATION and column != "ssim"):
+                blind = attack == NO_INFORMATION and (column != "ssim" or model not in with_images)
+                if len(line) < 2 or blind:
                     continue
                 label = f"{model}: {inversion_label(str(attack), _granted(str(knowledge)))}"
                 grey = {"color": "#7f7f7f", "ls": "--"} if attack == NO_INFORMATION else {"marker": "o"}

@@ -33,6 +33,13 @@ class Prefixes:
         return Prefixes(self.tokens[chosen], self.states[chosen], tuple((k[chosen], v[chosen]) for k, v in self.cache))
 
 
+def joined(parts: list[Prefixes]) -> Prefixes:
+    """Put prefixes of one length one after the other."""
+    caches = zip(*(part.cache for part in parts), strict=True)
+    cache = tuple((torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in caches)
+    return Prefixes(torch.cat([part.tokens for part in parts]), torch.cat([part.states for part in parts]), cache)
+
+
 class PrefixEncoder:
     """Runs a CLIP text model one position at a time; equal to the model itself up to rounding."""
 

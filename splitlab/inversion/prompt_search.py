@@ -1,6 +1,11 @@
-"""The search behind `splitlab.inversion.prompts`: which sequences of tokens span the rows of a gradient?"""
+"""The search behind `splitlab.inversion.prompts`: which sequences of tokens span the rows of a gradient?
 
-from collections.abc import Callable
+A beam goes through the places from left to right. A token is judged by the direction that its hidden state adds to its
+prefix's span: what the states share says nothing about the token, and where rounding leaves a few dimensions of noise,
+that part hides it. How long a prompt is cannot be told so, since a closed prompt's later states add next to nothing;
+every prefix of the beam is therefore closed too, and closed prompts are compared by the power along all their states.
+"""
+
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from splitlab.inversion.prefixes import PrefixEncoder, Prefixes
+from splitlab.inversion.prefixes import PrefixEncoder, Prefixes, joined
 from splitlab.inversion.spans import Rows, captured, complement
 
 FLOOR = 0.2
@@ -20,11 +25,15 @@ STEP = 1e-3
 ENOUGH = 2.0
 """Below this mean square, in units of the noise, nothing is left to explain."""
 
-SPREAD, NARROW = 48, 2
-"""A thorough search starts from that many first tokens and keeps that many prefixes of each."""
+WIDTHS = (512, 256, 1024, 128, 64, 32, 16)
+"""Prefixes that a thorough search keeps at the first places, where the least is known; as many as usual afterwards."""
 
-BETTER = 0.8
-"""A prompt is exchanged for one that leaves less than this share of what was unexplained before."""
+SIBLINGS = 8
+"""Of one prefix's extensions no more are kept: a weak state leaves the right token beside hundreds of others, of which
+those of better prefixes would otherwise fill the beam."""
+
+CHUNK = 8
+"""Prefixes whose extensions are computed at a time, so that they fit in a processor's cache."""
 
 KNOWN = 1e-5
 """A hidden state with a smaller part (relative length) outside the span of the prompts found is explained by them."""
@@ -50,15 +59,22 @@ class Remainder:
         """Mean square of what is left, in units of the noise; about 1 when nothing but noise is."""
         return float(self.gram.trace()) / self.n_rows / max(len(self.gram), 1)
 
-    def power(self, states: Float[Tensor, "*s d"]) -> tuple[Float[Tensor, "*s"], Bool[Tensor, "*s"]]:
+    def power(
+        self, states: Float[Tensor, "*s v d"], given: Float[Tensor, "*s k d"] | None = None
+    ) -> tuple[Float[Tensor, "*s v"], Bool[Tensor, "*s v"]]:
         """Return log10 of the power along states, in units of the noise, and which are explained already.
 
         The power is the largest a² such that a² h hᵀ fits under the gradient's covariance less the noise's (Capon
-        1969), h being the state's part outside the explained span, at unit length.
+        1969), h being the state's part outside the explained span, at unit length. With states `given`, h is the part
+        outside their span as well, and some amount of them is under the covariance too.
         """
         states = states.double()
-        outside = (states @ self.basis).square().sum(-1)
-        inverse = (states @ self.whiten).square().sum(-1) * self.n_rows
+        outside, whitened = states @ self.basis, states @ self.whiten
+        given = states[..., :0, :] if given is None else given.double()
+        turn, lengths, _ = torch.linalg.svd(given @ self.basis, full_matrices=False)
+        real = lengths > KNOWN * states.norm(dim=-1).amax(-1, keepdim=True)
+        given = (turn * real[..., None, :]).mT @ given
+        outside, inverse = _apart(outside, given @ self.basis), _apart(whitened, given @ self.whiten) * self.n_rows
         power = (outside / inverse.clamp_min(1e-300)).clamp_min(1e-30).log10()
         return power, outside < KNOWN**2 * states.square().sum(-1)
 
@@ -76,7 +92,7 @@ class PromptSearch:
         text_encoder: the public text model.
         length: positions that it takes; shorter prompts are padded with `eos`.
         bos, eos: its first and its closing token.
-        width: prefixes a beam keeps.
+        width: prefixes that a beam keeps.
         threshold: evidence that a prompt needs to count.
     """
 
@@ -88,7 +104,7 @@ class PromptSearch:
         self.root = self.encoder.start(bos)
         self.n_tokens = text_encoder.config.vocab_size
         vocabulary = torch.arange(self.n_tokens)
-        self.tokens, self.eos_only = vocabulary[vocabulary != bos], torch.tensor([eos])
+        self.words = vocabulary[(vocabulary != bos) & (vocabulary != eos)]
 
     def remainder(self, found: list[Prefixes]) -> Remainder:
         """Return what `found` leave unexplained."""
@@ -113,9 +129,10 @@ class PromptSearch:
             rest = self.remainder(found)
             if rest.level < ENOUGH:
                 break
-            candidate = self.beam(rest, self.root, self.width)[:1]
+            beams = (self.beam(rest, self.root, joint=joint) for joint in (True, False))
+            candidate = max(beams, key=lambda prompt: float(rest.total(prompt)))
             if self.evidence(found, candidate) < self.threshold:
-                candidate = self.search(rest)
+                candidate = self.beam(rest, self.root, widths=WIDTHS)
             if self.evidence(found, candidate) < self.threshold:
                 break
             found.append(candidate)
@@ -125,55 +142,48 @@ class PromptSearch:
             scores = [self.evidence(_without(found, i), p) for i, p in enumerate(found)]
 
     def revise(self, found: list[Prefixes]) -> bool:
-        """Search again for one prompt, given the others: the least convincing that can be bettered; say if one was."""
+        """Exchange the least convincing prompt that can be bettered, and drop the still less convincing; say if done.
+
+        A wrong prompt hides what would tell the next ones, so those found on its strength are for `add` to find again.
+        """
         totals = [float(self.remainder(_without(found, i)).total(p)) for i, p in enumerate(found)]
-        level = self.remainder(found).level
-        for index in sorted(range(len(found)), key=totals.__getitem__):
-            others = _without(found, index)
-            rest = self.remainder(others)
-            choices = [self.climb(rest, found[index]), self.search(rest)]
-            choices += [self.polish(rest, choice) for choice in choices]
-            best = min(choices, key=lambda prompt: self.remainder([*others, prompt]).level)
-            if self.remainder([*others, best]).level < BETTER * level:
-                found[index] = best
+        order = sorted(range(len(found)), key=totals.__getitem__, reverse=True)
+        for place in reversed(range(len(order))):
+            others = [found[index] for index in order[:place]]
+            rest, before = self.remainder(others), found[order[place]]
+            best = self.search(rest, before)
+            if float(rest.total(best)) > float(rest.total(before)) + STEP:
+                found[:] = [*others, best]
                 return True
         return False
 
-    def search(self, rest: Remainder) -> Prefixes:
-        """Search for one prompt more thoroughly than one beam: a narrow one after each of many first tokens."""
-        firsts = self.beam(rest, self.root, SPREAD, until=2)
-        starts = self.beam(rest, firsts, NARROW, groups=len(firsts))
-        return max((self.climb(rest, starts[i : i + 1]) for i in range(2)), key=lambda p: float(rest.total(p)))
+    def search(self, rest: Remainder, before: Prefixes) -> Prefixes:
+        """Return the prompt of the largest total that a wide beam finds, or climbing from its end or from `before`."""
+        widest = self.beam(rest, self.root, widths=WIDTHS)
+        if float(rest.total(widest)) > float(rest.total(before)) + STEP:
+            return self.climb(rest, widest)
+        return self.climb(rest, before)
 
     def climb(self, rest: Remainder, prompt: Prefixes) -> Prefixes:
         """Improve a prompt's total: the best change of one token, or a new ending, again and again until none helps."""
         while True:
-            prompt = self.substitute(prompt, rest.total)
-            last = self.last(prompt)
-            endings = [self.beam(rest, self.beginning(prompt, place), self.width)[:1] for place in range(1, last + 1)]
+            prompt = self.substitute(rest, prompt)
+            endings = [self.beam(rest, self.beginning(prompt, place)) for place in range(1, self.last(prompt) + 1)]
             best = max(endings, key=lambda p: float(rest.total(p)))
             if float(rest.total(best)) <= float(rest.total(prompt)) + STEP:
                 return prompt
             prompt = best
 
-    def polish(self, rest: Remainder, prompt: Prefixes) -> Prefixes:
-        """Change single tokens as long as that leaves less unexplained."""
-
-        def explained(prompts: Prefixes) -> Tensor:
-            return captured(rest.gram, prompts.states.double() @ rest.basis)[0] / rest.n_rows
-
-        return self.substitute(prompt, explained)
-
-    def substitute(self, prompt: Prefixes, score: Callable[[Prefixes], Tensor]) -> Prefixes:
-        """Put the best token in each place in turn, until no change of one token raises `score`."""
-        best, stale, place = float(score(prompt)), 0, 1
+    def substitute(self, rest: Remainder, prompt: Prefixes) -> Prefixes:
+        """Put the best token in each place in turn, until no change of one token raises the total."""
+        best, stale, place = float(rest.total(prompt)), 0, 1
         while stale < self.last(prompt):
             variants = self.variants(prompt, place)
-            scores = score(variants)
-            pick = int(scores.argmax())
+            totals = rest.total(variants)
+            pick = int(totals.argmax())
             stale += 1
-            if float(scores[pick]) > best + STEP:
-                prompt, best, stale = variants[pick : pick + 1], float(scores[pick]), 0
+            if float(totals[pick]) > best + STEP:
+                prompt, best, stale = variants[pick : pick + 1], float(totals[pick]), 0
             place = place % min(self.last(prompt), self.length - 2) + 1
         return prompt
 
@@ -188,48 +198,55 @@ class PromptSearch:
 
     def variants(self, prompt: Prefixes, place: int) -> Prefixes:
         """Return the prompt with every token of the vocabulary in one place; the closing token ends it there."""
-        everyone = torch.zeros(len(self.tokens), dtype=torch.int64)
-        result = self.encoder.extend(self.beginning(prompt, place), everyone, self.tokens)
+        everyone = torch.zeros(len(self.words), dtype=torch.int64)
+        result = self.encoder.extend(self.beginning(prompt, place), everyone, self.words)
         for position in range(place + 1, self.length):
             ended = (result.tokens[:, -1] == self.eos) | (position == self.length - 1)
             following = prompt.tokens[0, position].where(~ended, self.eos)
-            result = self.encoder.extend(result, torch.arange(len(self.tokens)), following)
+            result = self.encoder.extend(result, torch.arange(len(self.words)), following)
         return result
 
-    def beam(
-        self, rest: Remainder, prefixes: Prefixes, width: int, *, groups: int = 1, until: int | None = None
-    ) -> Prefixes:
-        """Extend prefixes token by token, keeping those of the largest total power; return them, largest first.
+    def beam(self, rest: Remainder, prefix: Prefixes, *, widths: tuple[int, ...] = (), joint: bool = True) -> Prefixes:
+        """Extend a prefix token by token; return the best prompt that closes any of those kept at any place.
 
         Args:
             rest: what is to be explained.
-            prefixes: where to start, in `groups` groups of equal size, one after the other.
-            width: how many prefixes each group keeps.
-            groups: how many groups do not compete with each other.
-            until: length to extend to; None: that of a complete prompt.
+            prefix: where to start.
+            widths: how many prefixes to keep at the first places; `width` at the others.
+            joint: judge a token by what it adds to its prefix's span, not by its whole state.
         """
-        totals = rest.total(prefixes)
-        for position in range(prefixes.tokens.shape[1], until or self.length):
-            scores = torch.full((len(prefixes), self.n_tokens), -torch.inf, dtype=torch.float64)
-            open_ = prefixes.tokens[:, -1] != self.eos
-            last = position == self.length - 1
-            for rows, tokens in ((open_, self.eos_only if last else self.tokens), (~open_, self.eos_only)):
-                who = rows.nonzero().flatten()
-                if len(who):
-                    scores[who[:, None], tokens] = totals[who, None] + self.scores(rest, prefixes[who], tokens)
-            flat = scores.view(groups, -1)
-            best = flat.topk(min(width, int(flat.isfinite().sum(1).amin())), dim=1)
-            first = torch.arange(groups)[:, None] * flat.shape[1]
-            chosen = (best.indices + first).flatten()
-            totals = best.values.flatten()
-            prefixes = self.encoder.extend(prefixes, chosen // self.n_tokens, chosen % self.n_tokens)
-        return prefixes[totals.argsort(descending=True)]
+        prefixes, totals = prefix, torch.zeros(1, dtype=torch.float64)
+        closed = prefix[:0]
+        for position in range(prefix.tokens.shape[1], self.length):
+            closed = joined([closed, prefixes])
+            ending = torch.tensor([self.eos]).expand(len(closed))
+            closed = self.encoder.extend(closed, torch.arange(len(closed)), ending)
+            if position == self.length - 1:
+                break  # the last place is for the closing token
+            width = (*widths[position - 1 : position], self.width)[0]
+            siblings = min(max(SIBLINGS, width // len(prefixes)), len(self.words))
+            values, tokens = (totals[:, None] + self.scores(rest, prefixes, joint)).topk(siblings, dim=1)
+            totals, best = values.flatten().topk(min(width, values.numel()))
+            prefixes = self.encoder.extend(prefixes, best // siblings, self.words[tokens.flatten()[best]])
+        one = int(rest.total(closed).argmax())
+        return closed[one : one + 1]
 
-    def scores(self, rest: Remainder, prefixes: Prefixes, tokens: Tensor) -> Float[Tensor, "p v"]:
-        """Return the log-power of each token after each prefix; one explained already is as good as the best."""
-        power, known = rest.power(self.encoder.candidates(prefixes, tokens))
-        best = power.masked_fill(known, -torch.inf).amax(1, keepdim=True)
-        return power.where(~known, best.nan_to_num(neginf=0.0))
+    def scores(self, rest: Remainder, prefixes: Prefixes, joint: bool) -> Float[Tensor, "p v"]:
+        """Return the log-power of each word after each prefix; one explained already is as good as the best."""
+        scores = []
+        for first in range(0, len(prefixes), CHUNK):
+            some = prefixes[first : first + CHUNK]
+            power, known = rest.power(self.encoder.candidates(some, self.words), some.states if joint else None)
+            best = power.masked_fill(known, -torch.inf).amax(1, keepdim=True)
+            scores.append(power.where(~known, best.nan_to_num(neginf=0.0)))
+        return torch.cat(scores)
+
+
+def _apart(vectors: Float[Tensor, "*s v c"], given: Float[Tensor, "*s k c"]) -> Float[Tensor, "*s v"]:
+    """Return the squared length of vectors outside the span of those given; zeros among these are passed over."""
+    _, lengths, basis = torch.linalg.svd(given, full_matrices=False)
+    basis = basis * (lengths > 1e-9 * lengths[..., :1])[..., None]
+    return (vectors.square().sum(-1) - (vectors @ basis.mT).square().sum(-1)).clamp_min(0.0)
 
 
 def _without(found: list[Prefixes], index: int) -> list[Prefixes]:
