@@ -1,0 +1,382 @@
+"""Fine-tune the public base on private data under differential privacy: DP-LDM (Liu, Lyu et al. 2024), resumable."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from splitlab import checkpoint
+from splitlab.base import Base, encoded
+from splitlab.data import ImageSet
+from splitlab.dp.conditioning import CONDITIONINGS, Denoiser, denoiser, make_conditioning, save_embedder
+from splitlab.dp.engine import (
+    Inputs,
+    clipped_sum,
+    plain_gradient,
+    poisson_sample,
+    release,
+    step,
+    trainable_parameters,
+)
+from splitlab.dp.trainable import TRAINABLE, check_optimizer, count_trainable, mark_trainable, merge_lora
+from splitlab.errors import InputError
+from splitlab.privacy import epsilon as epsilon_of
+from splitlab.privacy import noise_multiplier_for
+from splitlab.seeds import generator
+from splitlab.types import Callback, PrivacyEvent
+
+ADJACENCY = "add_remove_one"
+ACCOUNTANTS = ("prv", "rdp")
+WARM_UP = 10
+"""Steps until the learning rate is reached."""
+
+MAY_CHANGE = ("steps", "checkpoint_every")
+"""What a resumed run may set otherwise than its checkpoint: neither alters a step that was taken."""
+
+
+@dataclass(frozen=True)
+class DPConfig:
+    """One private fine-tuning.
+
+    Attributes:
+        dataset: a shipped data set's name, or a path (to a folder with private / public / heldout splits).
+        conditioning: "class", "text" or "none".
+        classes: for "class": one public prompt per class, in the order of the labels.
+        trainable: the part of the U-Net that is trained, a key of `splitlab.dp.trainable.TRAINABLE`.
+        from_block: train spatial transformers from this one on, counted from 0: down, middle, up.
+        embedder: train the conditioning embedder as well.
+        lora_rank: of the adapters where `trainable` is "lora".
+        epsilon: the guarantee to meet with the given steps; the noise is computed. Infinite: not asked for.
+        noise_multiplier: σ: standard deviation of the noise over `max_grad_norm`, in place of `epsilon`. With neither,
+            training is not private, and nothing is clipped.
+        delta: of the guarantee; below 1 / n.
+        accountant: "prv" (Gopi et al. 2021) or "rdp" (Mironov 2017).
+        batch_size: expected size of a Poisson batch.
+        sample_rate: probability of a sample to be in a batch, in place of `batch_size`; 0: batch_size / n.
+        steps: optimiser steps.
+        multiplicity: K, draws of (timestep, noise) per image and step, averaged before clipping (DPDM).
+        physical_batch: rows (images times K) on their way at once; bounds memory, not the batch.
+        max_grad_norm: C, the bound on each image's gradient norm.
+        lr: learning rate of Adam, after a warm-up of 10 steps.
+        ema_decay: of the averaged weights, which are the ones kept; 0: keep the last ones.
+        checkpoint_every: steps between checkpoints.
+        seed: of every draw of the run.
+    """
+
+    dataset: str = "digits"
+    conditioning: str = "class"
+    classes: tuple[str, ...] = ()
+    trainable: str = "attention"
+    from_block: int = 3
+    embedder: bool = True
+    lora_rank: int = 8
+    epsilon: float = math.inf
+    noise_multiplier: float = 0.0
+    delta: float = 1e-5
+    accountant: str = "prv"
+    batch_size: int = 256
+    sample_rate: float = 0.0
+    steps: int = 200
+    multiplicity: int = 1
+    physical_batch: int = 128
+    max_grad_norm: float = 0.1
+    lr: float = 1e-3
+    ema_decay: float = 0.95
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions at construction."""
+        for name, known in (("conditioning", CONDITIONINGS), ("trainable", TRAINABLE), ("accountant", ACCOUNTANTS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        if not self.epsilon > 0:
+            raise InputError(f"epsilon must be positive, got {self.epsilon}; leave it out to train without privacy")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise InputError(f"noise_multiplier must be 0 or more and finite, got {self.noise_multiplier}")
+        if self.noise_multiplier and self.epsilon < math.inf:
+            raise InputError("epsilon and noise_multiplier determine each other: give one of them")
+        if not 0 < self.delta < 1:
+            raise InputError(f"delta is a probability and must lie between 0 and 1, got {self.delta}")
+        if not 0 <= self.sample_rate <= 1:
+            raise InputError(f"sample_rate must lie in (0, 1], or be 0 to use batch_size, got {self.sample_rate}")
+        for name in ("batch_size", "steps", "multiplicity", "physical_batch", "lora_rank", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("max_grad_norm", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+    @property
+    def private(self) -> bool:
+        """Whether a guarantee is asked for."""
+        return self.epsilon < math.inf or self.noise_multiplier > 0
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The numbers that fix a run's guarantee, worked out for its data.
+
+    Attributes:
+        noise_multiplier: σ; 0 where training is not private.
+        sample_rate: of Poisson sampling.
+        n: number of private samples, which counts as public.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    n: int
+
+    @property
+    def expected_batch(self) -> float:
+        """Mean size of a Poisson batch."""
+        return self.sample_rate * self.n
+
+    def events(self, steps: int) -> tuple[PrivacyEvent, ...]:
+        """Return what `steps` steps spend; nothing where nothing protects, or nothing was done."""
+        if not self.noise_multiplier or not steps:
+            return ()
+        return (PrivacyEvent("gaussian", self.noise_multiplier, self.sample_rate, steps, ADJACENCY),)
+
+
+def mechanism(config: DPConfig, n: int) -> Mechanism:
+    """Work out sampling rate and noise for n private samples.
+
+    Raises:
+        InputError: the batch is larger than the data set, or no noise meets epsilon with that many steps.
+    """
+    if not config.sample_rate and config.batch_size > n:
+        raise InputError(f"batch_size {config.batch_size} is larger than the data set of {n}; give at most {n}")
+    rate = config.sample_rate or config.batch_size / n
+    if config.private and config.delta >= 1 / n:
+        warnings.warn(
+            f"delta {config.delta:g} is not below 1/n = {1 / n:.3g}: publishing one of the {n} samples at random would "
+            "meet such a guarantee, so it protects nobody; give a smaller delta",
+            stacklevel=2,
+        )
+    sigma = config.noise_multiplier
+    if config.epsilon < math.inf:
+        sigma = noise_multiplier_for(
+            config.epsilon, delta=config.delta, sample_rate=rate, steps=config.steps, accountant=config.accountant
+        )
+    return Mechanism(sigma, rate, n)
+
+
+@dataclass
+class State:
+    """A run in progress."""
+
+    model: Denoiser
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    steps: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flatten everything that a resumed run needs."""
+        weights = {f"weights/{n}": p.detach() for n, p in trainable_parameters(self.model).items()}
+        average = {f"average/{n}": value for n, value in self.average.items()}
+        return weights | average | checkpoint.training_state({}, {"optimizer": self.optimizer})
+
+    def restore(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """Put back what `tensors` flattened."""
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(self.model).items():
+                parameter.copy_(tensors[f"weights/{name}"])
+                self.average[name].copy_(tensors[f"average/{name}"])
+        checkpoint.restore_training_state(tensors, {}, {"optimizer": self.optimizer})
+        self.steps = steps
+
+
+def finetune(
+    name: str,
+    config: DPConfig,
+    base: Base,
+    private: ImageSet,
+    *,
+    out: Path,
+    cache: Path,
+    history: Sequence[PrivacyEvent] = (),
+    callback: Callback | None = None,
+) -> dict[str, Any]:
+    """Fine-tune the base on private data and write `out`: `unet/`, `embedder/` or `text_encoder/`, and `record.json`.
+
+    An interrupted call goes on from its last checkpoint when repeated, ends with the same bits, and its guarantee
+    covers every step ever taken. The record has no losses: those of private samples are not covered by the guarantee.
+    All draws follow from `config.seed` so that runs repeat; the guarantee holds against whoever does not know it.
+
+    Args:
+        name: the run's name; its checkpoint has it too.
+        config: the run.
+        base: the public models; they stay as they are.
+        private: the data.
+        out: folder to write; it is made.
+        cache: folder for encoded data and the checkpoint.
+        history: what was spent on these data before, where `base` was trained on them.
+        callback: `(what, done, total, loss)`.
+
+    Returns the record, as written.
+
+    Raises:
+        InputError: contradictory or unreachable settings, data that do not fit, or a checkpoint of other settings.
+    """
+    how = mechanism(config, len(private))
+    data = encoded(base, private, cache=cache)
+    conditioning = make_conditioning(
+        base, config.conditioning, private.prompts, classes=config.classes, train_embedder=config.embedder
+    )
+    state = _start(config, denoiser(base, conditioning))
+    path = cache / f"dp-{name}.safetensors"
+    settings = _settings(config, how, base, private, history)
+    if path.exists():
+        _resume(state, path, settings, config.steps)
+    _run(state, config, how, (data.latents, conditioning.conditions), path, settings, base.n_timesteps, callback)
+
+    events = (*history, *how.events(state.steps))
+    record = {
+        "run": name,
+        "config": asdict(config),
+        "base": base.digest,
+        "n": how.n,
+        "steps": state.steps,
+        "sample_rate": how.sample_rate,
+        "noise_multiplier": how.noise_multiplier,
+        "events": [asdict(event) for event in events],
+        "epsilon": epsilon_of(events, config.delta, accountant=config.accountant) if how.noise_multiplier else math.inf,
+        "delta": config.delta,
+        "n_trainable": count_trainable(state.model),
+        "trainable_share": round(count_trainable(state.model) / sum(p.numel() for p in base.unet.parameters()), 6),
+    }
+    _write(state, out, record)
+    path.unlink(missing_ok=True)
+    return record
+
+
+def _settings(
+    config: DPConfig, how: Mechanism, base: Base, private: ImageSet, history: Sequence[PrivacyEvent]
+) -> dict[str, Any]:
+    """Return all that a checkpoint's steps depend on, as JSON gives it back."""
+    settings = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | asdict(how)
+    settings |= {"history": [asdict(event) for event in history], "classes": list(config.classes)}
+    return settings | {"base": base.digest, "data": private.digest, "torch": torch.__version__}
+
+
+def _start(config: DPConfig, model: Denoiser) -> State:
+    mark_trainable(model.unet, config.trainable, from_block=config.from_block, rank=config.lora_rank, seed=config.seed)
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.lr)
+    check_optimizer(model, optimizer)
+    return State(model, optimizer, {name: p.detach().clone() for name, p in parameters.items()})
+
+
+def _resume(state: State, path: Path, settings: dict[str, Any], steps: int) -> None:
+    """Load a checkpoint, if it is this run's.
+
+    Raises:
+        InputError: it was made with other settings, or has taken more steps than asked for.
+    """
+    tensors, meta = checkpoint.load(path)
+    before: dict[str, Any] = meta["settings"]  # type: ignore[assignment]
+    done: int = meta["steps"]  # type: ignore[assignment]
+    other = [name for name in settings if before.get(name) != settings[name]]
+    if other:
+        changes = ", ".join(f"{name} was {before.get(name)!r} and is now {settings[name]!r}" for name in other)
+        raise InputError(
+            f"{path}: {done} steps were taken with other settings ({changes}), and they have been spent; "
+            "restore the settings to go on, or delete the file to give those steps up and begin anew"
+        )
+    if done > steps:
+        raise InputError(f"{path}: {done} steps were taken already, more than the {steps} asked for; ask for as many")
+    state.restore(tensors, done)
+
+
+def _run(
+    state: State,
+    config: DPConfig,
+    how: Mechanism,
+    data: tuple[Tensor, Tensor],
+    path: Path,
+    settings: dict[str, Any],
+    n_timesteps: int,
+    callback: Callback | None,
+) -> None:
+    """Take the steps that `state` has not taken yet."""
+    label = f"DP-LDM, σ {how.noise_multiplier:.3g}" if how.noise_multiplier else "fine-tuning, not private"
+    bar = tqdm(range(state.steps, config.steps), desc=label, initial=state.steps, total=config.steps, mininterval=2)
+    for number in bar:
+        inputs = draw_inputs(data, config, how, number, n_timesteps)
+        losses = _step(state, inputs, config, how, number)
+        loss = losses.mean().item() if len(losses) else math.nan
+        if callback:
+            callback("finetune", state.steps, config.steps, loss)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if state.steps % config.checkpoint_every == 0:
+            checkpoint.save(path, state.tensors(), {"steps": state.steps, "settings": settings})
+    if not all(torch.isfinite(value).all() for value in state.average.values()):
+        raise InputError(f"the weights are not finite after {state.steps} steps; lower lr (now {config.lr:g})")
+
+
+def draw_inputs(data: tuple[Tensor, Tensor], config: DPConfig, how: Mechanism, number: int, n_timesteps: int) -> Inputs:
+    """Draw step `number`'s Poisson batch, K rows per image: latents, conditions, timesteps and noise.
+
+    Args:
+        data: latents `[n, c, h, w]` and conditions `[n, ...]` of the private samples.
+        config: the run.
+        how: its sampling rate.
+        number: which step; the draws are a function of it and of the run's seed.
+        n_timesteps: T.
+    """
+    chosen = poisson_sample(how.n, how.sample_rate, generator=generator(config.seed, "dp batch", number))
+    rows = chosen.repeat_interleave(config.multiplicity)
+    draw = generator(config.seed, "dp draws", number)
+    timesteps = torch.randint(n_timesteps, (len(rows),), generator=draw)
+    noise = torch.randn((len(rows), *data[0].shape[1:]), generator=draw)
+    return data[0][rows], data[1][rows], timesteps, noise
+
+
+def _step(state: State, inputs: Inputs, config: DPConfig, how: Mechanism, number: int) -> Tensor:
+    """Take one step, private or not; return the samples' losses, which stay with the data's owner."""
+    sizes = {"multiplicity": config.multiplicity, "physical_batch": config.physical_batch}
+    if how.noise_multiplier:
+        clipped = clipped_sum(state.model, inputs, max_grad_norm=config.max_grad_norm, **sizes)
+        gradient, losses = (
+            release(
+                clipped.total,
+                config.max_grad_norm,
+                how.noise_multiplier,
+                expected_batch=how.expected_batch,
+                generator=generator(config.seed, "dp noise", number),
+            ),
+            clipped.losses,
+        )
+    else:
+        gradient, losses = plain_gradient(state.model, inputs, expected_batch=how.expected_batch, **sizes)
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.lr * min(1.0, (number + 1) / WARM_UP)
+    step(state.optimizer, state.model, gradient)
+    state.steps += 1
+    decay = min(config.ema_decay, (1 + number) / (10 + number))
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(state.model).items():
+            state.average[name].lerp_(parameter, 1 - decay)
+    return losses
+
+
+def _write(state: State, out: Path, record: dict[str, Any]) -> None:
+    """Write the averaged weights in the layout of diffusers, and the record."""
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(state.model).items():
+            parameter.copy_(state.average[name])
+    state.model.eval().requires_grad_(False)
+    merge_lora(state.model.unet)
+    with checkpoint.whole_folder(out) as folder:
+        state.model.unet.save_pretrained(folder / "unet")
+        save_embedder(state.model.embedder, folder)
+        checkpoint.save_json(folder / "record.json", record)
