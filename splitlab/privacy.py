@@ -1,0 +1,288 @@
+"""Accounting: ε as a pure function of a list of PrivacyEvents, and what a split client's message honestly buys."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+from opacus.accountants import PRVAccountant, RDPAccountant
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+from torch import Tensor
+
+from splitlab.config import Defences
+from splitlab.defences import sent_timesteps, signal_level
+from splitlab.errors import InputError
+from splitlab.types import PrivacyEvent
+
+ACCOUNTANTS = ("prv", "rdp")
+
+ADJACENCIES = {"add_remove_one": 1.0, "replace_one": 2.0}
+"""Neighbouring data sets -> sensitivity of a sum of vectors of norm 1 at most."""
+
+PRECISION = 0.004
+"""What the PRV accountant may overstate ε by, as a share of ε: half a per cent is below any other uncertainty."""
+
+PRV_LIMIT = 100.0
+"""Above this ε the PRV accountant's grid outgrows memory; the RDP bound, valid and loose by some 10 %, stands in."""
+
+ORDERS = [1.01, 1.03, 1.06] + [1 + x / 10 for x in range(1, 100)] + [*range(11, 64)]
+"""Rényi orders below 64, denser at the low end than Opacus' own, for large ε."""
+
+HIGH_ORDERS = [64, 96, 128, 192, 256]
+"""Rényi orders that small ε are best bounded at: without them RDP's conversion cannot go below about 0.1."""
+
+
+def epsilon(events: Sequence[PrivacyEvent], delta: float, *, accountant: str = "prv") -> float:
+    """Return ε at δ of all events together; infinite where one has no noise, 0 where nothing was released.
+
+    Gaussian mechanisms without sampling are exact: they compose to one of μ = sqrt(Σ 1/σ²) (Dong et al. 2022, Cor.
+    3.3), whose ε is closed-form (`gdp_epsilon`). Poisson-sampled ones are composed numerically, as an upper bound: by
+    privacy random variables (Gopi et al. 2021, through Opacus) or by Rényi divergences (Mironov et al. 2019).
+
+    Args:
+        events: mechanisms applied to the same data, one after another and each free to depend on those before.
+        delta: δ in (0, 1).
+        accountant: "prv" (tight within half a per cent, up to ε = 100) or "rdp".
+
+    Raises:
+        InputError: δ, an event or the accountant is not what it should be, or the events' adjacencies differ.
+    """
+    _check_delta(delta)
+    if accountant not in ACCOUNTANTS:
+        raise InputError(f"accountant must be one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
+    for event in events:
+        _check_event(event)
+    if len({event.adjacency for event in events}) > 1:
+        raise InputError("events of different adjacencies have no common ε; compute one per adjacency")
+    active = [event for event in events if event.steps]
+    if any(event.noise_multiplier == 0 for event in active):
+        return math.inf
+    sampled = [event for event in active if event.sample_rate < 1]
+    mu = composed_mu([event for event in active if event.sample_rate == 1])
+    if not sampled:
+        return gdp_epsilon(mu, delta)
+    history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in sampled]
+    if mu:
+        history.append((1 / mu, 1.0, 1))
+    upper = _rdp(history, delta)
+    return upper if accountant == "rdp" or upper > PRV_LIMIT else _prv(history, delta, upper)
+
+
+def noise_multiplier_for(
+    target_epsilon: float, *, delta: float, sample_rate: float, steps: int, accountant: str = "prv"
+) -> float:
+    """Return the smallest noise multiplier, to a part in a thousand and never too small, whose ε is the target.
+
+    Args:
+        target_epsilon: ε > 0 of all steps together, add or remove one.
+        delta: δ in (0, 1).
+        sample_rate: Poisson sampling rate in (0, 1].
+        steps: number of applications, 1 or more.
+        accountant: as for `epsilon`.
+
+    Raises:
+        InputError: a value is outside its range, or the accountant cannot certify that target at these steps.
+    """
+    if not 0 < target_epsilon < math.inf:
+        raise InputError(f"the target epsilon must be above 0 and finite, got {target_epsilon}; raise it")
+    if steps < 1:
+        raise InputError(f"steps must be 1 or more, got {steps}")
+    event = PrivacyEvent("gaussian", 1.0, sample_rate, steps, "add_remove_one")
+
+    def excess(log_sigma: float) -> float:
+        spent = epsilon([replace(event, noise_multiplier=math.exp(log_sigma))], delta, accountant=accountant)
+        return math.log(max(spent, 1e-12) / target_epsilon)
+
+    double = math.log(2)
+    high = double
+    while excess(high) > 0:
+        high += double
+        if high > math.log(1e6):
+            raise InputError(
+                f"epsilon {target_epsilon:g} at delta {delta:g} is unreachable in {steps} steps at sample rate "
+                f"{sample_rate:g} by the {accountant} accountant: raise epsilon, or take fewer steps"
+            )
+    low = high - double
+    while excess(low) <= 0:
+        low -= double
+        if low < math.log(1e-3):
+            return math.exp(low)
+    sigma = float(brentq(excess, low, high, xtol=5e-4))
+    while excess(sigma) > 0:  # the root finder may end on either side
+        sigma += 5e-4
+    return math.exp(sigma)
+
+
+def composed_mu(events: Sequence[PrivacyEvent]) -> float:
+    """Return μ = sqrt(Σ steps / σ²) of Gaussian mechanisms without sampling (Dong et al. 2022, Cor. 3.3); exact.
+
+    Raises:
+        InputError: an event is sampled: that is no Gaussian mechanism any more, and has no μ.
+    """
+    for event in events:
+        _check_event(event)
+        if event.sample_rate < 1:
+            raise InputError(f"a mechanism sampled at rate {event.sample_rate:g} has no μ; compute its ε instead")
+    if any(event.steps and event.noise_multiplier == 0 for event in events):
+        return math.inf
+    return math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in events if event.steps))
+
+
+def gdp_delta(mu: float, epsilon: float) -> float:
+    """Return δ(ε) = Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2) of μ-GDP (Balle & Wang 2018, Thm 8; Dong 2022, Cor. 2.13).
+
+    Raises:
+        InputError: μ or ε is negative or not a number.
+    """
+    if not mu >= 0 or not epsilon >= 0:
+        raise InputError(f"μ and epsilon must be 0 or more, got {mu} and {epsilon}")
+    if mu == 0 or epsilon == math.inf:
+        return 0.0
+    if mu == math.inf:
+        return 1.0
+    first = math.exp(log_ndtr(-epsilon / mu + mu / 2))
+    return max(first - math.exp(epsilon + log_ndtr(-epsilon / mu - mu / 2)), 0.0)
+
+
+def gdp_epsilon(mu: float, delta: float) -> float:
+    """Return the exact ε at δ of a μ-GDP mechanism: `gdp_delta` solved for ε; infinite for infinite μ.
+
+    Raises:
+        InputError: μ is negative, or δ is outside (0, 1).
+    """
+    _check_delta(delta)
+    if gdp_delta(mu, 0.0) <= delta:
+        return 0.0
+    if mu == math.inf:
+        return math.inf
+    top = mu * (mu / 2 + math.sqrt(2 * math.log(1 / delta)))  # the first term alone is below δ here (Chernoff)
+    return float(brentq(lambda at: gdp_delta(mu, at) - delta, 0.0, top, xtol=1e-12, rtol=1e-12))
+
+
+def message_mu(alpha_bar: float, *, norm: float, feature_noise: float, adjacency: str = "replace_one") -> float:
+    """Return μ of the image in one message whose latents were clipped to `norm` and noised by one shared draw.
+
+    The message is a function of sqrt(ᾱ) latents + sqrt(1 - ᾱ) noise + σ1 n. The label gives `noise` away and it is
+    independent of the image, so what is left is a Gaussian mechanism of std σ1 on sqrt(ᾱ) latents, and two neighbours
+    are at most sqrt(ᾱ) 2 R apart ("replace_one": another image) or sqrt(ᾱ) R ("add_remove_one": zero latents in its
+    place). μ is that distance over σ1 (Dong et al. 2022, Thm 2.7). Scaling, activation and rounding only process it.
+
+    It covers the image as far as the message carries it in the latents. The hint and the prompt are sent beside it:
+    what they say of the image needs a mechanism of its own (`hint_event`, `hide_prompts`).
+
+    Args:
+        alpha_bar: ᾱ in [0, 1] of the noised latents before feature noise (`splitlab.defences.signal_level`).
+        norm: R > 0, the L2 norm to which the client clips each sample's latents.
+        feature_noise: σ1 > 0.
+        adjacency: "replace_one" or "add_remove_one".
+
+    Raises:
+        InputError: there is no bound or no noise, and so no guarantee.
+    """
+    if adjacency not in ADJACENCIES:
+        raise InputError(f"adjacency must be one of {', '.join(ADJACENCIES)}, got {adjacency!r}")
+    if not 0 <= alpha_bar <= 1:
+        raise InputError(f"alpha_bar must lie in [0, 1], got {alpha_bar}")
+    if not 0 < norm < math.inf:
+        raise InputError(f"noise without a bound on what it hides has no ε: clip to a norm above 0, got {norm}")
+    if not 0 < feature_noise < math.inf:
+        raise InputError(f"a bound without noise has no ε: give a noise above 0, got {feature_noise}")
+    return math.sqrt(alpha_bar) * ADJACENCIES[adjacency] * norm / feature_noise
+
+
+def matched_message_event(
+    defences: Defences,
+    alphas_cumprod: Float[Tensor, " T"],
+    *,
+    norm: float,
+    messages: int = 1,
+    adjacency: str = "replace_one",
+) -> PrivacyEvent:
+    """Return the event of sending one image `messages` times with feature noise: `message_mu` at the timestep floor.
+
+    Each message draws its noise anew, so messages of later epochs compose. Timesteps are sent and do not depend on
+    the image; the floor's has the largest ᾱ and bounds all others. Independent of the message's own timestep: matched
+    or not.
+
+    Args:
+        defences: what the client does.
+        alphas_cumprod: ᾱ of the noise schedule.
+        norm: the L2 norm to which the client clips each sample's latents.
+        messages: how often the same image is sent: epochs.
+        adjacency: as for `message_mu`.
+
+    Raises:
+        InputError: no feature noise, no bound, or draws that are independent between fields (two views of one image).
+    """
+    if defences.independent_draws:
+        raise InputError("independent_draws sends the image twice, through an activation: no ε; remove it")
+    at = sent_timesteps(defences, alphas_cumprod.new_tensor([defences.timestep_floor]).long(), alphas_cumprod)
+    alpha_bar = float(signal_level(defences, at, alphas_cumprod))
+    mu = message_mu(alpha_bar, norm=norm, feature_noise=defences.feature_noise, adjacency=adjacency)
+    return PrivacyEvent("gaussian", 1 / mu, 1.0, messages, adjacency)
+
+
+def hint_event(hint_noise: float, *, norm: float, messages: int = 1, adjacency: str = "replace_one") -> PrivacyEvent:
+    """Return the event of sending one hint `messages` times, clipped to `norm`, under noise of std `hint_noise`.
+
+    The server subtracts the latents, which it was sent, and is left with the hint and the hint's own noise: a Gaussian
+    mechanism. An image's whole message is this event and `matched_message_event` in one list.
+
+    Raises:
+        InputError: there is no bound or no noise, and so no guarantee.
+    """
+    mu = message_mu(1.0, norm=norm, feature_noise=hint_noise, adjacency=adjacency)
+    return PrivacyEvent("gaussian", 1 / mu, 1.0, messages, adjacency)
+
+
+def _rdp(history: list[tuple[float, float, int]], delta: float) -> float:
+    """Return the best ε over Rényi orders; high orders, slow to compute, only where the others are not enough."""
+    accountant = RDPAccountant()
+    accountant.history = history
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the best order is the first or the last one tried
+        found = float(accountant.get_epsilon(delta, alphas=ORDERS))
+        if found < 1:
+            found = min(found, float(accountant.get_epsilon(delta, alphas=HIGH_ORDERS)))
+    return found
+
+
+def _prv(history: list[tuple[float, float, int]], delta: float, upper: float) -> float:
+    """Return the PRV accountant's upper bound; its grid is refined until the error allowed is small against ε."""
+    accountant = PRVAccountant()
+    accountant.history = history
+    error = upper * PRECISION
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # as in `_rdp`, which sizes the grid
+        while True:
+            try:
+                found = float(accountant.get_epsilon(delta, eps_error=error))
+            except (RuntimeError, ValueError):  # the grid is too coarse or δ too small for double precision
+                return upper
+            found = min(max(found, 0.0), upper)
+            if error <= 2 * PRECISION * found or error <= 1e-4:
+                return found
+            error = max(found * PRECISION, error / 8)
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise InputError(f"delta must lie strictly between 0 and 1, got {delta}; take less than 1 / number of images")
+
+
+def _check_event(event: PrivacyEvent) -> None:
+    if event.mechanism != "gaussian":
+        raise InputError(f"no accounting for the mechanism {event.mechanism!r}; the one known is 'gaussian'")
+    if event.adjacency not in ADJACENCIES:
+        raise InputError(f"adjacency must be one of {', '.join(ADJACENCIES)}, got {event.adjacency!r}")
+    if not event.noise_multiplier >= 0:
+        raise InputError(f"a noise multiplier must be 0 or more, got {event.noise_multiplier}")
+    if not 0 < event.sample_rate <= 1:
+        raise InputError(f"a sample rate must lie in (0, 1], got {event.sample_rate}")
+    if event.steps < 0:
+        raise InputError(f"steps must be 0 or more, got {event.steps}")
+    if event.sample_rate < 1 and event.adjacency != "add_remove_one":
+        raise InputError(f"Poisson sampling is accounted for add_remove_one only, got {event.adjacency!r}")
