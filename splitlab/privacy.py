@@ -193,6 +193,29 @@ def message_mu(alpha_bar: float, *, norm: float, feature_noise: float, adjacency
     return math.sqrt(alpha_bar) * ADJACENCIES[adjacency] * norm / feature_noise
 
 
+def message_events(
+    defences: Defences, alphas_cumprod: Float[Tensor, " T"], *, messages: int = 1, adjacency: str = "replace_one"
+) -> tuple[PrivacyEvent, PrivacyEvent]:
+    """Return the events of sending one image and its hint, both bounded by `latent_norm`, `messages` times.
+
+    They cover all that S1's client sends of the two, `matched_message_event` and `hint_event`; their ε is that of the
+    two in one list. The prompt is covered if it is hidden, and else it is sent as it is.
+
+    Args:
+        defences: what the client does.
+        alphas_cumprod: ᾱ of the noise schedule.
+        messages: how often the same image is sent: epochs.
+        adjacency: as for `message_mu`.
+
+    Raises:
+        InputError: the image or the hint has no bound or no noise, and so the message has no guarantee.
+    """
+    norm = defences.latent_norm
+    image = matched_message_event(defences, alphas_cumprod, norm=norm, messages=messages, adjacency=adjacency)
+    repeats = 1 if defences.noise_once else messages
+    return image, hint_event(defences.hint_noise, norm=norm, messages=repeats, adjacency=adjacency)
+
+
 def matched_message_event(
     defences: Defences,
     alphas_cumprod: Float[Tensor, " T"],
@@ -201,16 +224,16 @@ def matched_message_event(
     messages: int = 1,
     adjacency: str = "replace_one",
 ) -> PrivacyEvent:
-    """Return the event of sending one image `messages` times with feature noise: `message_mu` at the timestep floor.
+    """Return the event of sending one image `messages` times with feature noise, matched or not: its `message_mu`.
 
-    Each message draws its noise anew, so messages of later epochs compose. Timesteps are sent and do not depend on
-    the image; the floor's has the largest ᾱ and bounds all others. Independent of the message's own timestep: matched
-    or not.
+    Each message draws its noise anew, so that messages of later epochs compose. Timesteps are sent and do not depend
+    on the image; the floor's has the largest ᾱ and bounds all others. With `noise_once` all messages are computed from
+    one noised copy of the latents: one event, ᾱ = 1, however often they are sent.
 
     Args:
         defences: what the client does.
         alphas_cumprod: ᾱ of the noise schedule.
-        norm: the L2 norm to which the client clips each sample's latents.
+        norm: the L2 norm to which the client clips each sample's latents (`latent_norm`).
         messages: how often the same image is sent: epochs.
         adjacency: as for `message_mu`.
 
@@ -219,17 +242,21 @@ def matched_message_event(
     """
     if defences.independent_draws:
         raise InputError("independent_draws sends the image twice, through an activation: no ε; remove it")
-    at = sent_timesteps(defences, alphas_cumprod.new_tensor([defences.timestep_floor]).long(), alphas_cumprod)
-    alpha_bar = float(signal_level(defences, at, alphas_cumprod))
+    alpha_bar, repeats = 1.0, 1
+    if not defences.noise_once:
+        floor = alphas_cumprod.new_tensor([defences.timestep_floor]).long()
+        named = sent_timesteps(defences, floor, alphas_cumprod)
+        alpha_bar, repeats = float(signal_level(defences, named, alphas_cumprod)), messages
     mu = message_mu(alpha_bar, norm=norm, feature_noise=defences.feature_noise, adjacency=adjacency)
-    return PrivacyEvent("gaussian", 1 / mu, 1.0, messages, adjacency)
+    return PrivacyEvent("gaussian", 1 / mu, 1.0, repeats, adjacency)
 
 
 def hint_event(hint_noise: float, *, norm: float, messages: int = 1, adjacency: str = "replace_one") -> PrivacyEvent:
     """Return the event of sending one hint `messages` times, clipped to `norm`, under noise of std `hint_noise`.
 
     The server subtracts the latents, which it was sent, and is left with the hint and the hint's own noise: a Gaussian
-    mechanism. An image's whole message is this event and `matched_message_event` in one list.
+    mechanism. Hints are often computed from the image, so its whole message is both events in one list
+    (`message_events`).
 
     Raises:
         InputError: there is no bound or no noise, and so no guarantee.

@@ -1,6 +1,7 @@
 """ε against published values, an independent accountant and closed forms; what has no guarantee gets no number."""
 
 import math
+from dataclasses import replace
 
 import dp_accounting
 import pytest
@@ -18,6 +19,7 @@ from splitlab.privacy import (
     gdp_epsilon,
     hint_event,
     matched_message_event,
+    message_events,
     message_mu,
     noise_multiplier_for,
 )
@@ -188,3 +190,20 @@ def test_epochs_and_the_hint_compose():
     assert composed_mu([hint]) == pytest.approx(3 * 16 / 4)
     assert composed_mu([often, hint]) == pytest.approx(math.hypot(composed_mu([often]), composed_mu([hint])))
     assert epsilon([often, hint], 1e-5) > epsilon([often], 1e-5)
+
+
+def test_noise_drawn_once_is_charged_once_however_often_it_is_sent():
+    defences = Defences(latent_norm=16.0, feature_noise=4.0, hint_noise=8.0, matched=True, noise_once=True)
+    once, often = (message_events(defences, tiny.ALPHAS, messages=n) for n in (1, 30))
+    assert once == often
+    assert composed_mu(once) == pytest.approx(math.hypot(32 / 4, 32 / 8))
+
+
+def test_message_events_need_bound_and_noise_for_the_image_and_for_its_hint():
+    whole = Defences(latent_norm=16.0, feature_noise=1.0, hint_noise=2.0, matched=True, timestep_floor=800)
+    image, hint = message_events(whole, tiny.ALPHAS, messages=3)
+    assert image == matched_message_event(whole, tiny.ALPHAS, norm=16.0, messages=3)
+    assert hint == hint_event(2.0, norm=16.0, messages=3)
+    for missing in ({"latent_norm": 0.0}, {"hint_noise": 0.0}, {"feature_noise": 0.0, "matched": False}):
+        with pytest.raises(InputError, match="no ε"):
+            message_events(replace(whole, **missing), tiny.ALPHAS)
