@@ -208,9 +208,10 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune the base on private data and write `out`: `unet/`, `embedder/` or `text_encoder/`, and `record.json`.
 
-    An interrupted call goes on from its last checkpoint when repeated, ends with the same bits, and its guarantee
-    covers every step ever taken. The record has no losses: those of private samples are not covered by the guarantee.
-    All draws follow from `config.seed` so that runs repeat; the guarantee holds against whoever does not know it.
+    An interrupted call goes on from its last checkpoint when repeated, and ends with the same bits. Its guarantee covers
+    every step ever taken; one that is taken again draws the same batch and the same noise, so it releases nothing new.
+    The record has no losses: those of private samples are not covered by the guarantee. All draws follow from
+    `config.seed`, so that runs repeat; the guarantee holds against whoever does not know it.
 
     Args:
         name: the run's name; its checkpoint has it too.
@@ -313,14 +314,14 @@ def _run(
     for number in bar:
         inputs = draw_inputs(data, config, how, number, n_timesteps)
         losses = _step(state, inputs, config, how, number)
-        loss = losses.mean().item() if len(losses) else math.nan
-        if callback:
-            callback("finetune", state.steps, config.steps, loss)
+        if len(losses) and not torch.isfinite(losses).any():
+            raise InputError(f"no sample's loss is finite at step {number}; lower lr (now {config.lr:g})")
+        loss = losses.nanmean().item()
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if state.steps % config.checkpoint_every == 0:
             checkpoint.save(path, state.tensors(), {"steps": state.steps, "settings": settings})
-    if not all(torch.isfinite(value).all() for value in state.average.values()):
-        raise InputError(f"the weights are not finite after {state.steps} steps; lower lr (now {config.lr:g})")
+        if callback:
+            callback("finetune", state.steps, config.steps, loss)
 
 
 def draw_inputs(data: tuple[Tensor, Tensor], config: DPConfig, how: Mechanism, number: int, n_timesteps: int) -> Inputs:
