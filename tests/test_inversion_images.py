@@ -167,6 +167,17 @@ def test_the_residual_solves_the_linear_system() -> None:
     assert solved.misfit < 1e-6
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_slopes_of_distances_agree_with_autograd(distance: str) -> None:
+    found = {n: torch.randn(2, *s, generator=tiny.draw(i)) for i, (n, s) in enumerate({"a": (3, 2), "b": (4,)}.items())}
+    wanted = {name: torch.randn(value.shape, generator=tiny.draw(7)) for name, value in found.items()}
+    weights = {"a": torch.tensor([0.5, 2.0]), "b": torch.tensor([1.0, 0.0])}
+    own = [value.requires_grad_(True) for value in found.values()]
+    values, slopes = DISTANCES[distance](found, wanted, weights)
+    for name, slope in zip(found, torch.autograd.grad(values.sum(), own), strict=True):
+        torch.testing.assert_close(slopes[name].detach(), slope)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_tape_agrees_with_autograd(batch: int) -> None:
     updates, known, truth = _case(2, batch=batch, small=True)

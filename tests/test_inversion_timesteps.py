@@ -163,6 +163,22 @@ def test_all_layers_withstand_more_noise_than_the_first(pixel: nn.Module):
     assert hits["embedding"] < 6
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.02])
+def test_a_sparse_update_leaves_a_single_timestep(fraction: float):
+    """The first layer keeps nothing: what is left of the residual blocks' projections tells."""
+    model = pixel_unet(16, seed=0, channels=(32, 64))
+    image, noise = (torch.randn(1, 3, 16, 16, generator=tiny.draw(seed)) for seed in (1, 2))
+    truth = UpdateTruth(image.clamp(-1, 1), torch.tensor([100]), noise)
+    update = protect(share(model, truth, alphas_cumprod=ALPHAS), TopK(fraction), generator=tiny.draw())
+    assert not update.gradients[f"{FIRST}.weight"].any()
+    assert find(update, model).timesteps.tolist() == [100]
+
+
+def test_a_sparse_update_of_several_timesteps_is_not_taken_for_one(pixel: nn.Module):
+    update = protect(share(pixel, truth_at(5, 700), alphas_cumprod=ALPHAS), TopK(0.9), generator=tiny.draw())
+    assert find(update, pixel).timesteps.tolist() == [5, 700]
+
+
 def test_random_gradients_give_no_better_than_chance(pixel: nn.Module):
     names, draw = [f"{FIRST}.weight", f"{FIRST}.bias"], tiny.draw()
     hits = guesses = 0
@@ -180,17 +196,17 @@ def test_a_frozen_time_embedding_is_said_to_be_the_reason(pixel: nn.Module):
     without = {name: value for name, value in update.gradients.items() if not name.startswith("time_embedding")}
     for gradients in (without, without | {f"{FIRST}.weight": torch.zeros(128, 32)}):
         with pytest.raises(InputError, match=r"timesteps are not recoverable: .* frozen"):
-            find(replace(update, gradients=gradients), pixel)
-    assert find(replace(update, gradients=without), pixel, layers="all").timesteps.tolist() == [5]
+            find(replace(update, gradients=gradients), pixel, layers="embedding")
+        assert find(replace(update, gradients=gradients), pixel).timesteps.tolist() == [5]  # by the residual blocks
     attention = share(pixel, truth_at(5), alphas_cumprod=ALPHAS, trainable="attention")
-    for layers in ("embedding", "all"):
+    for layers in ("strongest", "embedding", "all"):
         with pytest.raises(InputError, match="timesteps are not recoverable"):
             find(attention, pixel, layers=layers)
 
 
 def test_models_and_options_that_do_not_fit_are_refused(pixel: nn.Module):
     update = share(pixel, truth_at(5), alphas_cumprod=ALPHAS)
-    with pytest.raises(InputError, match="layers must be 'embedding' or 'all', got 'some'"):
+    with pytest.raises(InputError, match="layers must be 'strongest', 'embedding' or 'all', got 'some'"):
         find(update, pixel, layers="some")
     with pytest.raises(InputError, match="this UNet2DModel has no parameter"):
         find(update, pixel_unet(8, seed=0, channels=(8, 16)))

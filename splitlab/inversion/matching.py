@@ -13,40 +13,64 @@ from splitlab.inversion.tape import Tape
 
 Gradients = Mapping[str, Tensor]
 
+Measured = tuple[Tensor, dict[str, Tensor]]
+"""Values `[u]` and their derivatives by the gradients found."""
 
-def _energy(value: Tensor) -> Tensor:
-    return value.flatten(1).square().sum(1)
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    return torch.einsum("ui,ui->u", one.flatten(1), other.flatten(1))
 
 
-def normalised_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
+def _times(value: Tensor, factor: Tensor) -> Tensor:
+    return value * factor.reshape(-1, *[1] * (value.ndim - 1))
+
+
+def normalised_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
     """Return `[u]`: Σ_l w_l |g_l - G_l|², with w_l of `layer_weights`: every parameter tensor counts alike."""
-    return torch.stack([weights[n] * _energy(found[n] - wanted[n]) for n in wanted]).sum(0)
+    values, slopes = [], {}
+    for name, target in wanted.items():
+        gap = found[name] - target
+        values.append(weights[name] * _inner(gap, gap))
+        slopes[name] = _times(gap, 2 * weights[name])
+    return torch.stack(values).sum(0), slopes
 
 
-def summed_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
+def summed_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
     """Return `[u]`: Σ_l |g_l - G_l|², as in DLG (Zhu et al. 2019, eq. 3) and GIDM; 0-weighted tensors drop out."""
-    return torch.stack([(weights[n] > 0) * _energy(found[n] - wanted[n]) for n in wanted]).sum(0)
+    return normalised_l2(found, wanted, {name: (weight > 0).float() for name, weight in weights.items()})
 
 
-def cosine(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
-    """Return `[u]`: 1 - cos of all gradients as one vector (Geiping et al. 2020, eq. 4): blind to their length."""
-    on = {n: weights[n] > 0 for n in wanted}
-    inner = torch.stack([on[n] * (found[n] * wanted[n]).flatten(1).sum(1) for n in wanted]).sum(0)
-    norms = [torch.stack([on[n] * _energy(part[n]) for n in wanted]).sum(0) for part in (found, wanted)]
-    return 1 - inner / (norms[0] * norms[1]).clamp_min(1e-30).sqrt()
-
-
-def scale_free(found: Gradients, wanted: Gradients, weights: Gradients) -> Tensor:
+def scale_free(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
     """Return `[u]`: 1 - cos² of gradients, tensors weighted as in `normalised_l2`: blind to the update's length.
 
     It is what `normalised_l2` leaves at the best common scale, the right thing where a client clips its update.
     """
-    inner = torch.stack([weights[n] * (found[n] * wanted[n]).flatten(1).sum(1) for n in wanted]).sum(0)
-    norms = [torch.stack([weights[n] * _energy(part[n]) for n in wanted]).sum(0) for part in (found, wanted)]
-    return 1 - inner.square() / (norms[0] * norms[1]).clamp_min(1e-30)
+    inner, own, whole = _products(found, wanted, weights)
+    values = 1 - inner.square() / (own * whole)
+    slopes = _slopes(found, wanted, weights, 2 * inner.square() / (own.square() * whole), -2 * inner / (own * whole))
+    return values, slopes
 
 
-DISTANCES: dict[str, Callable[[Gradients, Gradients, Gradients], Tensor]] = {
+def cosine(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
+    """Return `[u]`: 1 - cos of all gradients as one vector (Geiping et al. 2020, eq. 4): blind to their length."""
+    on = {name: (weight > 0).float() for name, weight in weights.items()}
+    inner, own, whole = _products(found, wanted, on)
+    lengths = (own * whole).sqrt()
+    return 1 - inner / lengths, _slopes(found, wanted, on, inner / (lengths * own), -1 / lengths)
+
+
+def _products(found: Gradients, wanted: Gradients, weights: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted inner product of found and wanted, and that of each with itself."""
+    pairs = ((found, wanted), (found, found), (wanted, wanted))
+    inner, own, whole = (torch.stack([weights[n] * _inner(a[n], b[n]) for n in wanted]).sum(0) for a, b in pairs)
+    return inner, own.clamp_min(1e-30), whole.clamp_min(1e-30)
+
+
+def _slopes(found: Gradients, wanted: Gradients, weights: Gradients, of: Tensor, at: Tensor) -> dict[str, Tensor]:
+    return {n: _times(found[n], weights[n] * of) + _times(wanted[n], weights[n] * at) for n in wanted}
+
+
+DISTANCES: dict[str, Callable[[Gradients, Gradients, Gradients], Measured]] = {
     "normalised": normalised_l2,
     "scale_free": scale_free,
     "cosine": cosine,
@@ -147,8 +171,8 @@ class Matcher:
         found = tape.gradients(prediction, back, batch=problem.batch)
         if self.kept is not None:
             found = {name: value * self.kept[name] for name, value in found.items()}
-        values = self.distance(found, self.wanted, self.weights)
-        return values.detach(), torch.autograd.grad(values.sum(), z)[0]
+        values, slopes = self.distance(found, self.wanted, self.weights)
+        return values, tape.pull(slopes, z)
 
 
 def best_of(values: Float[Tensor, "k u"], candidates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

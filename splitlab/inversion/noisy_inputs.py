@@ -10,6 +10,9 @@ from splitlab.inversion.optimise import Objective, Watch, lbfgs
 from splitlab.inversion.patches import SpanTest, choose_layers, find_layers
 from splitlab.inversion.problem import Problem, Recorder
 
+AGAIN = 1e-2
+"""Two starts whose values differ by less than this, relatively, have ended in the same minimum."""
+
 
 @dataclass(frozen=True)
 class NoisyInputs:
@@ -37,12 +40,13 @@ def find_noisy(
     n_evals: int = 400,
     n_starts: int = 8,
     goal: float = 1e-6,
-    margin: float = 10.0,
+    margin: float = 40.0,
 ) -> NoisyInputs | None:
     """Find the noisy input of every sample, by L-BFGS from random starts; None if no shared layer allows the test.
 
     Samples that are not at `goal`, or that copy another sample of their update, start again; what the samples found so
-    far account for is then left out of the test.
+    far account for is then left out of the test. A defence's noise keeps the test off 0, also at the truth: there a
+    sample is settled when two of at least four starts have ended at its smallest value.
 
     Args:
         problem: the updates.
@@ -52,7 +56,8 @@ def find_noisy(
         n_evals: evaluations per start.
         n_starts: starts per sample at most.
         goal: what counts as found: below it a sample makes no further start.
-        margin: layers are added until they state this many times as many equations as unknowns.
+        margin: layers are added until they state this many times as many equations as unknowns. A few layers together
+            have far fewer false minima than the first alone (one start in five found a latent with 10, all with 40).
     """
     probe = torch.zeros(1, *problem.shape)
     first = torch.zeros(1, dtype=torch.int64)
@@ -66,21 +71,25 @@ def find_noisy(
     best = torch.zeros(problem.n_samples, problem.unknowns)
     value = torch.full((problem.n_samples,), torch.inf)
     owners = torch.arange(problem.n_samples) // problem.batch
+    settled, twice = torch.zeros(2, problem.n_samples, dtype=torch.bool)
     starts = 0
-    while starts < n_starts and (open_ := (value > goal).nonzero()[:, 0]).numel():
+    while starts < n_starts and (open_ := ((value > goal) & ~settled).nonzero()[:, 0]).numel():
         starts += 1
         explained = _explained(problem, test, timesteps, best, value <= goal)
         end = lbfgs(
             _objective(problem, test, timesteps, open_, owners, explained),
             torch.randn(len(open_), problem.unknowns, generator=generator),
             n_evals=n_evals,
-            goal=goal * 1e-4,
+            goal=goal * 1e-3,
             stall=60,
             watch=_watch(problem, recorder, timesteps, best, open_),
         )
         for sample, point, reached in zip(open_.tolist(), end.point, end.value, strict=True):
+            again = bool((reached - value[sample]).abs() < AGAIN * reached)
+            twice[sample] = again or (twice[sample] and bool(reached > value[sample]))
             if reached < value[sample] and not _is_copy(sample, point, best, value, owners, goal):
                 best[sample], value[sample] = point, reached
+        settled = twice & (starts >= 4)
     return NoisyInputs(best.reshape(-1, *problem.shape), value, tuple(layer.name for layer in layers), starts)
 
 

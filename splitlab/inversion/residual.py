@@ -1,7 +1,7 @@
 """The residual r = prediction - target of an update, its noisy inputs known: a linear system, by conjugate gradients.
 
 The gradient of the mean squared error is (2 / elements) J(x_t)ᵀ r, linear in r. The layers next to the output determine
-it best, and their part of J costs least.
+it best, and their part of J costs least. Entries that the client's defence, which is public, withholds are left out.
 """
 
 from dataclasses import dataclass
@@ -61,6 +61,7 @@ def solve_residual(
     *,
     n_iterations: int = 200,
     goal: float = 1e-9,
+    stall: int = 10,
 ) -> Residual:
     """Solve for the residual of update `number`, given its noisy inputs (CGNR; Saad 2003, alg. 8.4).
 
@@ -74,6 +75,7 @@ def solve_residual(
         names: the parameters to use, e.g. from `tail`.
         n_iterations: at most.
         goal: stop at this misfit.
+        stall: stop when so many iterations lowered the misfit by less than a thousandth of itself.
     """
     samples = torch.arange(number * problem.batch, (number + 1) * problem.batch)
     wanted = {name: problem.gradients[number][name] for name in names}
@@ -89,19 +91,20 @@ def solve_residual(
 
     def back(residual: Tensor) -> list[Tensor]:
         products = torch.autograd.grad(prediction, parameters, residual, retain_graph=True)
-        return [scale * roots[name] * product for name, product in zip(order, products, strict=True)]
+        return [scale * roots[name] * kept[name] * part for name, part in zip(order, products, strict=True)]
 
     def forth(parts: list[Tensor]) -> Tensor:
         weighted = [scale * roots[name] * part for name, part in zip(order, parts, strict=True)]
         return torch.autograd.grad(linear, probe, weighted, retain_graph=True)[0]
 
+    kept = {name: value != 0 if problem.withholds else torch.ones(()) for name, value in wanted.items()}
     left = [roots[name] * wanted[name] for name in order]
     whole = float(sum(part.square().sum() for part in left))
     found = torch.zeros_like(prediction)
     slope = forth(left)
     direction, size = slope, slope.square().sum()
-    count, misfit = 1, 1.0
-    while count < 2 * n_iterations and misfit > goal and size > 0:
+    count, misfits = 1, [1.0]
+    while count < 2 * n_iterations and misfits[-1] > goal and size > 0:
         image = back(direction)
         step = size / torch.stack([part.square().sum() for part in image]).sum()
         found = found + step * direction
@@ -110,7 +113,9 @@ def solve_residual(
         before, size = size, slope.square().sum()
         direction = slope + size / before * direction
         count += 2
-        misfit = float(sum(part.square().sum() for part in left)) / whole
+        misfits.append(float(sum(part.square().sum() for part in left)) / whole)
+        if len(misfits) > stall and misfits[-1] > 0.999 * misfits[-1 - stall]:
+            break
     for parameter in parameters:
         parameter.requires_grad_(False)
-    return Residual(found.detach(), prediction.detach(), misfit, count)
+    return Residual(found.detach(), prediction.detach(), misfits[-1], count)

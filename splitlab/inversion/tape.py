@@ -1,18 +1,19 @@
-"""Parameter gradients of many updates from one batched forward and backward pass, differentiable in the inputs.
+"""Parameter gradients of many updates from one batched forward and backward pass, and how they change with the inputs.
 
 As in Goodfellow 2015 and Opacus: a layer's weight gradient is made of its input and of the signal that comes back to
 its output, so that one batched pass serves all updates and a batched matrix product per layer tells them apart. Nothing
-is differentiated with respect to a parameter.
+is differentiated with respect to a parameter, and no graph runs through the gradients: what a distance says about
+them is handed back to inputs and signals by the same products.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitlab.errors import InputError
-from splitlab.inversion.patches import is_supported, patches
+from splitlab.inversion.patches import is_supported
 
 
 class Tape:
@@ -32,6 +33,7 @@ class Tape:
                     "share only linear layers, zero-padded convolutions of one group, group and layer norms"
                 )
         self.calls: list[tuple[str, Tensor, Tensor]] = []
+        self.layers: list[tuple[str, _Linear | _Convolution | _Norm]] = []
 
     def __enter__(self) -> "Tape":
         self.calls = []
@@ -55,32 +57,145 @@ class Tape:
         """Return each update's parameter gradients `[u, ...]` given dL/dprediction `[u batch, c, h, w]`."""
         outputs = [output for _, _, output in self.calls]
         signals = torch.autograd.grad(prediction, outputs, signal, create_graph=True, materialize_grads=True)
+        self.layers = [
+            (owner, _layer(self.modules[owner], inputs, back, batch))
+            for (owner, inputs, _), back in zip(self.calls, signals, strict=True)
+        ]
         found: dict[str, Tensor] = {}
-        for (owner, inputs, _), back in zip(self.calls, signals, strict=True):
-            for kind, value in _of_layer(self.modules[owner], inputs, back, batch).items():
-                name = f"{owner}.{kind}"
-                if name in self.names:
-                    found[name] = found[name] + value if name in found else value
+        with torch.no_grad():
+            for owner, layer in self.layers:
+                for kind, value in layer.gradients().items():
+                    name = f"{owner}.{kind}"
+                    if name in self.names:
+                        found[name] = found[name] + value if name in found else value
+        return found
+
+    def pull(self, slopes: Mapping[str, Tensor], z: Tensor) -> Tensor:
+        """Return the derivative by `z` of whatever has the derivatives `slopes` by the gradients last returned."""
+        ends: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for owner, layer in self.layers:
+                ends += layer.pull(slopes.get(f"{owner}.weight"), slopes.get(f"{owner}.bias"))
+        self.layers = []
+        ends = [(tensor, slope) for tensor, slope in ends if tensor.requires_grad]
+        return torch.autograd.grad([tensor for tensor, _ in ends], z, [slope for _, slope in ends])[0]
+
+
+class _Linear:
+    """A linear layer or a convolution of 1x1: its input `[u, p, d]`, its signal `[u, p, o]`, p over batch and places.
+
+    Args:
+        module: the layer.
+        inputs: what it was given, images of one update next to each other.
+        back: the signal that came back to its output, of which the gradients are made.
+        batch: images per update.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, inputs: Tensor, back: Tensor, batch: int):
+        self.module, self.inputs, self.back, self.batch = module, inputs, back, batch
+        self.axis = 1 if isinstance(module, nn.Conv2d) else -1
+        self.seen, self.signals = self._rows(inputs), self._rows(back)
+
+    def gradients(self) -> dict[str, Tensor]:
+        weight = torch.bmm(self.signals.mT, self.seen)
+        return {"weight": weight.reshape(-1, *self.module.weight.shape), "bias": self.signals.sum(1)}
+
+    def pull(self, weight: Tensor | None, bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        ends = []
+        if weight is not None:
+            weight = weight.flatten(2)
+            ends.append((self.back, self._unrows(torch.bmm(self.seen, weight.mT), self.back)))
+            ends.append((self.inputs, self._unrows(torch.bmm(self.signals, weight), self.inputs)))
+        if bias is not None:
+            ends.append((self.back, self._unrows(bias[:, None].expand_as(self.signals), self.back)))
+        return ends
+
+    def _rows(self, value: Tensor) -> Tensor:
+        """Return `[u, p, channels]`, free of the graph."""
+        value = value.detach().movedim(self.axis, -1)
+        return value.reshape(len(value) // self.batch, -1, value.shape[-1])
+
+    def _unrows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Return rows in the shape that they were made from."""
+        return rows.reshape(like.movedim(self.axis, -1).shape).movedim(-1, self.axis)
+
+
+class _Convolution:
+    """A convolution, by the library's own convolutions update by update: they beat products of unfolded patches."""
+
+    def __init__(self, module: nn.Conv2d, inputs: Tensor, back: Tensor, batch: int):
+        self.module, self.inputs, self.back = module, inputs, back
+        self.pairs = list(zip(inputs.detach().split(batch), back.detach().split(batch), strict=True))
+
+    def gradients(self) -> dict[str, Tensor]:
+        weights = [self._backward(seen, signal, self.module.weight, 1) for seen, signal in self.pairs]
+        return {"weight": torch.stack(weights), "bias": torch.stack([s.sum((0, 2, 3)) for _, s in self.pairs])}
+
+    def pull(self, weight: Tensor | None, bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        ends, module = [], self.module
+        if weight is not None:
+            biases = [None] * len(weight) if bias is None else bias
+            with_weight = zip(self.pairs, weight, biases, strict=True)
+            parts = [
+                F.conv2d(seen, one, offset, module.stride, module.padding, module.dilation)
+                for (seen, _), one, offset in with_weight
+            ]
+            ends.append((self.back, torch.cat(parts)))
+            if self.inputs.requires_grad:
+                pairs = zip(self.pairs, weight, strict=True)
+                parts = [self._backward(seen, signal, one, 0) for (seen, signal), one in pairs]
+                ends.append((self.inputs, torch.cat(parts)))
+        elif bias is not None:
+            each = bias.repeat_interleave(len(self.back) // len(bias), 0)
+            ends.append((self.back, each[:, :, None, None].expand_as(self.back)))
+        return ends
+
+    def _backward(self, seen: Tensor, signal: Tensor, weight: Tensor, which: int) -> Tensor:
+        """Return the derivative by the input (0) or by the weight (1)."""
+        module, mask = self.module, [which == 0, which == 1, False]
+        shape = (module.stride, module.padding, module.dilation, False, [0, 0], 1)
+        found: Tensor = torch.ops.aten.convolution_backward(signal, seen, weight, None, *shape, mask)[which]
         return found
 
 
-def _of_layer(module: nn.Module, inputs: Tensor, back: Tensor, batch: int) -> dict[str, Tensor]:
-    """Return a layer's gradients, summed over each update's samples and positions."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        if isinstance(module, nn.Conv2d):
-            back = back.flatten(2).mT
-        back = back.reshape(len(inputs) // batch, -1, module.weight.shape[0])
-        seen = patches(module, inputs)
-        weight = back.mT @ seen.reshape(len(back), -1, seen.shape[-1])
-        return {"weight": weight.reshape(len(back), *module.weight.shape), "bias": back.sum(1)}
-    if isinstance(module, nn.GroupNorm):
-        plain = F.group_norm(inputs, module.num_groups, eps=module.eps)
-        pairs = {"weight": back * plain, "bias": back}
-        sums = {name: value.flatten(2).sum(2) for name, value in pairs.items()}
-    else:
-        assert isinstance(module, nn.LayerNorm)
-        plain = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-        width = inputs.shape[-1]
-        pairs = {"weight": back * plain, "bias": back}
-        sums = {name: value.reshape(len(inputs), -1, width).sum(1) for name, value in pairs.items()}
-    return {name: value.reshape(-1, batch, value.shape[1]).sum(1) for name, value in sums.items()}
+class _Norm:
+    """A group or layer norm: its weight meets the normalised input, channel by channel."""
+
+    def __init__(self, module: nn.GroupNorm | nn.LayerNorm, inputs: Tensor, back: Tensor, batch: int):
+        self.back, self.batch = back, batch
+        self.axis = 1 if isinstance(module, nn.GroupNorm) else -1
+        if isinstance(module, nn.GroupNorm):
+            self.normed = F.group_norm(inputs, module.num_groups, eps=module.eps)
+        else:
+            self.normed = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {"weight": self._sums(self.back * self.normed), "bias": self._sums(self.back)}
+
+    def pull(self, weight: Tensor | None, bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        ends = []
+        if weight is not None:
+            weight = self._spread(weight)
+            ends = [(self.normed, weight * self.back), (self.back, weight * self.normed)]
+        return ends if bias is None else [*ends, (self.back, self._spread(bias).expand_as(self.back))]
+
+    def _sums(self, value: Tensor) -> Tensor:
+        value = value.movedim(self.axis, -1)
+        return value.reshape(len(value) // self.batch, -1, value.shape[-1]).sum(1)
+
+    def _spread(self, value: Tensor) -> Tensor:
+        """Return `[u, channels]` as factors of the activations of all images."""
+        each = value.repeat_interleave(self.batch, 0)
+        shape = [len(each), *[1] * (self.back.ndim - 1)]
+        shape[self.axis] = each.shape[1]
+        return each.reshape(shape)
+
+
+def _layer(module: nn.Module, inputs: Tensor, back: Tensor, batch: int) -> _Linear | _Convolution | _Norm:
+    if isinstance(module, nn.Linear):
+        return _Linear(module, inputs, back, batch)
+    if isinstance(module, nn.Conv2d):
+        is_point = module.weight[0, 0].numel() == 1 and module.stride == (1, 1) and module.padding == (0, 0)
+        return (_Linear if is_point else _Convolution)(module, inputs, back, batch)
+    assert isinstance(module, nn.GroupNorm | nn.LayerNorm)
+    return _Norm(module, inputs, back, batch)

@@ -22,6 +22,9 @@ PENALTY = 20.0
 """What one timestep more must gain in log-likelihood, per row. Measured over float32, float16 and bfloat16 updates: the
 best wrong one gains up to 10, the least of 8 right ones 90."""
 
+EXPLAINED = 1e-3
+"""A single timestep stands if it leaves at most this share of what a sparsified update still shows."""
+
 INPUT_ERROR = 1e-6
 """Relative error of a layer's input as computed here: less than its square in energy is not worth explaining."""
 
@@ -60,7 +63,7 @@ def timesteps(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    layers: str = "embedding",
+    layers: str = "strongest",
     most: int = 64,
 ) -> TimestepsFound:
     """Read the set of timesteps off an update; how many there are is found too.
@@ -73,16 +76,21 @@ def timesteps(
         callback: told of each round of the search.
         layers: "embedding": the time embedding's first layer, exact also after local steps; "all": also its second
             layer and the projections of it in every residual block, which withstands more noise but, after local
-            steps, takes the weights they had at the start.
+            steps, takes the weights they had at the start; "strongest": the first layer, or all where it was not
+            shared or the client, whose defence is public, added noise. An update that a defence made sparse is held
+            against single timesteps first, entry by entry.
         most: the largest set to look for; never more than the embedding's width.
 
     Raises:
         InputError: the update does not fit the model, or holds no such gradient, or it is zero.
     """
     check_update(update, knowledge.model)
-    if layers not in ("embedding", "all"):
-        raise InputError(f"layers must be 'embedding' or 'all', got {layers!r}")
-    used = _layers(update, knowledge, everything=layers == "all")
+    if layers not in ("strongest", "embedding", "all"):
+        raise InputError(f"layers must be 'strongest', 'embedding' or 'all', got {layers!r}")
+    inputs = _inputs(update, knowledge, everything=_everything(update, knowledge, layers))
+    if "TopK" in update.defence and (single := _single(update, inputs, knowledge.batch_size)):
+        return single
+    used = [_layer(update, knowledge.model, name, value) for name, value in inputs.items()]
     most = min(most, used[0].inputs.shape[1] - 2, knowledge.batch_size or most)
     strengths, residuals = _music(used[0])
     count = int((strengths.square() > PENALTY * used[0].n).sum())
@@ -118,7 +126,7 @@ def _gradient(update: Update, name: str) -> Tensor:
     if value is None:
         raise InputError(
             f"timesteps are not recoverable: the update has no gradient of {name}; the time embedding was frozen or "
-            "not shared (layers='all' reads the residual blocks' time_emb_proj, where those were shared)"
+            "not shared, nor was a residual block's projection of it (which layers='all' reads)"
         )
     if not value.any():
         raise InputError(
@@ -128,8 +136,18 @@ def _gradient(update: Update, name: str) -> Tensor:
     return value
 
 
+def _everything(update: Update, knowledge: InversionKnowledge, layers: str) -> bool:
+    """Say whether to read more than the embedding's first layer."""
+    if layers != "strongest":
+        return layers == "all"
+    first = update.gradients.get(f"{_trained(knowledge.model)[1]}time_embedding.linear_1.weight")
+    noised = update.kind == "gradient" and any(word in update.defence for word in ("GaussianNoise", "PerExample"))
+    return first is None or not bool(first.any()) or noised
+
+
 @torch.no_grad()
-def _layers(update: Update, knowledge: InversionKnowledge, *, everything: bool) -> list[_Layer]:
+def _inputs(update: Update, knowledge: InversionKnowledge, *, everything: bool) -> dict[str, Tensor]:
+    """Return the layers that show timesteps, each with its input for every candidate `[T, d]`."""
     model, prefix = _trained(knowledge.model)
     if not hasattr(model, "time_proj") or not hasattr(model, "time_embedding"):
         raise InputError(f"a {type(model).__name__} embeds no timesteps as diffusers' U-Nets do; none can be read off")
@@ -144,10 +162,35 @@ def _layers(update: Update, knowledge: InversionKnowledge, *, everything: bool) 
         for name, module in model.named_modules():
             if getattr(module, "time_emb_proj", None) is not None:
                 inputs[f"{prefix}{name}.time_emb_proj"] = module.nonlinearity(embedding(proj))
-    shared = [name for name in inputs if update.gradients.get(f"{name}.weight", torch.zeros(1)).any()]
+    shared = {n: value for n, value in inputs.items() if update.gradients.get(f"{n}.weight", torch.zeros(1)).any()}
     if not shared:
         _gradient(update, f"{first}.weight")
-    return [_layer(update, knowledge.model, name, inputs[name]) for name in shared]
+    return shared
+
+
+def _single(update: Update, inputs: dict[str, Tensor], batch_size: int | None) -> TimestepsFound | None:
+    """Return the one timestep that explains what entries there are, if one does.
+
+    A row of a weight's gradient, with the bias's entry appended, is δ (e(t), 1); whatever entries of it are left, the
+    best δ for them leaves |g|² - (g·e)² / |e|², all taken over those entries. Rows of one entry fit anything.
+    """
+    left = whole = torch.zeros(len(next(iter(inputs.values()))), dtype=torch.float64)
+    for name, value in inputs.items():
+        weight, bias = update.gradients[f"{name}.weight"], update.gradients.get(f"{name}.bias")
+        rows = torch.cat([weight, torch.zeros(len(weight), 1) if bias is None else bias[:, None]], 1).double()
+        rows = rows[(rows != 0).sum(1) > 1]
+        candidates = torch.cat([value.double(), value.new_ones(len(value), 1).double()], 1)
+        size = candidates.square() @ (rows != 0).double().T
+        energy = rows.square().sum()
+        left = left + energy - ((candidates @ rows.T).square() / size.clamp_min(1e-300)).sum(1)
+        whole = whole + energy
+    shares = left / whole.clamp_min(1e-300)
+    best = int(shares.argmin())
+    if not whole.any() or float(shares[best]) > EXPLAINED:
+        return None
+    gain = float((1 - shares[best]) / shares[best].clamp_min(1e-12))
+    repeats = None if batch_size is None else batch_size - 1
+    return TimestepsFound(torch.tensor([best]), torch.tensor([gain]), shares, torch.zeros(0), repeats)
 
 
 def _layer(update: Update, model: nn.Module, name: str, inputs: Tensor) -> _Layer:
