@@ -24,11 +24,20 @@ class Defences:
 
     Attributes:
         timestep_floor: timesteps are drawn from [floor, T) (S1's timestep sampling policy).
+        latent_norm: L2 norm to which a sample's image latents and hint latents are scaled down, each for itself, where
+            they exceed it: the bound that a privacy guarantee needs. 0: off.
         feature_noise: standard deviation σ1 of Gaussian noise, drawn anew for every sample, on the noisy latents and
             on what is computed from them; the label does not reveal it. 0: off.
         independent_draws: draw the feature noise for each field apart, after the activation; else one draw covers all.
         matched: scale the noised message and name the timestep it then has, so that the public U-Net still fits it
             (`splitlab.defences.signal_level`).
+        hint_noise: standard deviation σh of Gaussian noise of its own on the hint latents, drawn anew for every sample.
+            The server, which can take the sent latents off `smashed`, is left with the noised hint: no second view of
+            the image. 0: off.
+        coarse_hints: keep that many spatial frequencies per axis of the noised hint latents, amplified so that white
+            noise keeps its size (`splitlab.controlnet.coarsened`): fewer numbers, which noise hides sooner. 0: all.
+        noise_once: draw feature and hint noise once per image, on its latents and hint latents, and use them in every
+            epoch; σ1 is then in units of the latents, and no repetition averages anything out.
         symsigmoid: replace the cut-layer sum x by |x| (2 sigmoid(x) - 1) (S1's activation).
         fixed_noise: standard deviation of one Gaussian tensor per client, added to every cut-layer activation; 0: off.
         key_mixing: mix that many samples, which share timestep and noise, by a secret row-stochastic key; 0: off.
@@ -40,9 +49,13 @@ class Defences:
     """
 
     timestep_floor: int = 0
+    latent_norm: float = 0.0
     feature_noise: float = 0.0
     independent_draws: bool = False
     matched: bool = False
+    hint_noise: float = 0.0
+    coarse_hints: int = 0
+    noise_once: bool = False
     symsigmoid: bool = False
     fixed_noise: float = 0.0
     key_mixing: int = 0
@@ -55,9 +68,13 @@ class Defences:
         """Refuse values no client could apply."""
         if self.timestep_floor < 0:
             raise InputError(f"timestep_floor must be 0 or more, got {self.timestep_floor}")
-        for name in ("fixed_noise", "feature_noise"):
+        if not self.latent_norm >= 0:
+            raise InputError(f"latent_norm is a norm and must be 0 or more (0: off), got {self.latent_norm}")
+        for name in ("fixed_noise", "feature_noise", "hint_noise"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is a standard deviation and must be 0 or more, got {getattr(self, name)}")
+        if self.coarse_hints < 0:
+            raise InputError(f"coarse_hints is a number of frequencies, 1 or more (0: all), got {self.coarse_hints}")
         if self.key_mixing < 0 or self.key_mixing == 1:
             raise InputError(f"key_mixing is a number of samples, 2 or more (0: off), got {self.key_mixing}")
         if self.patch_shuffle < 0:
@@ -66,6 +83,10 @@ class Defences:
             raise InputError("independent_draws and matched say how feature_noise is added: give it, or remove them")
         if self.independent_draws and self.matched:
             raise InputError("matched needs one draw over all fields: remove independent_draws")
+        if self.noise_once and not (self.feature_noise or self.hint_noise):
+            raise InputError("noise_once says how noise is drawn: give feature_noise or hint_noise, or remove it")
+        if self.noise_once and self.independent_draws:
+            raise InputError("noise_once is one draw on the latents: remove independent_draws")
         if self.fresh_keys and not (self.key_mixing or self.patch_shuffle):
             raise InputError("fresh_keys needs a key: switch key_mixing or patch_shuffle on, or remove it")
 
@@ -126,6 +147,10 @@ class TrainConfig:
             raise InputError("symsigmoid is for latent hints; split_gradients has a trained hint encoder: remove it")
         if self.scheme == "split_gradients" and self.defences.feature_noise and not self.defences.independent_draws:
             raise InputError("split_gradients sends features of another shape: add independent_draws to feature_noise")
+        if self.scheme == "split_gradients" and (self.defences.hint_noise or self.defences.coarse_hints):
+            raise InputError(
+                "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: remove them"
+            )
         if self.defences.key_mixing and self.batch_size % self.defences.key_mixing:
             raise InputError(
                 f"batch_size {self.batch_size} is no multiple of key_mixing {self.defences.key_mixing}: change either"

@@ -1,6 +1,7 @@
 """ControlNets of the schemes, and pipelines that generate with them."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,30 @@ def symsigmoid_inverse(y: Tensor, *, iterations: int = 40) -> Tensor:
     return ((low + high) / 2 * y.double().sign()).to(y.dtype)
 
 
+def low_frequencies(latents: Float[Tensor, "b c h w"], kept: int) -> Float[Tensor, "b c h w"]:
+    """Keep the `kept` x `kept` lowest spatial frequencies of every channel: an orthogonal projection (type-II DCT)."""
+    rows, columns = (_cosines(size, kept).to(latents) for size in latents.shape[2:])
+    return torch.einsum("bchw,hi,wj->bcij", latents, rows, columns)
+
+
+def coarsened(latents: Float[Tensor, "b c h w"], kept: int) -> Float[Tensor, "b c h w"]:
+    """Return `low_frequencies`, amplified by `coarse_gain`; 0: the latents as they are."""
+    return low_frequencies(latents, kept) * coarse_gain(latents.shape, kept) if kept else latents
+
+
+def coarse_gain(shape: Sequence[int], kept: int) -> float:
+    """Return what kept frequencies are multiplied by, so that white noise that was projected keeps its size."""
+    return math.sqrt(shape[-2] * shape[-1]) / kept if kept else 1.0
+
+
+def _cosines(size: int, kept: int) -> Float[Tensor, "s s"]:
+    """Return the projection of `size` numbers on their `kept` lowest cosines."""
+    places = torch.arange(size, dtype=torch.float64) + 0.5
+    basis = torch.cos(math.pi / size * torch.arange(min(kept, size))[:, None] * places)
+    basis = basis / torch.linalg.vector_norm(basis, dim=1, keepdim=True)
+    return basis.T @ basis
+
+
 ACTIVATIONS = {"none": lambda x: x, "symsigmoid": symsigmoid}
 
 
@@ -49,23 +74,25 @@ class LatentHintControlNet(ControlNetModel):
     Args:
         activation: what the sum goes through, "none" or "symsigmoid".
         hide_prompts: replace text embeddings by zeros, as in S1's training with hidden prompts.
+        coarse_hints: use that many frequencies of a hint per axis only, as in training (`coarsened`); 0: all.
         **controlnet: the arguments of `ControlNetModel`.
     """
 
-    def __init__(self, activation: str = "none", hide_prompts: bool = False, **controlnet: Any):
+    def __init__(self, activation: str = "none", hide_prompts: bool = False, coarse_hints: int = 0, **controlnet: Any):
         if activation not in ACTIVATIONS:
             raise InputError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         super().__init__(**controlnet)
         self.controlnet_cond_embedding = _Nothing()
-        self.register_to_config(activation=activation, hide_prompts=hide_prompts)
+        self.register_to_config(activation=activation, hide_prompts=hide_prompts, coarse_hints=coarse_hints)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
         keys = set(inspect.signature(ControlNetModel.__init__).parameters)
-        return keys | {"activation", "hide_prompts"}
+        return keys | {"activation", "hide_prompts", "coarse_hints"}
 
     def smash(self, noisy_latents: Tensor, hint_latents: Tensor) -> Tensor:
         """Return the cut-layer activation `[b, c, h, w]`: the client's part."""
+        hint_latents = coarsened(hint_latents, self.config.coarse_hints)
         return ACTIVATIONS[self.config.activation](hint_latents + noisy_latents)
 
     def forward_smashed(self, smashed: Tensor, timesteps: Tensor, text: Tensor) -> ControlNetOutput:
@@ -111,11 +138,13 @@ class LatentHintPipeline(StableDiffusionControlNetPipeline):
         )
 
 
-def latent_hint_controlnet(base: Base, *, activation: str = "none", hide_prompts: bool = False) -> LatentHintControlNet:
+def latent_hint_controlnet(
+    base: Base, *, activation: str = "none", hide_prompts: bool = False, coarse_hints: int = 0
+) -> LatentHintControlNet:
     """Build S1's ControlNet from the base's U-Net, its zero convolutions at zero."""
     _check_unet(base.unet)
     model = LatentHintControlNet.from_unet(base.unet)
-    model.register_to_config(activation=activation, hide_prompts=hide_prompts)
+    model.register_to_config(activation=activation, hide_prompts=hide_prompts, coarse_hints=coarse_hints)
     return model.train()
 
 

@@ -1,19 +1,21 @@
 """What a client does to a message before it leaves: pure transforms, folded left to right.
 
 A defence is public; what it draws and the client's key are not. Each names the fields it may change, and a test holds
-it to that. The timestep floor is no transform of a message: it decides how timesteps are drawn, before there is one.
+it to that. The timestep floor, the norm bound and noise drawn once per image are no transforms of a message: they
+decide what it is computed from, before there is one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from splitlab.base import noised
 from splitlab.config import Defences
-from splitlab.controlnet import symsigmoid
+from splitlab.controlnet import coarsened, symsigmoid
 from splitlab.errors import InputError
 from splitlab.seeds import generator
 from splitlab.types import Observation
@@ -46,12 +48,58 @@ def draw_timesteps(
     """
     last = len(alphas_cumprod)
     if defences.matched:
-        last = int((alphas_cumprod / (1 + defences.feature_noise**2) >= alphas_cumprod[-1]).sum())
+        last = int((alphas_cumprod / (1 + noise_variance(defences, alphas_cumprod)) >= alphas_cumprod[-1]).sum())
     if defences.timestep_floor >= last:
         raise InputError(f"timestep_floor {defences.timestep_floor} leaves none of the {last} timesteps: lower it")
     group = defences.key_mixing or 1
     drawn = torch.randint(defences.timestep_floor, last, (math.ceil(batch / group),), generator=draw)
     return drawn.repeat_interleave(group)[:batch]
+
+
+def noise_variance(defences: Defences, alphas: Tensor) -> Tensor | float:
+    """Return the variance of the feature noise in the noised latents, before scaling: σ1², or ᾱ σ1² if drawn once.
+
+    What is drawn once per image is added to its latents and so is scaled with them.
+    """
+    return alphas * defences.feature_noise**2 if defences.noise_once else defences.feature_noise**2
+
+
+def bounded(defences: Defences, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Scale latents down to `latent_norm` where their L2 norm exceeds it."""
+    if not defences.latent_norm:
+        return latents
+    norms = torch.linalg.vector_norm(latents.flatten(1), dim=1).clamp_min(1e-12)
+    return latents * (defences.latent_norm / norms).clamp_max(1.0)[:, None, None, None]
+
+
+def noised_once(
+    defences: Defences,
+    latents: Float[Tensor, "b c h w"],
+    hint_latents: Float[Tensor, "b c h w"],
+    draws: Sequence[torch.Generator],
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    """Bound latents and hint latents; with `noise_once`, noise them by one generator per image.
+
+    All that the server will ever be sent of an image and its hint is computed from what this returns.
+    """
+    latents, hint_latents = bounded(defences, latents), bounded(defences, hint_latents)
+    if not defences.noise_once:
+        return latents, hint_latents
+    shape = (2, *latents.shape[1:])
+    noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
+    return latents + defences.feature_noise * noise[:, 0], hint_latents + defences.hint_noise * noise[:, 1]
+
+
+def noisy_state(
+    defences: Defences, latents: Tensor, noise: Tensor, sent: Int[Tensor, " b"], alphas_cumprod: Float[Tensor, " T"]
+) -> Float[Tensor, "b c h w"]:
+    """Noise latents for a message that names the timesteps `sent`, before any transform.
+
+    Noise that was drawn once is in the latents already, so the matched client's scaling (`feature_scale`) is done here.
+    """
+    alphas = signal_level(defences, sent, alphas_cumprod)
+    state = noised(latents, noise, alphas)
+    return state * feature_scale(defences, alphas) if defences.noise_once else state
 
 
 def draw_noise(defences: Defences, shape: tuple[int, ...], draw: torch.Generator) -> Float[Tensor, "b c h w"]:
@@ -64,10 +112,14 @@ def draw_noise(defences: Defences, shape: tuple[int, ...], draw: torch.Generator
 def sent_timesteps(
     defences: Defences, timesteps: Int[Tensor, " b"], alphas_cumprod: Float[Tensor, " T"]
 ) -> Int[Tensor, " b"]:
-    """Return the timesteps that messages name: the matched client's are those whose ᾱ is nearest ᾱ_t / (1 + σ1²)."""
+    """Return the timesteps that messages name: the matched client's are those whose ᾱ is nearest ᾱ_t / (1 + v).
+
+    v is the feature noise's variance, σ1² (`noise_variance`).
+    """
     if not defences.matched:
         return timesteps
-    wanted = alphas_cumprod[timesteps] / (1 + defences.feature_noise**2)
+    alphas = alphas_cumprod[timesteps]
+    wanted = alphas / (1 + noise_variance(defences, alphas))
     return (alphas_cumprod[None] - wanted[:, None]).abs().argmin(1)
 
 
@@ -77,10 +129,13 @@ def signal_level(
     """Return ᾱ of the noised latents before feature noise, from the timestep that the message names; public.
 
     The matched client sends (noisy_latents + σ1 n) / sqrt(1 + σ1²), n ~ N(0, 1), and the timestep s of the noise
-    level that this has: ᾱ_s = ᾱ / (1 + σ1²).
+    level that this has: ᾱ_s = ᾱ / (1 + σ1²). With `noise_once` it is (sqrt(ᾱ) (latents + σ1 n) + sqrt(1 - ᾱ) noise) /
+    sqrt(1 + ᾱ σ1²), and ᾱ_s = ᾱ / (1 + ᾱ σ1²).
     """
     alphas = alphas_cumprod[sent]
-    if defences.matched:
+    if defences.matched and defences.noise_once:
+        alphas = (alphas / (1 - alphas * defences.feature_noise**2).clamp_min(1e-6)).clamp_max(1.0)
+    elif defences.matched:
         alphas = (alphas * (1 + defences.feature_noise**2)).clamp_max(1.0)
     return alphas[:, None, None, None]
 
@@ -90,18 +145,27 @@ def label_share(
 ) -> Float[Tensor, "b 1 1 1"]:
     """Return k, the share of a message's noise that its label covers: the loss is |k noise_pred - noise|².
 
-    k² = (1 - ᾱ) / (1 - ᾱ + σ1²) for the matched client: with that factor the minimiser is the denoiser of what was
-    sent. 1 for every other client.
+    k² = (1 - ᾱ) / (1 - ᾱ + v) for the matched client, v its feature noise's variance σ1² (`noise_variance`): with that
+    factor the minimiser is the denoiser of what was sent. 1 for every other client.
     """
-    noise = 1 - signal_level(defences, sent, alphas_cumprod)
+    alphas = signal_level(defences, sent, alphas_cumprod)
     if not defences.matched:
-        return torch.ones_like(noise)
-    return (noise / (noise + defences.feature_noise**2)).sqrt()
+        return torch.ones_like(alphas)
+    return ((1 - alphas) / (1 - alphas + noise_variance(defences, alphas))).sqrt()
 
 
-def feature_scale(defences: Defences) -> float:
-    """Return what the noised features are multiplied by: 1 / sqrt(1 + σ1²) for the matched client, else 1."""
-    return 1 / math.sqrt(1 + defences.feature_noise**2) if defences.matched else 1.0
+def feature_scale(
+    defences: Defences, alphas: Float[Tensor, "b 1 1 1"] | None = None
+) -> Float[Tensor, "b 1 1 1"] | float:
+    """Return what the noised features are multiplied by: 1 / sqrt(1 + σ1²) for the matched client, else 1.
+
+    `alphas`: ᾱ before feature noise (`signal_level`); needed with `noise_once` only, where it is 1 / sqrt(1 + ᾱ σ1²).
+    """
+    if not defences.matched:
+        return 1.0
+    if defences.noise_once:
+        return 1 / (1 + torch.as_tensor(alphas) * defences.feature_noise**2).sqrt()
+    return 1 / math.sqrt(1 + defences.feature_noise**2)
 
 
 def fixed_noise_tensor(defences: Defences, shape: tuple[int, ...], client_key: int) -> Tensor:
@@ -118,8 +182,11 @@ def mixing_key(n: int, draw: torch.Generator) -> Float[Tensor, "n n"]:
 def transforms(defences: Defences, *, client_key: int) -> tuple[Defence, ...]:
     """Return the transforms that `defences` switches on, in the order in which a client applies them."""
     floats = (*FEATURES, "noise", "encoder_hidden_states")
-    shared = defences.feature_noise and not defences.independent_draws
+    anew = not defences.noise_once
+    shared = defences.feature_noise and anew and not defences.independent_draws
     chain: list[tuple[object, str, tuple[str, ...], Transform]] = [
+        (defences.hint_noise and anew, "hint_noise", ("smashed",), _hint_noise(defences)),
+        (defences.coarse_hints, "coarse_hints", ("smashed",), _coarse_hints(defences)),
         (shared, "feature_noise", FEATURES, _one_draw(defences)),
         (defences.symsigmoid, "symsigmoid", ("smashed",), _symsigmoid),
         (defences.independent_draws, "independent_draws", FEATURES, _own_draws(defences)),
@@ -145,17 +212,36 @@ def _one_draw(defences: Defences) -> Transform:
     def add(message: Observation, draw: torch.Generator) -> Observation:
         clean = message.need("noisy_latents")
         noise = torch.randn(clean.shape, generator=draw) * defences.feature_noise
-        noised = (clean + noise) * feature_scale(defences)
-        return replace(message, noisy_latents=noised, smashed=message.need("smashed") + (noised - clean))
+        sent = (clean + noise) * feature_scale(defences)
+        return replace(message, noisy_latents=sent, smashed=message.need("smashed") + (sent - clean))
 
     return add
+
+
+def _hint_noise(defences: Defences) -> Transform:
+    """Noise `smashed` alone, before anything else is done to it: its share of the noisy latents stays as it is sent."""
+
+    def add(message: Observation, draw: torch.Generator) -> Observation:
+        smashed = message.need("smashed")
+        return replace(message, smashed=smashed + defences.hint_noise * torch.randn(smashed.shape, generator=draw))
+
+    return add
+
+
+def _coarse_hints(defences: Defences) -> Transform:
+    def coarsen(message: Observation, draw: torch.Generator) -> Observation:
+        noisy_latents = message.need("noisy_latents")
+        hints = message.need("smashed") - noisy_latents
+        return replace(message, smashed=coarsened(hints, defences.coarse_hints) + noisy_latents)
+
+    return coarsen
 
 
 def _own_draws(defences: Defences) -> Transform:
     def add(message: Observation, draw: torch.Generator) -> Observation:
         fields = {name: message.need(name) for name in FEATURES}
-        noised = {k: v + defences.feature_noise * torch.randn(v.shape, generator=draw) for k, v in fields.items()}
-        return message.changed(**noised)
+        sent = {k: v + defences.feature_noise * torch.randn(v.shape, generator=draw) for k, v in fields.items()}
+        return message.changed(**sent)
 
     return add
 

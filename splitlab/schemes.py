@@ -135,8 +135,13 @@ class Split:
 
     def __init__(self, base: Base, config: TrainConfig, clients: Sequence[Client]):
         self.base, self.config, self.clients = base, config, clients
-        activation = "symsigmoid" if config.defences.symsigmoid else "none"
-        self._model = latent_hint_controlnet(base, activation=activation, hide_prompts=config.defences.hide_prompts)
+        defences = config.defences
+        self._model = latent_hint_controlnet(
+            base,
+            activation="symsigmoid" if defences.symsigmoid else "none",
+            hide_prompts=defences.hide_prompts,
+            coarse_hints=defences.coarse_hints,
+        )
         self.modules: dict[str, nn.Module] = {"controlnet": self._model}
         self.optimizers: dict[str, torch.optim.Optimizer] = {"server": _adamw(self._model)}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from diffusers import ControlNetModel
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from splitlab.base import Base, Encoded, noised
+from splitlab.base import Base, Encoded
 from splitlab.config import Defences
 from splitlab.controlnet import LatentHintControlNet, predict_noise
 from splitlab.defences import (
@@ -17,9 +18,10 @@ from splitlab.defences import (
     draw_timesteps,
     fixed_noise_tensor,
     label_share,
+    noised_once,
+    noisy_state,
     protect,
     sent_timesteps,
-    signal_level,
     transforms,
 )
 from splitlab.errors import InputError
@@ -48,6 +50,14 @@ class Client:
     defences: Defences
     key: int
 
+    @cached_property
+    def sent(self) -> Encoded:
+        """What messages are made of: the data under the defences that come before any message (`noised_once`)."""
+        keys = self.indices.tolist() if self.defences.noise_once else []
+        draws = [generator("noise once", self.client_key, index) for index in keys]
+        latents, hint_latents = noised_once(self.defences, self.data.latents, self.data.hint_latents, draws)
+        return replace(self.data, latents=latents, hint_latents=hint_latents)
+
     def draw(self, step: int) -> torch.Generator:
         """Return this client's private generator for one step: resuming repeats it exactly."""
         return generator("client", self.key, self.number, step)
@@ -75,14 +85,14 @@ def client_batch(client: Client, step: int, batch_size: int) -> tuple[Observatio
     chosen = _epoch_batch(client, step, batch_size)
     defences, alphas_cumprod = client.defences, client.base.alphas_cumprod
     timesteps = draw_timesteps(defences, len(chosen), alphas_cumprod, draw)
-    latents = client.data.latents[chosen]
+    latents = client.sent.latents[chosen]
     noise = draw_noise(defences, tuple(latents.shape), draw)
     named = sent_timesteps(defences, timesteps, alphas_cumprod)
     message = Observation(
         client=client.number,
         sequence=step,
         timesteps=named,
-        noisy_latents=noised(latents, noise, signal_level(defences, named, alphas_cumprod)),
+        noisy_latents=noisy_state(defences, latents, noise, named, alphas_cumprod),
         noise=noise,
         encoder_hidden_states=client.data.text[chosen],
     )
@@ -104,7 +114,7 @@ def _epoch_batch(client: Client, step: int, batch_size: int) -> Tensor:
 def client_send(client: Client, step: int, batch_size: int) -> tuple[bytes, Truth]:
     """Run S1's whole client for one step: what it returns as bytes is all the server ever sees."""
     message, truth, chosen = client_batch(client, step, batch_size)
-    message = replace(message, smashed=client.data.hint_latents[chosen] + message.need("noisy_latents"))
+    message = replace(message, smashed=client.sent.hint_latents[chosen] + message.need("noisy_latents"))
     chain = transforms(client.defences, client_key=client.client_key)
     return to_bytes(protect(message, chain, client.draw(-1 - step))), truth
 

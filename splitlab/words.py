@@ -11,6 +11,7 @@ ATTACK_WORDS = {
     "adaptive_network": "adaptive inverse network",
     "posterior": "diffusion posterior",
     "accumulation": "accumulation over epochs",
+    "nearest_public": "nearest public samples",
     "unmixing": "unmixing",
     "jigsaw": "jigsaw",
     "unsplit": "UnSplit",
@@ -41,9 +42,13 @@ FIELD_WORDS = {
 
 DEFENCE_WORDS = {
     "timestep_floor": "timesteps from {:g} up",
+    "latent_norm": "latents bounded to norm {:g}",
     "feature_noise": "feature noise, std {:g}",
     "independent_draws": "drawn for each field apart",
     "matched": "matched client",
+    "hint_noise": "hint noise, std {:g}",
+    "coarse_hints": "{:g} frequencies of a hint per axis",
+    "noise_once": "noise drawn once per image",
     "symsigmoid": "symsigmoid activation",
     "fixed_noise": "fixed noise per client, std {:g}",
     "key_mixing": "{:g} samples mixed by a secret key",

@@ -3,14 +3,17 @@ import tiny
 import torch
 
 from splitlab.config import Defences
-from splitlab.controlnet import symsigmoid
+from splitlab.controlnet import coarsened, low_frequencies, symsigmoid
 from splitlab.defences import (
+    bounded,
     draw_noise,
     draw_timesteps,
     fixed_noise_tensor,
     from_patches,
     label_share,
     mixing_key,
+    noised_once,
+    noisy_state,
     protect,
     sent_timesteps,
     signal_level,
@@ -28,6 +31,8 @@ EACH = [
     Defences(feature_noise=0.3),
     Defences(feature_noise=0.3, independent_draws=True),
     Defences(feature_noise=0.3, matched=True),
+    Defences(hint_noise=0.3),
+    Defences(coarse_hints=2),
     Defences(key_mixing=3),
     Defences(patch_shuffle=1),
 ]
@@ -70,8 +75,9 @@ def test_a_defence_leaves_its_input_as_it_was(defences: Defences):
 
 def test_no_defence_is_no_transform():
     assert transforms(Defences(), client_key=0) == ()
-    # the floor decides how timesteps are drawn, before there is a message
-    assert transforms(Defences(timestep_floor=600), client_key=0) == ()
+    # the floor decides how timesteps are drawn, the bound and noise drawn once what a message is made of
+    assert transforms(Defences(timestep_floor=600, latent_norm=9.0), client_key=0) == ()
+    assert transforms(Defences(feature_noise=1.0, matched=True, hint_noise=1.0, noise_once=True), client_key=0) == ()
 
 
 def test_all_together_act_in_the_order_of_their_fields():
@@ -165,6 +171,68 @@ def test_without_matching_levels_and_loss_are_as_ever():
         assert (label_share(defences, timesteps, ALPHAS) == 1).all()
 
 
+def test_hint_noise_is_no_second_view_of_the_image():
+    # messages without and with hint noise, all else equal: only what is left of the hint differs, by noise of that size
+    defences = Defences(feature_noise=1.0, matched=True, hint_noise=0.5)
+    before = Observation(
+        0, 0, torch.zeros(64).long(), *(torch.randn(64, 4, 8, 8, generator=tiny.draw(i)) for i in (1, 2, 3))
+    )
+    after = applied(defences, before)
+    left = after.need("smashed") - after.need("noisy_latents") - (before.need("smashed") - before.need("noisy_latents"))
+    assert left.std().item() == pytest.approx(0.5, rel=0.02)  # 16,384 draws: standard error 0.6 %
+    added = after.need("noisy_latents") * 2**0.5 - before.need("noisy_latents")
+    correlation = torch.corrcoef(torch.stack([left.flatten(), added.flatten()]))[0, 1]
+    assert abs(correlation.item()) < 0.03  # 4 standard errors
+
+
+def test_coarse_hints_keep_few_numbers_and_white_noise_its_size():
+    noise = torch.randn(200, 4, 8, 8, generator=tiny.draw())
+    coarse = coarsened(noise, 2)
+    assert coarse.std().item() == pytest.approx(1.0, rel=0.05)  # 3,200 free numbers: standard error 1.3 %
+    assert torch.linalg.matrix_rank(coarse[:, 0].flatten(1)) == 4
+    torch.testing.assert_close(low_frequencies(coarse, 2), coarse, rtol=1e-4, atol=1e-5)
+    flat = torch.ones(1, 4, 8, 8)
+    torch.testing.assert_close(low_frequencies(flat, 1), flat)  # the lowest frequency is the mean
+    assert coarsened(noise, 0) is noise
+    torch.testing.assert_close(coarsened(noise, 8), noise, rtol=1e-4, atol=1e-5)
+    defences = Defences(coarse_hints=2, hint_noise=0.5)
+    sent = applied(defences, message())
+    left = sent.need("smashed") - sent.need("noisy_latents")
+    torch.testing.assert_close(low_frequencies(left, 2), left, rtol=1e-4, atol=1e-4)  # the noise is made coarse too
+
+
+def test_noise_drawn_once_is_the_same_in_every_message_and_matched():
+    defences = Defences(feature_noise=6.0, matched=True, hint_noise=2.0, noise_once=True)
+    latents, hints = (torch.randn(500, 4, 4, 4, generator=tiny.draw(i)) for i in (1, 2))
+    found, found_hints = noised_once(defences, latents, hints, [tiny.draw(i) for i in range(500)])
+    again, _ = noised_once(defences, latents[7:8], hints[7:8], [tiny.draw(7)])
+    assert torch.equal(found[7:8], again)  # whoever else is in the batch
+    assert (found - latents).std().item() == pytest.approx(6.0, rel=0.03)
+    assert (found_hints - hints).std().item() == pytest.approx(2.0, rel=0.03)
+    drawn = draw_timesteps(defences, 500, ALPHAS, tiny.draw())
+    named = sent_timesteps(defences, drawn, ALPHAS)
+    noise = draw_noise(defences, (500, 4, 4, 4), tiny.draw(3))
+    state = noisy_state(defences, found, noise, named, ALPHAS)
+    # the rest of a message is a diffusion state's noise at the timestep that it names, and the label has its share k
+    alphas = ALPHAS[named][:, None, None, None]
+    rest = (state - alphas.sqrt() * latents) / (1 - alphas).sqrt()
+    assert rest.std().item() == pytest.approx(1.0, rel=0.02)
+    share = (rest * noise).mean((1, 2, 3))
+    expected = label_share(defences, named, ALPHAS).flatten()
+    assert (share - expected).mean().abs() < 0.02
+    assert expected.std() > 0.1
+
+
+def test_latents_are_scaled_down_to_their_bound_and_never_up():
+    defences = Defences(latent_norm=5.0)
+    latents = torch.randn(50, 4, 4, 4, generator=tiny.draw()) * torch.linspace(0.1, 2.0, 50)[:, None, None, None]
+    found = bounded(defences, latents)
+    norms, before = found.flatten(1).norm(dim=1), latents.flatten(1).norm(dim=1)
+    assert norms.max() <= 5.0 * (1 + 1e-6)
+    assert torch.equal(found[before <= 5.0], latents[before <= 5.0])
+    assert bounded(Defences(), latents) is latents
+
+
 def test_a_mixing_key_is_row_stochastic_and_invertible():
     key = mixing_key(16, tiny.draw())
     torch.testing.assert_close(key.sum(1), torch.ones(16))
@@ -225,7 +293,12 @@ def test_defences_that_do_not_fit_a_message_say_so(defences: Defences, reason: s
      ({"patch_shuffle": -2}, "patch's side"),
      ({"matched": True}, "say how feature_noise is added"),
      ({"feature_noise": 1.0, "matched": True, "independent_draws": True}, "remove independent_draws"),
-     ({"fresh_keys": True}, "needs a key")],
+     ({"fresh_keys": True}, "needs a key"),
+     ({"hint_noise": -1.0}, "hint_noise is a standard deviation"),
+     ({"latent_norm": -1.0}, "latent_norm is a norm"),
+     ({"coarse_hints": -1}, "number of frequencies"),
+     ({"noise_once": True}, "give feature_noise or hint_noise"),
+     ({"feature_noise": 1.0, "noise_once": True, "independent_draws": True}, "remove independent_draws")],
 )  # fmt: skip
 def test_contradictory_defences_are_refused(values: dict, reason: str):
     with pytest.raises(InputError, match=reason):

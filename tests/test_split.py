@@ -2,6 +2,7 @@ import pytest
 import tiny
 import torch
 
+from splitlab.attacks.channel import latent_view
 from splitlab.base import Base, encoded
 from splitlab.config import Defences
 from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet, symsigmoid
@@ -17,6 +18,7 @@ from splitlab.split import (
     sample_bytes,
     server_loss,
 )
+from splitlab.types import Knowledge
 from splitlab.wire import from_bytes
 
 ALL = Defences(timestep_floor=600, symsigmoid=True, fixed_noise=0.3, half=True, hide_prompts=True)
@@ -85,6 +87,29 @@ def test_fixed_noise_stays_between_messages_and_differs_between_clients(base: Ba
     own = client(base, private, Defences(fixed_noise=0.3)).fixed_noise
     torch.testing.assert_close(first[0], own, rtol=0, atol=1e-5)
     assert client(base, private).fixed_noise is None
+
+
+def test_noise_drawn_once_does_not_average_out(base: Base, private: ImageSet):
+    defences = Defences(feature_noise=2.0, matched=True, hint_noise=1.0, noise_once=True)
+    owner = client(base, private, defences)
+    knowledge = Knowledge(base, "split", defences, private.size, private)
+    found: list[list[torch.Tensor]] = [[], []]
+    for step in (0, 5):  # a whole epoch of 12 samples each
+        sent, truth = client_send(owner, step, 12)
+        seen = from_bytes(sent)
+        view, std = latent_view(seen, knowledge)
+        order = truth.indices.argsort()
+        found[0].append(view[order])
+        found[1].append((seen.need("smashed") - seen.need("noisy_latents"))[order])
+        assert std.unique().tolist() == pytest.approx([2.0], rel=1e-4)
+    for first, second in found:
+        torch.testing.assert_close(first, second, rtol=1e-2, atol=2e-2)  # other timesteps and labels, the same view
+    left = found[0][0] - encoded(base, private).latents
+    assert left.std().item() == pytest.approx(2.0, rel=0.1)  # 768 draws: standard error 2.6 %
+    other = client(base, private, defences, key=1)
+    assert not torch.equal(other.sent.latents, owner.sent.latents)
+    part = Client(0, base, encoded(base, private)[3:6], torch.arange(103, 106), defences, 0)
+    assert torch.equal(part.sent.latents, owner.sent.latents[3:6])  # a pure function of key and sample
 
 
 def test_a_defence_does_not_change_what_is_drawn(base: Base, private: ImageSet):

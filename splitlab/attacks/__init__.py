@@ -20,6 +20,7 @@ from splitlab.attacks.hijacking import hijacking
 from splitlab.attacks.inverse_network import adaptive_network, inverse_network
 from splitlab.attacks.jigsaw import jigsaw
 from splitlab.attacks.likelihood import likelihood
+from splitlab.attacks.nearest_public import nearest_public
 from splitlab.attacks.no_information import mean_public, random_public
 from splitlab.attacks.one_step import one_step
 from splitlab.attacks.posterior import posterior
@@ -41,6 +42,7 @@ ATTACKS: dict[str, Callable[..., Reconstruction]] = {
     "one_step": one_step,
     "posterior": posterior,
     "accumulation": accumulation,
+    "nearest_public": nearest_public,
     "inverse_network": inverse_network,
     "adaptive_network": adaptive_network,
     "closed_form": closed_form,

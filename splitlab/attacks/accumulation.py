@@ -56,17 +56,19 @@ def accumulation(
 
     weights = 1 / std.clamp_min(FLOOR).square()
     precision = _sums(weights, labels)
-    merged, merged_std = _sums(view * weights, labels) / precision, precision.rsqrt()
+    counts = _sums(torch.ones(len(labels)), labels)
+    once = knowledge.defences.noise_once  # then the views of one image share their noise, and none of it averages out
+    merged = _sums(view * weights, labels) / precision
+    merged_std = (precision / counts[:, None, None, None] if once else precision).rsqrt()
     merged_std = torch.where(merged_std > FLOOR, merged_std, 0.0)  # exact ones stay exact
     text = seen.encoder_hidden_states
-    counts = _sums(torch.ones(len(labels)), labels)
     text = None if text is None else _sums(text, labels) / counts[:, None, None]
     latents = denoise(merged, merged_std, knowledge, text=text, batch=batch)
     latents = _calibrated(latents, merged_std, rehearsal, knowledge, text is not None, generator)
 
     hints, used = None, used_fields(seen)
     if raw_hints is not None:
-        merged_hints = rehearsal.hints(_sums(raw_hints, labels) / counts[:, None, None, None], counts)
+        merged_hints = rehearsal.hints(_sums(raw_hints, labels) / counts[:, None, None, None], None if once else counts)
         hints, used = base.decode(torch.as_tensor(merged_hints))[labels], (*used, "smashed")
     return Reconstruction(base.decode(latents)[labels], hints, used=used, objective=tuple(found), n_evals=1)
 
@@ -116,7 +118,7 @@ class Features:
         pairs = [(view, rehearsal.data.latents)]
         if hints is not None:
             variances.append(torch.full((len(hints),), max(rehearsal.hint_std(), FLOOR) ** 2))
-            pairs.append((hints, rehearsal.data.hint_latents))
+            pairs.append((hints, rehearsal.public_hints))
         values, spreads = [], []
         for maps, public in pairs:
             mean, directions, spread = principal(public)

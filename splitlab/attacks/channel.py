@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.defences import feature_scale, label_share, signal_level
+from splitlab.defences import feature_scale, label_share, noise_variance, signal_level
 from splitlab.types import Knowledge, Observation, stack
 
 
@@ -33,7 +33,8 @@ def latent_view(seen: Observation, knowledge: Knowledge) -> tuple[Float[Tensor, 
     """Reduce each message to latents plus white Gaussian noise: return that sum and the noise's standard deviation.
 
     The sent map is scale (sqrt(ᾱ) latents + sqrt(1 - ᾱ) noise + σ1 n). With the label, sqrt(1 - ᾱ) noise is
-    subtracted and σ1 / sqrt(ᾱ) remains, 0 without feature noise; without it, sqrt(1 - ᾱ + σ1²) / sqrt(ᾱ).
+    subtracted and σ1 / sqrt(ᾱ) remains, 0 without feature noise; without it, sqrt(1 - ᾱ + σ1²) / sqrt(ᾱ). Where n was
+    drawn once, on the latents, σ1 takes the place of σ1 / sqrt(ᾱ).
 
     Args:
         seen: stacked messages; needs `noisy_latents` and `timesteps`, and takes `noise` where there is one.
@@ -41,12 +42,12 @@ def latent_view(seen: Observation, knowledge: Knowledge) -> tuple[Float[Tensor, 
     """
     defences = knowledge.defences
     alphas = signal_level(defences, seen.need("timesteps"), knowledge.base.alphas_cumprod)
-    noised, variance = seen.need("noisy_latents") / feature_scale(defences), torch.zeros_like(alphas)
+    noised, variance = seen.need("noisy_latents") / feature_scale(defences, alphas), torch.zeros_like(alphas)
     if seen.noise is None:
         variance = 1 - alphas
     else:
         noised = noised - (1 - alphas).sqrt() * seen.noise
-    return noised / alphas.sqrt(), ((variance + defences.feature_noise**2) / alphas).sqrt()
+    return noised / alphas.sqrt(), ((variance + noise_variance(defences, alphas)) / alphas).sqrt()
 
 
 def matching_timesteps(std: Float[Tensor, "n 1 1 1"], knowledge: Knowledge) -> tuple[Tensor, Float[Tensor, "n 1 1 1"]]:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from splitlab.attacks.channel import labelled, latent_view
 from splitlab.base import encoded
+from splitlab.config import Defences
+from splitlab.controlnet import coarse_gain, coarsened, low_frequencies, symsigmoid_inverse
 from splitlab.controlnet import symsigmoid as activation
-from splitlab.controlnet import symsigmoid_inverse
+from splitlab.seeds import generator as splitlab_generator
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
 
 
@@ -45,23 +47,42 @@ def closed_form(
 def hint_latents(
     seen: Observation, observations: Sequence[Observation], knowledge: Knowledge
 ) -> Float[Tensor, "n c h w"] | None:
-    """Solve for the hints' latents: activation⁻¹(smashed - fixed_noise) - noisy_latents; None where that is no use."""
+    """Solve for the hints' latents: activation⁻¹(smashed - fixed_noise) - noisy_latents; None where that is no use.
+
+    Hint noise stays in, and where hints were made coarse, what was kept of them is returned (`public_hints`).
+    """
     if knowledge.scheme not in ("split", "u_shaped") or seen.smashed is None or seen.noisy_latents is None:
         return None
     noisy_latents, fixed_noise = seen.noisy_latents, torch.zeros_like(seen.smashed)
     if knowledge.defences.fixed_noise:
-        public_hints = encoded(knowledge.base, knowledge.public, cache=knowledge.cache).hint_latents
+        data = encoded(knowledge.base, knowledge.public, cache=knowledge.cache)
+        public = coarsened(noised_hints(data.hint_latents, knowledge.defences), knowledge.defences.coarse_hints)
         sender = senders(observations)
         for client in sender.unique().tolist():
             own = sender == client
             fixed_noise[own] = estimate_fixed_noise(
                 seen.smashed[own],
                 noisy_latents[own],
-                public_hints,
+                public,
                 symsigmoid=knowledge.defences.symsigmoid,
                 span=4.0 * knowledge.defences.fixed_noise,
             )
-    return _invert(seen.smashed - fixed_noise, knowledge.defences.symsigmoid) - noisy_latents
+    raw = _invert(seen.smashed - fixed_noise, knowledge.defences.symsigmoid) - noisy_latents
+    kept = knowledge.defences.coarse_hints
+    return low_frequencies(raw, kept) / coarse_gain(raw.shape, kept) if kept else raw
+
+
+def noised_hints(hints: Float[Tensor, "m c h w"], defences: Defences) -> Float[Tensor, "m c h w"]:
+    """Noise public hint latents as clients do theirs, to know how sent ones are distributed; always alike."""
+    if not defences.hint_noise:
+        return hints
+    return hints + defences.hint_noise * torch.randn(hints.shape, generator=splitlab_generator("public hints"))
+
+
+def public_hints(hints: Float[Tensor, "m c h w"], knowledge: Knowledge) -> Float[Tensor, "m c h w"]:
+    """Return public hint latents as `hint_latents` would find them but for the noise."""
+    kept = knowledge.defences.coarse_hints
+    return low_frequencies(hints, kept) if kept else hints
 
 
 def _invert(smashed: Tensor, symsigmoid: bool) -> Tensor:

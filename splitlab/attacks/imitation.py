@@ -6,16 +6,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from splitlab.attacks.closed_form import estimate_fixed_noise
-from splitlab.base import Encoded, noised
+from splitlab.attacks.closed_form import estimate_fixed_noise, noised_hints
+from splitlab.base import Encoded
 from splitlab.config import Defences
+from splitlab.controlnet import coarsened
 from splitlab.defences import (
     Defence,
     draw_noise,
     draw_timesteps,
+    noised_once,
+    noisy_state,
     protect,
     sent_timesteps,
-    signal_level,
     transforms,
 )
 from splitlab.types import Knowledge, Observation
@@ -44,10 +46,10 @@ def imitate(
     if chosen is None:
         chosen = torch.randint(len(data), (batch,), generator=draw)
     named = sent_timesteps(defences, draw_timesteps(defences, batch, alphas_cumprod, draw), alphas_cumprod)
-    latents = data.latents[chosen]
+    latents, hints = noised_once(defences, data.latents[chosen], data.hint_latents[chosen], [draw] * len(chosen))
     noise = draw_noise(defences, tuple(latents.shape), draw)
-    noisy = noised(latents, noise, signal_level(defences, named, alphas_cumprod))
-    message = Observation(-1, -1, named, noisy, data.hint_latents[chosen] + noisy, noise, data.text[chosen])
+    noisy = noisy_state(defences, latents, noise, named, alphas_cumprod)
+    message = Observation(-1, -1, named, noisy, hints + noisy, noise, data.text[chosen])
     message = protect(message, _secretless(defences), draw).float()
     if defences.fixed_noise:
         secret = torch.randn(latents.shape, generator=draw) * defences.fixed_noise
@@ -104,7 +106,7 @@ def fixed_noise_error(data: Encoded, knowledge: Knowledge, n: int, draw: torch.G
     found = estimate_fixed_noise(
         smashed + secret,
         message.need("noisy_latents"),
-        data.hint_latents,
+        coarsened(noised_hints(data.hint_latents, defences), defences.coarse_hints),
         symsigmoid=defences.symsigmoid,
         span=4.0 * defences.fixed_noise,
     )

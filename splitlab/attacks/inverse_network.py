@@ -286,7 +286,7 @@ class _Detective:
         """Return the clues in the imitated messages."""
         r = self.rehearsal
         raw = hint_latents(r.message, [r.message], r.known)
-        return self._clues(r.message, r.view, r.std, self.estimate, raw, r.known)
+        return self._clues(r.message, r.view, r.std, self.estimate, raw, r.known, own=r.chosen)
 
     def clues(self, seen: Observation, observations: Sequence[Observation]) -> Clues:
         """Return the clues in the real messages."""
@@ -296,7 +296,14 @@ class _Detective:
         return self._clues(seen, view, std, estimate, raw, self.knowledge)
 
     def _clues(
-        self, seen: Observation, view: Tensor, std: Tensor, estimate: Tensor, raw: Tensor | None, knowledge: Knowledge
+        self,
+        seen: Observation,
+        view: Tensor,
+        std: Tensor,
+        estimate: Tensor,
+        raw: Tensor | None,
+        knowledge: Knowledge,
+        own: Tensor | None = None,
     ) -> Clues:
         latents = self.calibration(std, estimate)
         alphas = signal_level(knowledge.defences, seen.need("timesteps"), knowledge.base.alphas_cumprod)
@@ -305,9 +312,10 @@ class _Detective:
         maps = [view / (1 + std.square()).sqrt(), latents, flat * log_std / 3, flat * alphas.sqrt()]
         hints, hint_error = None, torch.zeros_like(std)
         if raw is not None:
-            hints = torch.as_tensor(self.rehearsal.hints(self.rehearsal.clamp(raw)))
+            hints = torch.as_tensor(self.rehearsal.hints(self.rehearsal.clamp(raw), own=own))
             hint_error = hint_error + self.hint_error
-            maps += [raw.clamp(-8, 8) / 2, hints]
+            noise = knowledge.defences.hint_noise
+            maps += [raw / (2 * math.sqrt(1 + noise**2)) if noise else raw.clamp(-8, 8) / 2, hints]
         text = None if seen.encoder_hidden_states is None else seen.encoder_hidden_states.flatten(1)
         level = (log_std.flatten() + 7) / 11
         return Clues(torch.cat(maps, 1), level, text, latents, hints, self.calibration.error(std), hint_error)
@@ -316,7 +324,7 @@ class _Detective:
     def hint_error(self) -> float:
         """Root mean square error of the estimated hints on imitated messages."""
         r = self.rehearsal
-        found = torch.as_tensor(r.hints(r.raw_hints))
+        found = torch.as_tensor(r.hints(r.raw_hints, own=r.chosen))
         return float((found - self.hint_truth).square().mean().sqrt())
 
 

@@ -1,13 +1,15 @@
 """The public diffusion model as the attacker's prior: the image that best explains a noisy view of it."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
-from splitlab.attacks.closed_form import hint_latents
+from splitlab.attacks.closed_form import hint_latents, public_hints
 from splitlab.attacks.imitation import imitate_known
 from splitlab.base import Encoded, encoded
 from splitlab.errors import InputError
@@ -18,6 +20,9 @@ Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 N_PUBLIC = 256
 """Public samples on which estimates are calibrated."""
+
+HINT_FLOOR = 0.1
+"""Least standard deviation at which coarse hints are compared with public ones, which are few."""
 
 LEARNABLE = ("smashed", "noise", "encoder_hidden_states")
 """Fields that help and that a client may not have sent."""
@@ -44,7 +49,8 @@ def posterior(
     posterior mean (Ho et al. 2020, eq. 15; Efron 2011 for why), more steps a DDIM trajectory to 0 (Song et al. 2021,
     eq. 12). The prompt conditions where it is sent, zeros do elsewhere.
     Hints are those of the closed form, exact under one shared draw; under `independent_draws` they are smoothed by
-    the public hints' covariance (`wiener`).
+    the public hints' covariance (`wiener`), under hint noise by that or by the public hints themselves
+    (`public_posterior`), whichever errs less on imitated messages.
 
     Args:
         observations: what was sent; needs `timesteps` and `noisy_latents`.
@@ -212,27 +218,82 @@ class Rehearsal:
         return self.clamp(hint_latents(self.message, [self.message], self.known))
 
     def clamp(self, raw: Tensor | None) -> Tensor | None:
-        """Cut hint latents to the range that public ones have at each position."""
-        if raw is None:
-            return None
-        public = self.data.hint_latents
+        """Cut hint latents to the range that public ones have at each position; those noised on purpose stay."""
+        if raw is None or self.known.defences.hint_noise:
+            return raw
+        public = self.public_hints
         return torch.minimum(torch.maximum(raw, public.amin(0)), public.amax(0))
+
+    @cached_property
+    def public_hints(self) -> Tensor:
+        """All public hint latents as the closed form would find them but for noise."""
+        return public_hints(self.data.hint_latents, self.known)
 
     def hint_std(self) -> float:
         """Root mean square error of the closed form's hint latents, within the public range."""
         raw = self.raw_hints
         if raw is None:
             return 0.0
-        return float((raw - self.data.hint_latents[self.chosen]).square().mean().sqrt())
+        return float((raw - self.public_hints[self.chosen]).square().mean().sqrt())
 
-    def hints(self, raw: Tensor | None, counts: Tensor | None = None) -> Tensor | None:
-        """Smooth the closed form's hints where they are noisy; `counts` `[n]`: of how many each is the mean."""
-        if raw is None or not self.known.defences.independent_draws:
+    def hints(self, raw: Tensor | None, counts: Tensor | None = None, *, own: Tensor | None = None) -> Tensor | None:
+        """Smooth the closed form's hints where they are noisy or coarse.
+
+        Args:
+            raw: `[n, c, h, w]` hint latents, or None.
+            counts: `[n]` of how many messages each is the mean.
+            own: `[n]` the public hints that they stem from, where the attacker plays the client: not to be known.
+        """
+        defences = self.known.defences
+        if raw is None or not (defences.independent_draws or defences.hint_noise or defences.coarse_hints):
             return raw
         counts = torch.ones(len(raw)) if counts is None else counts
+        if not defences.independent_draws:
+            return self._guess(raw, counts, own, self._best_guess)
         std = self.hint_std() / counts.sqrt()
         cut = self.clamp(raw)
         return wiener(torch.as_tensor(cut), std[:, None, None, None], self.data.hint_latents)
+
+    def _guess(self, raw: Tensor, counts: Tensor, own: Tensor | None, rule: str) -> Tensor:
+        if rule == "raw":
+            return raw
+        std = max(self.known.defences.hint_noise, HINT_FLOOR) / counts.sqrt()
+        if rule == "wiener":
+            return wiener(raw, std[:, None, None, None], self.data.hint_latents)
+        weights = public_posterior([(raw, std, self.public_hints)], own=own)
+        return (weights @ self.data.hint_latents.flatten(1)).view_as(raw)
+
+    @cached_property
+    def _best_guess(self) -> str:
+        """What to make of noised hints: whichever errs least on the rehearsed ones."""
+        raw = torch.as_tensor(self.raw_hints)
+        truth = self.data.hint_latents[self.chosen]
+        rules = ("raw", "posterior") if self.known.defences.coarse_hints else ("raw", "wiener", "posterior")
+        found = {rule: self._guess(raw, torch.ones(len(raw)), self.chosen, rule) for rule in rules}
+        return min(found, key=lambda rule: float((found[rule] - truth).square().mean()))
+
+
+def public_posterior(
+    clues: Sequence[tuple[Float[Tensor, "n ..."], Float[Tensor, " n"], Float[Tensor, "m ..."]]],
+    *,
+    own: Tensor | None = None,
+    sharpness: float = 1.0,
+) -> Float[Tensor, "n m"]:
+    """Return how likely each public sample is to be the one behind each message, if it were one of them (Bayes).
+
+    Args:
+        clues: (views, standard deviations of their white noise, what public samples would show without it).
+        own: `[n]` samples that are ruled out, each for one message; None: none.
+        sharpness: exponent of the likelihood; large: the likeliest sample takes all.
+    """
+    total = sum(
+        torch.cdist(views.flatten(1), public.flatten(1)).square() / (-2 * std.square()[:, None])
+        for views, std, public in clues
+    )
+    logits = sharpness * torch.as_tensor(total)
+    if own is not None:
+        logits = logits.scatter(1, own[:, None], -math.inf)
+    return logits.softmax(1)
 
 
 class Calibration:
