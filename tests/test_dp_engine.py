@@ -10,8 +10,11 @@ from splitlab.base import Base
 from splitlab.dp import engine
 from splitlab.dp.conditioning import Denoiser, denoiser, make_conditioning
 from splitlab.dp.engine import clip_and_sum, clipped_sum, norms, private_gradient
+from splitlab.dp.federated import private_update
 from splitlab.dp.trainable import TRAINABLE, check_optimizer, mark_trainable, merge_lora, transformers_of
 from splitlab.errors import InputError
+from splitlab.update_defences import PerExample, share_protected
+from splitlab.updates import check_update
 
 CLASSES = tuple(tiny.PROMPTS[:3])
 
@@ -275,12 +278,46 @@ def test_impossible_mechanisms_are_refused(bound: float, sigma: float):
         )
 
 
-def test_a_federations_noise_adds_up_to_the_same():
-    sigma, n = 1.3, 7
-    shares = {where: share(sigma, n) for where, share in engine.NOISE_SHARES.items()}
-    assert shares["central"] == 0
-    assert math.sqrt(n * shares["distributed"] ** 2) == pytest.approx(sigma)
-    assert shares["local"] == sigma
+def test_a_private_client_shares_what_per_example_clipping_of_its_gradient_gives(base: Base):
+    """Two implementations: hooks in one pass here, one backward pass per example in `update_defences`."""
+    truth = tiny.update_truth(base, n=3)
+    unet = copy.deepcopy(base.unet)
+    settings = {"alphas_cumprod": base.alphas_cumprod, "max_grad_norm": 0.01, "trainable": "transformers"}
+    update = private_update(unet, truth, noise_multiplier=0.0, generator=tiny.draw(), **settings)
+    defence = PerExample(max_grad_norm=0.01)
+    arguments = {"alphas_cumprod": base.alphas_cumprod, "trainable": "attention"}  # its name for whole transformers
+    other = share_protected(unet, truth, defence, generator=tiny.draw(), **arguments)
+    assert relative_error(update.gradients, other.gradients) < 1e-4
+    check_update(update, base.unet)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), base.unet.parameters(), strict=True))
+    assert not any(p.requires_grad for p in unet.parameters())
+
+
+def test_a_federations_noise_adds_up_to_the_same(base: Base):
+    """Central: none on the clients. Distributed: the shares' sum has the whole. Local: each message has it."""
+    sigma, n, bound = 1.5, 4, 0.1
+    truth = tiny.update_truth(base, n=2)
+
+    def noise_of(trust: str, sigma: float, seed: int) -> torch.Tensor:
+        update = private_update(
+            base.unet,
+            truth,
+            alphas_cumprod=base.alphas_cumprod,
+            max_grad_norm=bound,
+            noise_multiplier=sigma,
+            generator=tiny.draw(seed),
+            trust=trust,
+            n_clients=n,
+        )
+        return torch.cat([g.flatten() for g in update.gradients.values()]) * len(truth)
+
+    bare = noise_of("local", 0.0, 0)
+    assert torch.equal(noise_of("central", sigma, 1), bare)
+    assert (noise_of("local", sigma, 2) - bare).std() == pytest.approx(sigma * bound, rel=0.05)
+    total = sum(noise_of("distributed", sigma, seed) - bare for seed in range(n))
+    assert total.std() == pytest.approx(sigma * bound, rel=0.05)
+    with pytest.raises(InputError, match="'nobody' is unknown"):
+        noise_of("nobody", sigma, 0)
 
 
 def test_trainable_sets_are_nested_and_cut_from_the_kth_block(base: Base):

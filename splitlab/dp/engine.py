@@ -291,12 +291,3 @@ def step(optimizer: torch.optim.Optimizer, model: nn.Module, gradient: Mapping[s
         parameter.grad = gradient[name]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-NOISE_SHARES = {
-    "central": lambda sigma, n: 0.0,
-    "distributed": lambda sigma, n: sigma / math.sqrt(n),
-    "local": lambda sigma, n: sigma,
-}
-"""Noise multiplier that each of n federated clients adds, by who is trusted: central: the server adds sigma to the sum;
-distributed: the clients' shares add up to sigma, behind secure aggregation; local: each client's message has sigma."""

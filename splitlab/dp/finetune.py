@@ -208,8 +208,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune the base on private data and write `out`: `unet/`, `embedder/` or `text_encoder/`, and `record.json`.
 
-    An interrupted call goes on from its last checkpoint when repeated, and ends with the same bits. Its guarantee covers
-    every step ever taken; one that is taken again draws the same batch and the same noise, so it releases nothing new.
+    An interrupted call goes on from its last checkpoint when repeated, and ends with the same bits. Its guarantee
+    covers every step ever taken; one that is taken again draws the same batch and noise, so it releases nothing new.
     The record has no losses: those of private samples are not covered by the guarantee. All draws follow from
     `config.seed`, so that runs repeat; the guarantee holds against whoever does not know it.
 
