@@ -34,8 +34,9 @@ class Defences:
         hint_noise: standard deviation σh of Gaussian noise of its own on the hint latents, drawn anew for every sample.
             The server, which can take the sent latents off `smashed`, is left with the noised hint: no second view of
             the image. 0: off.
-        coarse_hints: keep that many spatial frequencies per axis of the noised hint latents, amplified so that white
-            noise keeps its size (`splitlab.controlnet.coarsened`): fewer numbers, which noise hides sooner. 0: all.
+        coarse_hints: keep that many spatial frequencies per axis of the noised hint latents, without their mean and
+            amplified so that white noise keeps its size (`splitlab.controlnet.coarsened`): fewer numbers, which noise
+            hides sooner, and a signal that is learned sooner. 2 or more; 0: all.
         noise_once: draw feature and hint noise once per image, on its latents and hint latents, and use them in every
             epoch; σ1 is then in units of the latents, and no repetition averages anything out.
         symsigmoid: replace the cut-layer sum x by |x| (2 sigmoid(x) - 1) (S1's activation).
@@ -73,8 +74,8 @@ class Defences:
         for name in ("fixed_noise", "feature_noise", "hint_noise"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is a standard deviation and must be 0 or more, got {getattr(self, name)}")
-        if self.coarse_hints < 0:
-            raise InputError(f"coarse_hints is a number of frequencies, 1 or more (0: all), got {self.coarse_hints}")
+        if self.coarse_hints < 0 or self.coarse_hints == 1:
+            raise InputError(f"coarse_hints is a number of frequencies, 2 or more (0: all), got {self.coarse_hints}")
         if self.key_mixing < 0 or self.key_mixing == 1:
             raise InputError(f"key_mixing is a number of samples, 2 or more (0: off), got {self.key_mixing}")
         if self.patch_shuffle < 0:

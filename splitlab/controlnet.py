@@ -33,9 +33,13 @@ def symsigmoid_inverse(y: Tensor, *, iterations: int = 40) -> Tensor:
 
 
 def low_frequencies(latents: Float[Tensor, "b c h w"], kept: int) -> Float[Tensor, "b c h w"]:
-    """Keep the `kept` x `kept` lowest spatial frequencies of every channel: an orthogonal projection (type-II DCT)."""
+    """Keep the `kept` x `kept` lowest spatial frequencies of every channel but the mean (type-II DCT).
+
+    An orthogonal projection. The mean goes because it is the background's, many times as large as all that a hint adds.
+    """
     rows, columns = (_cosines(size, kept).to(latents) for size in latents.shape[2:])
-    return torch.einsum("bchw,hi,wj->bcij", latents, rows, columns)
+    low = torch.einsum("bchw,hi,wj->bcij", latents, rows, columns)
+    return low - low.mean((2, 3), keepdim=True)
 
 
 def coarsened(latents: Float[Tensor, "b c h w"], kept: int) -> Float[Tensor, "b c h w"]:
@@ -45,7 +49,7 @@ def coarsened(latents: Float[Tensor, "b c h w"], kept: int) -> Float[Tensor, "b 
 
 def coarse_gain(shape: Sequence[int], kept: int) -> float:
     """Return what kept frequencies are multiplied by, so that white noise that was projected keeps its size."""
-    return math.sqrt(shape[-2] * shape[-1]) / kept if kept else 1.0
+    return math.sqrt(shape[-2] * shape[-1] / (kept**2 - 1)) if kept else 1.0
 
 
 def _cosines(size: int, kept: int) -> Float[Tensor, "s s"]:
