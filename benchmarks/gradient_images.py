@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--only", nargs="*", default=["unknown16", "unknown32", "base", "noise", "known32", "contrast", "speed"]
+        "--only",
+        nargs="*",
+        default=["unknown16", "unknown32", "pair", "base", "base-known", "noise", "known32", "contrast", "speed"],
     )
     parser.add_argument("--budget", type=float, default=None, help="CPU s per image of the contrast; default: ours'")
     options = parser.parse_args()
@@ -187,6 +190,10 @@ def main() -> None:
 
     def sixteen(seed: int, rel: float = 0.0) -> Any:
         return case(root, seed=seed, n=n, size=16, t=100, channels=(32, 64), rel=rel)
+
+    def trained(name: str, attack: Callable[..., Any], t: int, **arguments: Any) -> dict[str, Any]:
+        made = partial(base_case, root, options.base, n=n, t=t)
+        return measure(f"{name}, trained base, t={t}", attack, lambda s: made(seed=s), seeds, **arguments)
 
     tables: dict[str, Callable[[], object]] = {
         "unknown16": lambda: (
@@ -199,14 +206,19 @@ def main() -> None:
             lambda s: case(root, seed=s, n=n, size=32, t=250, channels=(32, 64, 64)),
             seeds,
         ),
-        "base": lambda: measure(
-            "unknown, trained base, t=250",
+        "pair": lambda: measure(
+            "unknown, 16, t=250, 2 images per update",
             unknown_noise,
-            lambda s: base_case(root, options.base, seed=s, n=n, t=250),
+            lambda s: case(root, seed=s, n=n, size=16, t=250, channels=(32, 128), batch=2),
             seeds,
         ),
+        "base": lambda: [trained("unknown", unknown_noise, t) for t in (20, 250, 900)],
+        "base-known": lambda: [
+            trained("known", known_noise, 250, start="patches", n_evals=20),
+            trained("known, random start", known_noise, 250, n_evals=400, n_starts=3),
+        ],
         "noise": lambda: [
-            measure(f"unknown, 16, rel={rel}", unknown_noise, lambda s, r=rel: sixteen(s, r), seeds, n_starts=3)
+            measure(f"unknown, 16, rel={rel}", unknown_noise, lambda s, r=rel: sixteen(s, r), seeds, fit_evals=40)
             for rel in (1e-4, 1e-3, 1e-2, 1e-1)
         ],
         "known32": lambda: measure(
