@@ -18,8 +18,9 @@ from splitlab.dp import finetune as module
 from splitlab.dp.conditioning import ClassEmbedder, denoiser, make_conditioning
 from splitlab.dp.finetune import DPConfig, finetune, mechanism
 from splitlab.dp.sample import hidden_states, load_tuned, sample, untuned
-from splitlab.dp.trainable import mark_trainable
+from splitlab.dp.trainable import count_trainable, mark_trainable
 from splitlab.errors import InputError
+from splitlab.pretrain import MAX_TOKENS, PretrainConfig, make_text_encoder, make_tokenizer, make_unet
 from splitlab.privacy import epsilon
 from splitlab.types import PrivacyEvent
 
@@ -219,6 +220,27 @@ def test_text_encoders_and_unets_load_in_the_users_libraries(base: Base, private
     assert not any("embedding" in name for name in changed)  # the vocabulary's tables stay public
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out/unet")
     assert unet.state_dict().keys() == base.unet.state_dict().keys()
+
+
+def test_the_defaults_train_a_small_part_of_the_shipped_base(private: ImageSet):
+    """The bar: attention and embedder at most 15 % of the U-Net (the paper: about 10 %), whatever the conditioning."""
+    settings, shape = DPConfig(), PretrainConfig()
+    unet = make_unet(shape)
+    mark_trainable(unet, settings.trainable, from_block=settings.from_block)
+    n_unet, attention = sum(p.numel() for p in unet.parameters()), count_trainable(unet)
+    classes = count_trainable(ClassEmbedder(10, MAX_TOKENS, shape.text_width))
+    encoder = make_text_encoder(shape, make_tokenizer(tiny.PROMPTS)).named_parameters()
+    layers = sum(p.numel() for name, p in encoder if "embedding" not in name)
+    assert 0.08 < (attention + classes) / n_unet < 0.10
+    assert (attention + layers) / n_unet <= 0.15
+
+
+def test_stable_diffusions_own_layout_is_fine_tuned_as_well(sd15_base: Base, private: ImageSet, tmp_path: Path):
+    settings = config(private, steps=1, sample_rate=1.0, conditioning="text", from_block=8)
+    run(sd15_base, private, tmp_path, settings)
+    pictures = sample(sd15_base, tmp_path / "out", private.prompts[:2], generator=tiny.draw(), steps=2, guidance=2.0)
+    assert pictures.shape == (2, 3, 32, 32)
+    assert torch.isfinite(pictures).all()
 
 
 def test_sampling_follows_the_stock_pipeline(base: Base):
