@@ -28,6 +28,7 @@ WHY = {
     "closed_form": "the label is sent and the message holds nothing else that hides the latents",
     "likelihood": "the label is sent, so the input that explains the message is the image",
     "posterior": "what the label does not cover is Gaussian noise, which the public denoiser removes",
+    "nearest_public": "image and hint together still tell which public sample they resemble",
     "one_step": "the public denoiser removes the diffusion noise",
     "inverse_network": "a network trained through the defence on public images undoes it",
     "adaptive_network": "a network trained through the defence on public images, with the public denoiser, undoes it",
