@@ -124,7 +124,7 @@ def test_an_overfitted_model_gives_its_members_away_and_the_base_does_not(base: 
     members, others = data.subset(range(12)), data.subset(range(12, 24))
     overfitted = memory(base, base.encode(members.images))
     assert membership_auc(base, overfitted, members, others) > 0.95
-    assert membership_auc(base, untuned(base, "none"), members, others) == 0.5
+    assert membership_auc(base, untuned(base, "none"), members, others, draws=2) == 0.5
 
 
 def test_losses_repeat_and_do_not_depend_on_company(base: Base):
