@@ -10,7 +10,7 @@ from splitlab.data import ImageSet, load, locate
 from splitlab.errors import InputError
 from splitlab.paths import resolve
 
-SECTIONS = ("base", "data", "pretrain", "runs", "attacks", "survey", "updates", "evaluate")
+SECTIONS = ("base", "data", "pretrain", "runs", "attacks", "survey", "updates", "dp", "evaluate")
 
 
 def load_params(path: str | Path = "params.yaml") -> dict[str, Any]:

@@ -25,6 +25,7 @@ from splitlab.config import TrainConfig
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, predict_noise
 from splitlab.data import ImageSet, digest, partition
 from splitlab.errors import InputError
+from splitlab.guarantees import DELTA, guarantee
 from splitlab.paths import ROOT
 from splitlab.schemes import Scheme, Step, make_scheme
 from splitlab.seeds import generator
@@ -130,6 +131,7 @@ def train(
         "n_trainable": sum(p.numel() for p in controlnet.parameters()),
         "eval_loss": round(eval_loss(base, controlnet, heldout, cache=cache), 6),
         **control_scores(pictures, asked),
+        "privacy": _privacy(config, base, sum(len(client.data) for client in clients)),
     }
 
     with checkpoint.whole_folder(out) as folder:
@@ -248,6 +250,13 @@ def _record(run: str, config: TrainConfig, base: Base, progress: Progress) -> di
         "up_bytes_per_sample": round(progress.up_bytes / samples, 2),
         "down_bytes_per_sample": round(progress.down_bytes / samples, 2),
     }
+
+
+def _privacy(config: TrainConfig, base: Base, n: int) -> dict[str, Any]:
+    """Account for the run: the events of what was sent of one image, their ε, or why there is none."""
+    found = guarantee(config, base.alphas_cumprod, n=n)
+    value = round(found.epsilon, 4) if found.events else None
+    return {"events": [asdict(event) for event in found.events], "epsilon": value, "delta": DELTA, "why": found.why}
 
 
 def control_scores(pictures: Tensor, asked: ImageSet) -> dict[str, float | None]:

@@ -40,6 +40,7 @@ def project(root: Path, base_path: Path) -> Path:
         "attacks": dict.fromkeys(("plain", "guarded"), ATTACKS),
         "survey": {},
         "updates": {},
+        "dp": {},
         "evaluate": {"candidates": 10},
     }
     root.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,243 @@
+"""Private fine-tuning by a grid: which part of the model, at which ε, and what its samples are then worth."""
+
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from splitlab import checkpoint
+from splitlab.base import Base
+from splitlab.data import ImageSet, digest
+from splitlab.dp.conditioning import labels_of
+from splitlab.dp.evaluate import Classifier, frechet_distance, train_classifier
+from splitlab.dp.finetune import DPConfig, finetune
+from splitlab.dp.membership import membership_auc
+from splitlab.dp.sample import Tuned, load_tuned, sample, untuned
+from splitlab.errors import InputError
+from splitlab.seeds import generator
+from splitlab.survey import GRIDS
+
+COLUMNS = (
+    *("dataset", "trainable", "n_trainable", "epsilon", "delta", "noise_multiplier", "max_grad_norm", "sample_rate"),
+    *("steps", "multiplicity", "seed", "downstream_acc", "frechet", "features", "mia_auc", "audit_epsilon_lb"),
+    *("step_s", "peak_rss_mb", "conditioning", "n", "n_test", "n_samples"),
+)
+
+PUBLIC, REAL = "public base", "real images"
+"""What stands for a trainable set in the two contrast rows: the base before fine-tuning, and no generator at all."""
+
+LoadSplit = Callable[[str, str], ImageSet]
+"""`(dataset, split) -> data`."""
+
+
+@dataclass(frozen=True)
+class DPCell:
+    """One way to fine-tune, at several ε.
+
+    Attributes:
+        trainable: a key of `splitlab.dp.trainable.TRAINABLE`.
+        epsilons: guarantees; `.inf`: not private.
+        options: other fields of `DPConfig` that differ from `DPSurveyConfig.common`.
+        grids: the grids it belongs to.
+    """
+
+    trainable: str = "attention"
+    epsilons: tuple[float, ...] = (math.inf,)
+    options: dict[str, Any] = field(default_factory=dict)
+    grids: tuple[str, ...] = GRIDS
+
+
+@dataclass(frozen=True)
+class DPSurveyConfig:
+    """Which models are fine-tuned and how they are judged.
+
+    Attributes:
+        grid: "default" or "full".
+        common: what all runs share.
+        cells: the runs.
+        seeds: runs per cell, which differ in every draw; so do their samples and classifiers.
+        test_split: the split that classifiers are tested on; private, and never trained on.
+        n_samples: images generated per run.
+        sample_steps: of DDIM.
+        classifier_steps: of every classifier that judges.
+    """
+
+    grid: str = "default"
+    common: DPConfig = field(default_factory=DPConfig)
+    cells: tuple[DPCell, ...] = ()
+    seeds: int = 3
+    test_split: str = "private-test"
+    n_samples: int = 1000
+    sample_steps: int = 20
+    classifier_steps: int = 400
+
+    def __post_init__(self) -> None:
+        """Refuse a grid that does not exist."""
+        if self.grid not in GRIDS:
+            raise InputError(f"dp.grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+
+    @property
+    def runs(self) -> dict[str, DPConfig]:
+        """The grid's runs by name."""
+        chosen = [cell for cell in self.cells if self.grid in cell.grids]
+        return {
+            f"{cell.trainable}-{epsilon:g}-{seed}": replace(
+                self.common, **({"trainable": cell.trainable, "epsilon": float(epsilon), "seed": seed} | cell.options)
+            )
+            for cell in chosen
+            for epsilon in cell.epsilons
+            for seed in range(self.seeds)
+        }
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Everything a model is judged by.
+
+    Attributes:
+        base: the public models.
+        private: what the models were fine-tuned on.
+        test: real data of the same kind, for classifiers and as non-members.
+        classes: the prompts of the classes; empty for models that are not class-conditional.
+        eyes: a classifier trained on public data, whose features the Fréchet distance uses; None: the VAE's latents.
+        config: the survey.
+    """
+
+    base: Base
+    private: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    eyes: Classifier | None
+    config: DPSurveyConfig
+
+    @property
+    def features(self) -> str:
+        """Name the features of the Fréchet distance."""
+        return "classifier of public images" if self.eyes else "latents of the public VAE"
+
+    def asked(self) -> list[int] | list[str] | int:
+        """Return what to generate: all classes alike, or the test split's prompts in turn."""
+        n = self.config.n_samples
+        if self.classes:
+            return [i % len(self.classes) for i in range(n)]
+        return [self.test.prompts[i % len(self.test)] for i in range(n)]
+
+    def judge(self, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, float]:
+        """Score generated (or real) images `[n, 3, h, w]` and their labels."""
+        found = {"frechet": round(frechet_distance(self.look(images), self.look(self.test.images)), 4)}
+        if labels is not None:
+            classifier = train_classifier(
+                images, labels, n_classes=len(self.classes), seed=seed, steps=self.config.classifier_steps
+            )
+            wanted = labels_of(self.test.prompts, self.classes)
+            found["downstream_acc"] = round(classifier.accuracy(self.test.images, wanted), 4)
+        return found
+
+    def look(self, images: Tensor) -> Tensor:
+        """Return features `[n, d]`."""
+        return self.eyes.features(images) if self.eyes else self.base.encode(images).flatten(1)
+
+
+def make_judge(config: DPSurveyConfig, base: Base, load: LoadSplit) -> Judge:
+    """Load the data and train the classifier whose features are compared, on public images only."""
+    dataset, classes = config.common.dataset, config.common.classes
+    private, test, public = (load(dataset, split) for split in ("private", config.test_split, "public"))
+    eyes = None
+    if classes:
+        labels = labels_of(public.prompts, classes)
+        eyes = train_classifier(public.images, labels, n_classes=len(classes), seed=0, steps=config.classifier_steps)
+    return Judge(base, private, test, classes, eyes, config)
+
+
+def dp_survey(
+    config: DPSurveyConfig, base: Base, load: LoadSplit, *, cache: Path
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """Fine-tune, generate and judge every run of the grid; what was done before is read from `cache`.
+
+    Returns a table of `COLUMNS`, and per row of pictures its label and ten generated images `[10, 3, h, w]`.
+    """
+    judge = make_judge(config, base, load)
+    rows, pictures = _contrasts(judge)
+    for name, run in (bar := tqdm(config.runs.items(), desc="DP survey")):
+        bar.set_postfix_str(name)
+        key = digest({"run": run, "base": base.digest, "private": judge.private.digest, "test": judge.test.digest})[:16]
+        folder = cache / "dp" / f"{name}-{key}"
+        row, shown = _one(name, run, judge, folder)
+        rows.append(row)
+        if run.seed == 0:
+            pictures[f"{run.trainable}, ε = {run.epsilon:g}".replace("inf", "∞")] = shown
+    return pd.DataFrame(rows, columns=list(COLUMNS)), pictures
+
+
+def _one(name: str, run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str, Any], Tensor]:
+    """Do one run, or read what an earlier call made of it."""
+    done = folder / "row.json"
+    if not done.exists():
+        began = time.perf_counter()
+        record = finetune(folder.name, run, judge.base, judge.private, out=folder / "model", cache=folder.parent)
+        step_s = (time.perf_counter() - began) / run.steps
+        tuned = load_tuned(folder / "model")
+        images = _generate(judge, tuned, run.seed)
+        row = _row(judge, run, run.trainable) | {key: record[key] for key in ("n_trainable", "epsilon", "sample_rate")}
+        row |= {"noise_multiplier": record["noise_multiplier"], **_judged(judge, images, run.seed)}
+        row |= {"mia_auc": _membership(judge, tuned), "step_s": round(step_s, 3)}
+        row |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+        checkpoint.save(folder / "shown.safetensors", {"images": images[:10]}, {})
+        checkpoint.save_json(done, row)
+    row = checkpoint.load_json(done)
+    return row, checkpoint.load(folder / "shown.safetensors")[0]["images"]
+
+
+def _contrasts(judge: Judge) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Judge the public base, which has seen no private image, and the private images themselves."""
+    tuned = untuned(judge.base, judge.config.common.conditioning, classes=judge.classes)
+    labels = labels_of(judge.private.prompts, judge.classes) if judge.classes else None
+    rows, shown = [], torch.zeros(0)
+    for seed in range(judge.config.seeds):
+        images = _generate(judge, tuned, seed)
+        shown = images[:10] if seed == 0 else shown
+        start = _row(judge, replace(judge.config.common, seed=seed), PUBLIC) | {"n_trainable": 0, "epsilon": 0.0}
+        rows.append(start | _judged(judge, images, seed))
+        ceiling = _row(judge, replace(judge.config.common, seed=seed), REAL) | {"epsilon": math.inf}
+        rows.append(ceiling | judge.judge(judge.private.images, labels, seed))
+    real = judge.private.images[:10]
+    if labels is not None:
+        real = judge.private.images[[int((labels == c).nonzero()[0]) for c in range(len(judge.classes))]]
+    return rows, {"real private images": real, "public base": shown}
+
+
+def _row(judge: Judge, run: DPConfig, trainable: str) -> dict[str, Any]:
+    same = ("dataset", "conditioning", "delta", "max_grad_norm", "steps", "multiplicity", "seed")
+    row = {name: getattr(run, name) for name in same} if trainable not in (PUBLIC, REAL) else {}
+    row |= {"dataset": run.dataset, "conditioning": run.conditioning, "seed": run.seed, "trainable": trainable}
+    return row | {
+        "features": judge.features,
+        "n": len(judge.private),
+        "n_test": len(judge.test),
+        "n_samples": judge.config.n_samples,
+    }
+
+
+def _generate(judge: Judge, tuned: Tuned, seed: int) -> Tensor:
+    draw = generator("dp samples", seed)
+    return sample(judge.base, tuned, judge.asked(), generator=draw, steps=judge.config.sample_steps)
+
+
+def _membership(judge: Judge, tuned: Tuned) -> float:
+    """Return the AUC of membership inference among as many members as others."""
+    n = min(len(judge.private), len(judge.test))
+    return round(membership_auc(judge.base, tuned, judge.private.subset(range(n)), judge.test, draws=8), 4)
+
+
+def _judged(judge: Judge, images: Tensor, seed: int) -> dict[str, float]:
+    asked = judge.asked()
+    labels = torch.tensor([int(one) for one in asked]) if judge.classes and not isinstance(asked, int) else None
+    return judge.judge(images, labels, seed)
