@@ -12,11 +12,12 @@ from torch import Tensor
 
 import splitlab.inversion
 from splitlab.errors import InputError
-from splitlab.federated import InversionKnowledge, Update, UpdateTruth, pixel_unet, share, training_loss
+from splitlab.federated import InversionKnowledge, Update, UpdateTruth, noised, pixel_unet, share, training_loss
 from splitlab.inversion.baselines import dlg, inverting_gradients, variation
 from splitlab.inversion.gidm import gidm, gidm_plus
 from splitlab.inversion.known_noise import known_noise
 from splitlab.inversion.matching import DISTANCES, Matcher, layer_weights
+from splitlab.inversion.noisy_inputs import find_noisy
 from splitlab.inversion.optimise import lbfgs
 from splitlab.inversion.patches import Layer, SpanTest, choose_layers, find_layers
 from splitlab.inversion.problem import Problem
@@ -24,7 +25,7 @@ from splitlab.inversion.residual import solve_residual, tail
 from splitlab.inversion.tape import Tape
 from splitlab.inversion.unknown_noise import unknown_noise
 from splitlab.metrics import mse
-from splitlab.update_defences import Clip, TopK, protect
+from splitlab.update_defences import Clip, Quantise, Soteria, TopK, protect, share_protected
 
 SIZE = 8
 SCHEDULE = torch.linspace(0.9999, 0.98, 1000).cumprod(0)
@@ -148,6 +149,17 @@ def test_the_patch_test_is_zero_at_the_truth_only() -> None:
     swapped = test.losses(lambda x: problem.predict(x, truth.timesteps, both), noisy.flip(0), both)
     assert right.max() < 1e-6
     assert swapped.min() > 1e-2
+
+
+def test_a_defended_update_starts_until_two_starts_agree() -> None:
+    """Its test is nowhere 0, and one start alone may have ended in a false minimum."""
+    updates, known, truth = _case(2)
+    problem = Problem([protect(update, Quantise(8), generator=tiny.draw(0)) for update in updates], known)
+    found = find_noisy(problem, truth.timesteps, generator=tiny.draw(1), n_starts=12, n_evals=150)
+    assert found is not None
+    assert found.value.min() > 1e-6
+    assert 4 <= found.starts < 12
+    assert mse(found.noisy, noised(SCHEDULE, truth.clean, truth.noise, truth.timesteps)).max() < 0.02
 
 
 def test_layers_with_more_positions_than_outputs_are_not_tested() -> None:
@@ -330,3 +342,12 @@ def test_withheld_entries_do_not_count():
     sparse = [protect(update, TopK(0.5), generator=tiny.draw(0)) for update in updates]
     value, _ = Matcher(Problem(sparse, known)).from_clean(known.noise)(truth.clean.flatten(1))
     assert value.max() < 1e-9
+
+
+def test_the_residual_leaves_withheld_entries_out():
+    _, known, truth = _case(1)
+    told = {"alphas_cumprod": SCHEDULE, "generator": tiny.draw(0)}
+    pruned = share_protected(MODEL, truth, Soteria(0.5), **told)
+    assert pruned.gradients["conv_out.weight"].flatten(2).abs().sum((0, 2)).eq(0).sum() == 16
+    found = unknown_noise(pruned, replace(known, noise=None), generator=tiny.draw(1))
+    assert mse(found.clean, truth.clean).max() < 1e-3
