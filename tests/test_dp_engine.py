@@ -8,7 +8,7 @@ from torch import nn
 
 from splitlab.base import Base
 from splitlab.dp import engine
-from splitlab.dp.conditioning import Denoiser, denoiser, make_conditioning
+from splitlab.dp.conditioning import TextEmbedder, denoiser, make_conditioning
 from splitlab.dp.engine import clip_and_sum, clipped_sum, norms, private_gradient
 from splitlab.dp.federated import private_update
 from splitlab.dp.trainable import TRAINABLE, check_optimizer, mark_trainable, merge_lora, transformers_of
@@ -46,7 +46,7 @@ def inputs_of(conditions: torch.Tensor, *, double: bool = True, seed: int = 0):
     return latents, conditions, torch.randint(1000, (n,), generator=draw), noise
 
 
-def looped(model: Denoiser, inputs) -> dict[str, torch.Tensor]:
+def looped(model: nn.Module, inputs) -> dict[str, torch.Tensor]:
     """Per-sample gradients the slow way: one backward pass per sample, no hooks, nothing shared."""
     parameters = engine.trainable_parameters(model)
     rows = []
@@ -94,6 +94,12 @@ def test_a_text_model_called_as_pipelines_do_has_no_gradient_per_sample(base: Ba
     ids = torch.randint(5, (3, base.tokenizer.model_max_length), generator=tiny.draw())
     with pytest.raises(InputError, match=r"position_embedding.*no per-sample gradient for 3 samples"):
         hooked(Plain(), (ids,))
+
+    class Ours(Plain):
+        def forward(self, ids):
+            return TextEmbedder(self.encoder)(ids).square().mean((1, 2))
+
+    assert relative_error(hooked(Ours(), (ids,)), looped(Ours(), (ids,))) < 1e-5
 
 
 def test_hooks_leave_the_model_as_it_was(base: Base):

@@ -98,6 +98,27 @@ def test_the_accountant_counts_every_step_of_the_optimiser(
     assert record["epsilon"] == epsilon([PrivacyEvent(**record["events"][0])], 0.01, accountant="rdp")
 
 
+def test_every_steps_noise_is_its_own(base: Base, private: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Noise that comes again cancels in a difference of two releases."""
+    noises, original = [], module.release
+
+    def noted(total, *arguments, expected_batch, generator):
+        released = original(total, *arguments, expected_batch=expected_batch, generator=generator)
+        noises.append(torch.cat([(released[n] * expected_batch - g).flatten() for n, g in total.items()]))
+        return released
+
+    monkeypatch.setattr(module, "release", noted)
+    settings = config(private, steps=5)
+    with pytest.raises(Interrupt):
+        run(base, private, tmp_path, settings, callback=interrupted_at(2))
+    run(base, private, tmp_path, settings)
+    run(base, private, tmp_path, replace(settings, seed=1))
+    together = torch.corrcoef(torch.stack(noises)).fill_diagonal_(0)
+    assert len(noises) == 10
+    assert together.abs().max() < 6 / math.sqrt(len(noises[0]))
+    assert noises[0].std() == pytest.approx(settings.max_grad_norm * settings.noise_multiplier, rel=0.05)
+
+
 def test_what_was_spent_before_counts_as_well(base: Base, private: ImageSet, tmp_path: Path):
     history = (PrivacyEvent("gaussian", 2.0, 0.5, 3, "add_remove_one"),)
     settings = config(private)
