@@ -1,5 +1,7 @@
 """Is a private sample recognised from image and hint together? Scoring only: it needs the truth."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -31,21 +33,25 @@ def identified_by_both(
 
 
 def identified_by_likelihood(
-    views: list[tuple[Float[Tensor, "n ..."], Float[Tensor, " n"], Float[Tensor, "m ..."]]],
+    views: Sequence[tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"], Float[Tensor, "m r c h w"]]],
     line_up: Int[Tensor, "n k"],
 ) -> Bool[Tensor, " n"]:
     """Say whether the first of each line-up is the likeliest source of what was sent: the ceiling for every attack.
 
-    Nobody who has to choose among the line-up, all as likely before, can be right more often (Neyman & Pearson): it is
-    the attacker who holds the private candidates themselves, so it bounds the catalogue from above.
+    Nobody who has to choose among a line-up, all as likely before, can be right more often (Bayes' rule errs least).
+    It is the attacker who holds the private candidates themselves, so it bounds the catalogue from above.
 
     Args:
-        views: (what is left of the messages, the standard deviations of its white noise, the noiseless values of all
-            private samples), for image and for hint.
+        views: (what is left of the messages, the standard deviations of its white noise, what every private sample
+            would leave without noise), for image and hint. With r > 1, a sample leaves one of r variants, as likely
+            each, the same for all views (or r = 1 where a view does not depend on it).
         line_up: positions of private samples, the own one first.
     """
-    total = torch.zeros(line_up.shape, dtype=torch.float64)
+    total = torch.zeros(*line_up.shape, 1, dtype=torch.float64)
     for view, std, private in views:
-        distances = torch.cdist(view.flatten(1).double(), private.flatten(1).double()).square().gather(1, line_up)
-        total += distances / (2 * std.double().square()[:, None])
-    return total[:, 0] < total[:, 1:].min(1).values
+        flat = private.flatten(0, 1).flatten(1).double()
+        squares = torch.cdist(view.flatten(1).double(), flat).square().unflatten(1, private.shape[:2])
+        chosen = squares.gather(1, line_up[..., None].expand(-1, -1, private.shape[1]))
+        total = total - chosen / (2 * std.double().square()[:, None, None])
+    likelihood = total.logsumexp(2)
+    return likelihood[:, 0] > likelihood[:, 1:].max(1).values

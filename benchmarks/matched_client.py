@@ -1,0 +1,190 @@
+"""What hint protection costs and stops: control after training, identification by image, hint and both.
+
+`python benchmarks/matched_client.py [--steps 900] [--seeds 3] [--only NAME ...] [--attacks-only]` trains every setting
+of `SETTINGS` with S1's split on shapes, once per seed, and attacks one message for each of 100 private images with the
+strongest attacks of the catalogue. Everything is cached below `.cache/matched_client`, so that it can be interrupted
+and repeated; the table goes to `reports/metrics/matched_client.csv`.
+
+`id_*`: share identified among the 100, by image, hint and both (`splitlab.identification`), n = 100 x `KEYS` draws of
+all noise. `id_*_ideal`: the same by whoever holds the 100 candidates and weighs them by Bayes, a ceiling for every
+attack. `control_iou` is at control scale 1, `control_iou_amplified` at `AMPLIFIED`; no control is 0.26 or less, the VAE
+0.97.
+"""
+
+import argparse
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+from splitlab import CACHE, ROOT, Defences, TrainConfig, load, load_base
+from splitlab.attacks import run_attack
+from splitlab.attacks.channel import labelled, latent_view
+from splitlab.attacks.closed_form import hint_latents, public_hints
+from splitlab.base import encoded
+from splitlab.checkpoint import load_json, save_json
+from splitlab.controlnet import LatentHintControlNet, control_pipeline
+from splitlab.data import digest
+from splitlab.identification import identified_by_both, identified_by_likelihood
+from splitlab.metrics import disc_iou, identified, psnr_db
+from splitlab.recolour import VARIANTS, recolour, recoloured
+from splitlab.seeds import generator
+from splitlab.split import client_send
+from splitlab.train import make_clients, train
+from splitlab.types import Knowledge
+from splitlab.wire import from_bytes
+
+MATCHED = Defences(feature_noise=1.0, matched=True, hide_prompts=True)
+HIGH = replace(MATCHED, timestep_floor=800)
+COARSE = replace(HIGH, coarse_hints=3)
+
+# name -> the client's defences, and whether it recolours its images in secret first
+SETTINGS = {
+    "none": (Defences(), False),
+    "matched-0.3": (Defences(feature_noise=0.3, matched=True), False),
+    "matched-1": (Defences(feature_noise=1.0, matched=True), False),
+    "naive-0.3": (Defences(feature_noise=0.3), False),
+    "floor-800": (HIGH, False),
+    "hint-4": (replace(HIGH, hint_noise=4.0), False),
+    "coarse": (COARSE, False),
+    "coarse-1.2": (replace(COARSE, hint_noise=1.2), False),
+    "coarse-1.8": (replace(COARSE, hint_noise=1.8), False),
+    "coarse-2.5": (replace(COARSE, hint_noise=2.5), False),
+    "coarse-1.8-once": (
+        replace(COARSE, hint_noise=1.8, feature_noise=7.0, noise_once=True, timestep_floor=600, latent_norm=36.0),
+        False,
+    ),
+    "strict": (replace(COARSE, hint_noise=2.5, feature_noise=2.0), False),
+    "recoloured-1.8": (replace(COARSE, hint_noise=1.8), True),
+    "recoloured-2.5": (replace(COARSE, hint_noise=2.5), True),
+    "recoloured-700-2.5": (replace(COARSE, hint_noise=2.5, timestep_floor=700), True),
+}
+ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
+N, KEYS = 100, 3
+AMPLIFIED = 3.0
+FOLDER = CACHE / "matched_client"
+TABLE = ROOT / "reports/metrics/matched_client.csv"
+
+
+def private_set(hidden):
+    data = load(ROOT / "data/private/shapes.zip")
+    return recoloured(data, key="private") if hidden else data
+
+
+def trained(name, steps, seed, base):
+    """Train one cell, or read what was trained before: control IoU at scale 1 and amplified."""
+    defences, hidden = SETTINGS[name]
+    config = TrainConfig(defences=defences, steps=steps, seed=seed, record_messages=1)
+    out = FOLDER / f"{name}-{digest({'config': config, 'base': base.digest, 'hidden': hidden})[:12]}"
+    if not (out / "record.json").exists():
+        heldout = load(ROOT / "data/heldout/shapes.zip")
+        train(name, config, base, private_set(hidden), heldout, out=out, cache=CACHE)
+    if not (out / "amplified.json").exists():
+        model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
+        asked = load(ROOT / "data/heldout/shapes.zip").subset(range(config.eval_samples))
+        with torch.no_grad():
+            pictures = control_pipeline(base, model)(
+                prompt=list(asked.prompts),
+                image=(asked.hints + 1) / 2,
+                height=asked.size,
+                width=asked.size,
+                num_inference_steps=25,
+                guidance_scale=2.0,
+                generator=generator(seed, "generate"),
+                controlnet_conditioning_scale=AMPLIFIED,
+                output_type="pt",
+            ).images
+        save_json(out / "amplified.json", {"control_iou": disc_iou(pictures * 2 - 1, asked.hints).mean().item()})
+    return load_json(out / "record.json")["control_iou"], load_json(out / "amplified.json")["control_iou"]
+
+
+def attacked(name, base):
+    """Attack one message per private image; rows of attacks, strongest first, with the ideal attacker's shares."""
+    defences, hidden = SETTINGS[name]
+    facts = {"defences": defences, "hidden": hidden, "base": base.digest, "attacks": ATTACKS, "n": N, "keys": KEYS}
+    path = FOLDER / f"attacks-{name}-{digest(facts)[:12]}.json"
+    if path.exists():
+        return load_json(path)["rows"]
+    private, sent = load(ROOT / "data/private/shapes.zip").subset(range(N)), []
+    indices = []
+    for key in range(KEYS):
+        config = TrainConfig(defences=defences, batch_size=N // 2, seed=key)
+        own = recoloured(private, key=("private", key)) if hidden else private
+        (client,) = make_clients(base, own, config, cache=CACHE)
+        for step in range(2):
+            message, truth = client_send(client, step, N // 2)
+            sent.append(from_bytes(message))
+            indices.append(truth.indices)
+    public = load(ROOT / "data/public/shapes.zip")
+    public = recoloured(public, key="public") if hidden else public
+    knowledge = Knowledge(base, "split", defences, private.size, public, cache=CACHE)
+    truth = torch.cat(indices)
+    others = torch.stack([torch.cat([torch.tensor([i]), torch.tensor([j for j in range(N) if j != i])]) for i in truth])
+    ideal = ideal_shares(sent, knowledge, private, hidden, others)
+    rows = []
+    for attack, options in ATTACKS.items():
+        found = run_attack(attack, sent, knowledge, generator=generator("attack", attack), options=options)
+        scores = {
+            "id_image": identified(found.images, private.images, others),
+            "id_hint": identified(found.hints, private.hints, others),
+            "id_both": identified_by_both(found.images, found.hints, private.images, private.hints, others),
+        }
+        row = {key: value.float().mean().item() for key, value in scores.items()}
+        psnr = psnr_db(found.images, private.images[truth]).mean().item()
+        rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": len(truth)})
+    rows.sort(key=lambda row: -row["id_worst"])
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    save_json(path, {"rows": rows})
+    return rows
+
+
+def ideal_shares(sent, knowledge, private, hidden, line_up):
+    """Identification by whoever holds the candidates: by image, hint and both."""
+    seen, base = labelled(sent, knowledge), knowledge.base
+    view, std = latent_view(seen, knowledge)
+    data = encoded(base, private, cache=CACHE)
+    variants = range(len(VARIANTS)) if hidden else (0,)
+    gallery = torch.stack([base.encode(recolour(private.images, one)) for one in variants], 1)
+    hints = hint_latents(seen, sent, knowledge)
+    noise = torch.full((len(hints),), max(knowledge.defences.hint_noise, 0.01))
+    image = (view, std.flatten().clamp_min(0.01), gallery)
+    hint = (hints, noise, public_hints(data.hint_latents, knowledge)[:, None])
+    ways = {"image": [image], "hint": [hint], "both": [image, hint]}
+    return {f"id_{k}_ideal": identified_by_likelihood(v, line_up).float().mean().item() for k, v in ways.items()}
+
+
+def row_of(name, base, args):
+    defences, hidden = SETTINGS[name]
+    row = {"setting": name, "defences": str(defences) + (" recoloured" if hidden else ""), "steps": args.steps}
+    ious = [] if args.attacks_only else [trained(name, args.steps, seed, base) for seed in range(args.seeds)]
+    for place, column in enumerate(("control_iou", "control_iou_amplified")):
+        values = pd.Series([one[place] for one in ious], dtype=float)
+        row |= {column: values.mean(), f"{column}_std": values.std(ddof=0)}
+    strongest = attacked(name, base)[0]
+    return row | {"n_seeds": len(ious), "id_chance": 1 / N} | strongest
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--attacks-only", action="store_true")
+    args = parser.parse_args()
+    base = load_base(ROOT / "models/base")
+    known = pd.read_csv(TABLE).to_dict("records") if TABLE.exists() else []
+    rows = {row["setting"]: row for row in known if row["setting"] in SETTINGS}
+    for name in args.only:
+        new = row_of(name, base, args)
+        if args.attacks_only and name in rows:
+            new |= {key: value for key, value in rows[name].items() if key.startswith("control") or key == "n_seeds"}
+        rows[name] = new
+        table = pd.DataFrame([rows[key] for key in SETTINGS if key in rows]).round(4)
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(TABLE, index=False, lineterminator="\n")
+        print(pd.Series(new).to_string(), flush=True)
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

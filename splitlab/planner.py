@@ -1,0 +1,198 @@
+"""How much noise is enough? The mildest setting that meets a target in measured attacks, and the ε it really buys."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from splitlab.config import Defences, parse
+from splitlab.errors import InputError
+from splitlab.privacy import composed_mu, gdp_epsilon, message_events
+
+IDENTIFICATION = ("id_top1", "hint_id_top1", "id_image", "id_hint", "id_both", "both_id_top1")
+"""Columns that say which share of samples an attack identified, by image, hint or both, in the tables there are."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was measured about one setting.
+
+    Attributes:
+        defences: the clients'.
+        identification: the largest share identified, over attacks, timestep buckets, image, hint and both.
+        attack: the attack that did.
+        psnr_db: the largest mean PSNR of recovered images, over attacks and buckets; NaN where none was measured.
+        control_iou: control after training; NaN where it was not measured.
+    """
+
+    defences: Defences
+    identification: float
+    attack: str
+    psnr_db: float
+    control_iou: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting that meets the target, and the guarantee that comes with it, however weak.
+
+    Attributes:
+        setting: as measured; its defences carry the bound (`latent_norm`) that the guarantee needs.
+        messages: how often a run sends each image.
+        delta: δ.
+        mu_message, epsilon_message: of one message, image and hint together (μ-GDP; ε at δ); infinite where the image
+            or the hint is sent without noise.
+        mu_run, epsilon_run: of the whole run.
+    """
+
+    setting: Setting
+    messages: int
+    delta: float
+    mu_message: float
+    epsilon_message: float
+    mu_run: float
+    epsilon_run: float
+
+    def __str__(self) -> str:
+        """Say it in words that claim no more than was measured and proved."""
+        one, defences = self.setting, self.setting.defences
+        control = "" if math.isnan(one.control_iou) else f" Control IoU {one.control_iou:.2f}."
+        prompt = "" if defences.hide_prompts else " The prompt is sent as it is and covered by neither."
+        return (
+            f"{defences}: the strongest attack measured ({one.attack}) identifies {one.identification:.0%} from one "
+            f"message.{control} As differential privacy, for replacing an image and its hint, of norm up to "
+            f"{defences.latent_norm:g}: per message μ = {self.mu_message:.1f}, ε = {self.epsilon_message:.4g}; per run "
+            f"of {self.messages} messages per image μ = {self.mu_run:.1f}, ε = {self.epsilon_run:.4g} "
+            f"(δ = {self.delta:g}). Beyond the attacks measured, nothing but that ε is guaranteed.{prompt}"
+        )
+
+
+def defences_from(text: str) -> Defences:
+    """Read defences as tables name them, the inverse of `str(Defences(...))`.
+
+    Raises:
+        InputError: the text names no defences.
+    """
+    values: dict[str, object] = {}
+    kinds = {f.name: f.type for f in fields(Defences)}
+    for word in text.split() if text != "none" else ():
+        name, _, value = word.partition("=")
+        if kinds.get(name) in (int, "int"):
+            values[name] = int(float(value))
+        elif value:
+            try:
+                values[name] = float(value)
+            except ValueError:
+                raise InputError(f"defences {text!r}: {value!r} is no number; write them as tables do") from None
+        else:
+            values[name] = True
+    return parse(Defences, values, where=f"defences {text!r}")
+
+
+def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list[Setting]:
+    """Gather per setting the strongest attack over all rows of a table.
+
+    Args:
+        attacks: `split_attacks.csv`, a row per attack and timestep bucket, or `matched_client.csv`; of one data set.
+        utility: `utility.csv`, for control where the table has none.
+
+    Raises:
+        InputError: the table has no column that says who was identified.
+    """
+    columns = [name for name in IDENTIFICATION if name in attacks]
+    if not columns:
+        raise InputError(f"the table identifies nobody: it needs one of the columns {', '.join(IDENTIFICATION)}")
+    found = []
+    for text, rows in attacks.groupby("defences", sort=False):
+        try:
+            defences = defences_from(str(text))
+        except InputError:
+            continue  # a set-up with more to it than defences on messages
+        worst = rows[columns].max(axis=1).reset_index(drop=True)
+        if worst.isna().all():
+            continue
+        place = int(worst.argmax())
+        psnr = rows["psnr_db"].max() if "psnr_db" in rows else math.nan
+        found.append(
+            Setting(defences, float(worst.iloc[place]), str(rows["attack"].iloc[place]), float(psnr), _control(rows))
+        )
+    if utility is None:
+        return found
+    control = utility.groupby("defences")["control_iou"].mean().to_dict()
+    return [replace(one, control_iou=float(control.get(str(one.defences), one.control_iou))) for one in found]
+
+
+def _control(rows: pd.DataFrame) -> float:
+    return float(rows["control_iou"].max()) if "control_iou" in rows else math.nan
+
+
+def plan(
+    settings: Sequence[Setting],
+    alphas_cumprod: Float[Tensor, " T"],
+    *,
+    norm: float,
+    delta: float,
+    messages: int,
+    identification: float = math.inf,
+    psnr_db: float = math.inf,
+) -> Plan:
+    """Propose the setting of best control, or else of least noise, under which no attack measured exceeds the target.
+
+    Only settings that were measured are proposed; nothing is extrapolated.
+
+    Args:
+        settings: what was measured (`measured`).
+        alphas_cumprod: ᾱ of the noise schedule.
+        norm: L2 norm to which the client is to bound latents and hint latents (`latent_norm`); `public_norm` gives one
+            that costs nothing. A setting that was measured with a bound of its own keeps that.
+        delta: δ of the guarantee, below 1 / number of images.
+        messages: how often a run sends each image: epochs.
+        identification: largest share that the strongest attacker may identify, by image, hint or both.
+        psnr_db: largest mean PSNR that it may reach.
+
+    Raises:
+        InputError: there is no target, or no setting meets it.
+    """
+    if math.isinf(identification) and math.isinf(psnr_db):
+        raise InputError("plan for what? give identification, psnr_db or both")
+    if not norm > 0 or messages < 1:
+        raise InputError(f"norm must be above 0 and messages 1 or more, got {norm} and {messages}")
+    fit = [one for one in settings if one.identification <= identification and _no_clearer(one, psnr_db)]
+    if not fit:
+        closest = min(settings, key=lambda one: one.identification, default=None)
+        best = f"the safest, {closest.defences}, leaves {closest.identification:.0%}" if closest else "there are none"
+        raise InputError(f"no setting measured meets identification <= {identification:g}, PSNR <= {psnr_db:g}: {best}")
+    plans = [_plan(one, alphas_cumprod, norm, delta, messages) for one in fit]
+    return max(plans, key=lambda one: (_known(one.setting.control_iou), min(one.mu_message, 1e9)))
+
+
+def _no_clearer(one: Setting, psnr_db: float) -> bool:
+    """A target on PSNR is not met by a setting without one."""
+    return math.isinf(psnr_db) or one.psnr_db <= psnr_db
+
+
+def _known(value: float) -> float:
+    return -1.0 if math.isnan(value) else value
+
+
+def _plan(one: Setting, alphas_cumprod: Tensor, norm: float, delta: float, messages: int) -> Plan:
+    defences = replace(one.defences, latent_norm=one.defences.latent_norm or norm)
+    mus = [_mu(defences, alphas_cumprod, n) for n in (1, messages)]
+    epsilons = [gdp_epsilon(mu, delta) for mu in mus]
+    return Plan(replace(one, defences=defences), messages, delta, mus[0], epsilons[0], mus[1], epsilons[1])
+
+
+def _mu(defences: Defences, alphas_cumprod: Tensor, messages: int) -> float:
+    """Return μ of image and hint together; infinite where either is sent without noise, or the image twice."""
+    if not defences.feature_noise or not defences.hint_noise or defences.independent_draws:
+        return math.inf
+    return composed_mu(message_events(defences, alphas_cumprod, messages=messages))
+
+
+def public_norm(latents: Float[Tensor, "n c h w"], hint_latents: Float[Tensor, "n c h w"]) -> float:
+    """Return the largest norm of public latents and hint latents: a bound that hardly ever scales anything down."""
+    return max(float(torch.linalg.vector_norm(part.flatten(1), dim=1).max()) for part in (latents, hint_latents))
