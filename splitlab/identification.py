@@ -33,7 +33,7 @@ def identified_by_both(
 
 
 def identified_by_likelihood(
-    views: Sequence[tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"], Float[Tensor, "m r c h w"]]],
+    views: Sequence[tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"], Float[Tensor, "m _ c h w"]]],
     line_up: Int[Tensor, "n k"],
 ) -> Bool[Tensor, " n"]:
     """Say whether the first of each line-up is the likeliest source of what was sent: the ceiling for every attack.
@@ -43,8 +43,8 @@ def identified_by_likelihood(
 
     Args:
         views: (what is left of the messages, the standard deviations of its white noise, what every private sample
-            would leave without noise), for image and hint. With r > 1, a sample leaves one of r variants, as likely
-            each, the same for all views (or r = 1 where a view does not depend on it).
+            would leave without noise, `[m, r, c, h, w]`), for image and hint. With r > 1, a sample leaves one of r
+            variants, as likely each, the same for all views (or r = 1 where a view does not depend on it).
         line_up: positions of private samples, the own one first.
     """
     total = torch.zeros(*line_up.shape, 1, dtype=torch.float64)

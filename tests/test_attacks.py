@@ -12,10 +12,10 @@ from splitlab import checkpoint, metrics
 from splitlab.artefacts import load_reconstruction
 from splitlab.attacks import ATTACKS, NO_INFORMATION, attack_and_save, attack_transcript, make_knowledge, run_attack
 from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
-from splitlab.attacks.closed_form import estimate_fixed_noise
+from splitlab.attacks.closed_form import estimate_fixed_noise, hint_latents
 from splitlab.base import Base, encoded, load_base
 from splitlab.config import AttackSpec, Defences, TrainConfig
-from splitlab.controlnet import symsigmoid
+from splitlab.controlnet import low_frequencies, symsigmoid
 from splitlab.data import ImageSet, load
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
@@ -316,3 +316,39 @@ def test_an_attacker_can_be_denied_what_defences_are_on(shipped: Base, public: I
     knowledge = make_knowledge(transcript, shipped, public, ignore=("defences",))
     assert knowledge.defences == Defences()
     assert dict(knowledge.describe(transcript.observations, ()))["knows the defences"] == "no"
+
+
+PROTECTED = Defences(timestep_floor=800, feature_noise=1.0, matched=True, hint_noise=1.0, coarse_hints=3)
+
+
+@pytest.mark.parametrize("defences", [Defences(coarse_hints=3), Defences(coarse_hints=3, symsigmoid=True)], ids=str)
+def test_what_coarse_hints_keep_is_solved_for(
+    shipped: Base, public: ImageSet, victims: ImageSet, defences: Defences
+) -> None:
+    transcript, truth = record(shipped, victims, defences)
+    knowledge = make_knowledge(transcript, shipped, public)
+    found = hint_latents(labelled(transcript.observations, knowledge), transcript.observations, knowledge)
+    wanted = low_frequencies(encoded(shipped, victims).hint_latents[truth.indices], 3)
+    assert (torch.as_tensor(found) - wanted).abs().max() < 1e-2
+    assert wanted.abs().max() > 1
+
+
+def test_noised_hints_are_guessed_from_public_ones_and_never_from_themselves(
+    shipped: Base, public: ImageSet, victims: ImageSet
+) -> None:
+    transcript, truth = record(shipped, victims, PROTECTED)
+    wanted = victims.hints[truth.indices]
+    found = {
+        name: attack_transcript(transcript, attack=name, base=shipped, public=public, options=options)
+        for name, options in (("closed_form", {}), ("posterior", {}), ("nearest_public", {}), ("mean_public", {}))
+    }
+    psnr_of = {name: metrics.psnr_db(torch.as_tensor(one.hints), wanted).mean().item() for name, one in found.items()}
+    assert psnr_of["posterior"] > psnr_of["mean_public"] + 0.3
+    assert psnr_of["posterior"] > psnr_of["closed_form"] + 2.0
+    line_up = metrics.line_ups(len(victims), truth.indices, 100, tiny.draw())
+    hits = {n: metrics.identified(torch.as_tensor(o.hints), victims.hints, line_up) for n, o in found.items()}
+    names = {name: own.float().mean().item() for name, own in hits.items()}
+    assert names["nearest_public"] > 0.08  # chance is 0.01, and 128 samples miss it by 0.01
+    assert names["nearest_public"] > names["closed_form"]
+    share = found["nearest_public"].objective
+    assert max(share) < 0.9  # were a public sample among its own candidates, it would always be recognised
