@@ -142,6 +142,7 @@ def test_shadow_models_are_trained_on_their_half_once(base: Base, tmp_path: Path
     losses, member = shadow_losses(run, base, data, **how, callback=lambda what, *_: trained.append(what))
     assert losses.shape == member.shape == (4, 8)
     assert len(trained) == 8, "two steps for each of four models"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "models are not kept"
     again, _ = shadow_losses(run, base, data, **how, callback=lambda what, *_: trained.append(what))
     assert len(trained) == 8
     assert torch.equal(losses, again)

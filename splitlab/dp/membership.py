@@ -6,6 +6,7 @@ likelihood ratio with shadow models (LiRA, Carlini et al. 2022).
 """
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -274,6 +275,7 @@ def shadow_losses(
             finetune(f"shadow-{key}", run, base, data, out=folder / key, cache=folder, callback=callback)
             losses = log_losses(base, load_tuned(folder / key), pool, draws=draws)
             checkpoint.save(path, {"losses": losses}, {})
+            shutil.rmtree(folder / key)
         found.append(checkpoint.load(path)[0]["losses"])
     return torch.stack(found), member
 
