@@ -34,6 +34,9 @@ class Extraction:
 def insert(private: ImageSet, canary: ImageSet, times: int) -> ImageSet:
     """Return the private data with one canary in it `times` times.
 
+    (ε, δ) is a guarantee per sample. What is in the data r times is a group of r, and is promised about r ε only
+    (Dwork & Roth 2014, thm 2.2).
+
     Raises:
         InputError: it is not one image, or of another size, or `times` is negative.
     """
