@@ -20,6 +20,7 @@ from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
+from splitlab.identification import identified_by_both
 from splitlab.params import load_split
 from splitlab.seeds import generator
 from splitlab.train import control_scores
@@ -36,6 +37,7 @@ ATTACK_COLUMNS = (
     *("run", "dataset", "defences", "attack", "knowledge", "t_low", "t_high", "n", "n_seeds", "psnr_db", "psnr_db_std"),
     *("ssim", "mse", "id_top1", "id_chance", "ceiling_psnr_db", "no_info_psnr_db"),
     *("psnr_db_seed_std", "hint_psnr_db", "hint_iou", "hint_id_top1", "prompt_exact", "n_evals", "cpu_s"),
+    "both_id_top1",
 )
 
 
@@ -99,8 +101,9 @@ def score_samples(
         chosen: positions of the samples to score, the others are NaN; None: all.
 
     Returns `mse`, `psnr_db`, `ssim`, `identified` where the attack recovers images; `hint_psnr_db`, `hint_identified`
-    and, if `localise`, `hint_iou` where it recovers hints; `prompt_exact` where it recovers prompts; each `[n]`.
-    Where samples were mixed, `place` says which reconstruction each is judged by.
+    and, if `localise`, `hint_iou` where it recovers hints; `both_identified` where it recovers both; `prompt_exact`
+    where it recovers prompts; each `[n]`. Where samples were mixed, `place` says which reconstruction each is judged
+    by.
 
     Raises:
         InputError: the reconstruction has another number of samples than the truth.
@@ -122,6 +125,10 @@ def score_samples(
         if localise:
             masks = (torch.stack([metrics.outline_mask(hint) for hint in group]) for group in (found, hints))
             scores["hint_iou"] = metrics.iou(*masks)
+    if result.images is not None and result.hints is not None:
+        pictures = result.images[judged], result.hints[judged]
+        line_up = _line_up(own, len(private), config)
+        scores["both_identified"] = identified_by_both(*pictures, private.images, private.hints, line_up)
     if result.prompts is not None:
         pairs = zip(judged.tolist(), own.tolist(), strict=True)
         scores["prompt_exact"] = torch.tensor([result.prompts[i] == private.prompts[j] for i, j in pairs])
@@ -156,9 +163,11 @@ def best_order(saved: SavedReconstruction, known: RunTruth) -> Tensor:
 
 def _identified(found: Tensor, indices: Tensor, gallery: Tensor, config: EvaluateConfig) -> Tensor:
     """Pick each image's nearest among a line-up of private images, the same line-up for every attack."""
-    size = min(config.candidates, len(gallery))
-    line_up = metrics.line_ups(len(gallery), indices, size, generator("line-up", config.seed))
-    return metrics.identified(found, gallery, line_up)
+    return metrics.identified(found, gallery, _line_up(indices, len(gallery), config))
+
+
+def _line_up(indices: Tensor, n: int, config: EvaluateConfig) -> Tensor:
+    return metrics.line_ups(n, indices, min(config.candidates, n), generator("line-up", config.seed))
 
 
 def attack_rows(
@@ -202,6 +211,7 @@ def attack_rows(
                     "hint_psnr_db": mean.get("hint_psnr_db"),
                     "hint_iou": mean.get("hint_iou"),
                     "hint_id_top1": mean.get("hint_identified"),
+                    "both_id_top1": mean.get("both_identified"),
                     "prompt_exact": mean.get("prompt_exact"),
                     "n_evals": first.result.n_evals,
                 }
@@ -315,7 +325,7 @@ def evaluate_all(
         rows += evaluate_run(run, found, base, split(dataset), config, out=out, every=every)
     training_table, attack_table = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
     metrics.mkdir(parents=True, exist_ok=True)
-    judged = verdicts(attack_table, read_table(utility) if utility else None)
+    judged = verdicts(attack_table, read_table(utility) if utility else None, base.alphas_cumprod)
     frames = {"training": training_table, "split_attacks": attack_table, "split_verdicts": judged}
     for name, frame in (frames | {"ablations": ablations(attack_table, refused)}).items():
         frame.to_csv(metrics / f"{name}.csv", index=False, lineterminator="\n")

@@ -25,6 +25,9 @@ ADJACENCIES = {"add_remove_one": 1.0, "replace_one": 2.0}
 PRECISION = 0.004
 """What the PRV accountant may overstate ε by, as a share of ε: half a per cent is below any other uncertainty."""
 
+FINEST = 1e-4
+"""The smallest error in ε that is asked of the PRV accountant: a finer grid over many steps outgrows memory."""
+
 PRV_LIMIT = 100.0
 """Above this ε the PRV accountant's grid outgrows memory; the RDP bound, valid and loose by some 10 %, stands in."""
 
@@ -90,6 +93,11 @@ def noise_multiplier_for(
         raise InputError(f"the target epsilon must be above 0 and finite, got {target_epsilon}; raise it")
     if steps < 1:
         raise InputError(f"steps must be 1 or more, got {steps}")
+    if target_epsilon < FINEST and accountant == "prv":
+        raise InputError(
+            f"epsilon {target_epsilon:g} is unreachable by the prv accountant, which resolves no less than {FINEST:g}: "
+            "raise epsilon"
+        )
     event = PrivacyEvent("gaussian", 1.0, sample_rate, steps, "add_remove_one")
 
     def excess(log_sigma: float) -> float:
@@ -281,7 +289,7 @@ def _prv(history: list[tuple[float, float, int]], delta: float, upper: float) ->
     """Return the PRV accountant's upper bound; its grid is refined until the error allowed is small against ε."""
     accountant = PRVAccountant()
     accountant.history = history
-    error = upper * PRECISION
+    error = max(upper * PRECISION, FINEST)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # as in `_rdp`, which sizes the grid
         while True:
@@ -290,9 +298,9 @@ def _prv(history: list[tuple[float, float, int]], delta: float, upper: float) ->
             except (RuntimeError, ValueError):  # the grid is too coarse or δ too small for double precision
                 return upper
             found = min(max(found, 0.0), upper)
-            if error <= 2 * PRECISION * found or error <= 1e-4:
+            if error <= max(2 * PRECISION * found, FINEST):
                 return found
-            error = max(found * PRECISION, error / 8)
+            error = max(found * PRECISION, error / 8, FINEST)
 
 
 def _check_delta(delta: float) -> None:

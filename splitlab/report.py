@@ -45,6 +45,7 @@ class Material:
         threat_models: for each attacked run, the (what, value) rows saved with its strongest attack.
         timings: for each run, its `timing.json`.
         bases: for each run, the digest of the public base model it was trained with.
+        privacy: for each run, what its record says it may claim.
         figures: folder of the pictures.
         metrics: folder of the tables.
         surveyed: the attack table's rows of the survey of defences.
@@ -55,6 +56,7 @@ class Material:
     threat_models: Mapping[str, Mapping[str, str]]
     timings: Mapping[str, Mapping[str, Any]]
     bases: Mapping[str, str]
+    privacy: Mapping[str, Mapping[str, Any]]
     figures: Path
     metrics: Path
     surveyed: pd.DataFrame
@@ -89,12 +91,14 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     for run in trained.dropna(subset=["control_iou"])["run"]:
         overlap = control_per_image(runs / run, shapes=True)
         control[str(run)] = len(overlap), float(overlap.std() / len(overlap) ** 0.5)
+    records = {str(run): load_json(runs / run / "record.json") for run in trained["run"]}
     sent = {run: tuple(rows.get("receives", "").split(", ")) for run, rows in models.items()}
     material = Material(
         evidence=Evidence(training, attacks, sent, control),
         threat_models=models,
         timings={str(run): load_json(runs / run / "timing.json") for run in trained["run"]},
-        bases={str(run): str(load_json(runs / run / "record.json")["base"]) for run in trained["run"]},
+        bases={run: str(record["base"]) for run, record in records.items()},
+        privacy={run: record["privacy"] for run, record in records.items()},
         figures=figures,
         metrics=metrics,
         surveyed=every[~every["run"].isin(trained["run"])],
@@ -150,7 +154,7 @@ def in_words(defences: str) -> str:
 
 def runs_table(material: Material) -> HTML:
     """List the training runs."""
-    columns = {"run": "name", "data": "", "scheme": "", "defences": "", "clients": "number", "steps": "number"}
+    columns = {"run": "name", "data": "", "scheme": "", "defences": "", "clients": "number", "steps": "number", "ε": ""}
     rows = [
         (
             html.escape(row["run"]),
@@ -159,10 +163,18 @@ def runs_table(material: Material) -> HTML:
             html.escape(in_words(row["defences"])),
             number(row["n_clients"]),
             number(row["steps"]),
+            _claimed(material.privacy[row["run"]]),
         )
         for _, row in material.trained.iterrows()
     ]
     return lay_out(columns, {"": rows})
+
+
+def _claimed(privacy: Mapping[str, Any]) -> str:
+    """Print the ε that a run has earned over all its messages of an image, or why it has none."""
+    if privacy["epsilon"] is None:
+        return f"none: {html.escape(privacy['why'])}"
+    return f"{privacy['epsilon']:,.1f} at δ = {privacy['delta']:g}"
 
 
 def threat_models(material: Material) -> HTML:

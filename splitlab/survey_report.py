@@ -1,6 +1,7 @@
 """The report's part on the survey: which set-up is safe, attack family by attack family, and what each attack needs."""
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from IPython.display import HTML, Markdown
 
 from splitlab.attacks import NO_INFORMATION
 from splitlab.claims import percent
+from splitlab.guarantees import DELTA
 from splitlab.report import DASH, Material, figure, in_words, lay_out, number
 from splitlab.verdicts import STOPPED, SURVEY, pooled
 from splitlab.words import FIELD_WORDS, attack_label
@@ -103,13 +105,15 @@ FAMILIES = (
 def verdict_table(material: Material) -> HTML:
     """Answer, defence by defence: does it stop the paper's attackers, does it stop those that adapt, at what cost?"""
     columns = {"defence, and why": "says", "stops the paper's": "", "stops adaptive": "", "strongest attack": ""}
-    columns |= dict.fromkeys(("PSNR, dB", "top-1", "worst bucket", "hint top-1", "control IoU"), "number")
+    columns |= dict.fromkeys(("PSNR, dB", "top-1", "worst bucket", "hint top-1", "both", "control IoU"), "number")
     groups = {html.escape(str(data)): map(_verdict_row, _records(own)) for data, own in _by_dataset(material.verdicts)}
     rule = (
         f"Stopped: in no timestep bucket does an attack identify more than {STOPPED:.0f} times chance. The paper's "
         "attackers know neither the noise they are sent nor which defences are on, and are judged by the image; those "
-        "that adapt know both, and are judged by image and hint. Top-1 and PSNR are the strongest attack's over all "
-        "timesteps that the client draws, the worst bucket any attack's. What guessing gets stands below the families."
+        "that adapt know both, and are judged by image, by hint, and by both together. Top-1 and PSNR are the "
+        "strongest attack's over all timesteps that the client draws, the worst bucket any attack's. What guessing "
+        f"gets stands below the families. An ε (δ = {DELTA:g}, another image in its place) is stated only where a "
+        "defence owns both the bound and the noise; it is that of one message, and messages of later epochs compose."
     )
     return HTML(f'{lay_out(columns, groups).data}<p class="note">{rule}</p>')
 
@@ -125,7 +129,7 @@ def _by_dataset(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def _verdict_row(row: dict[str, object]) -> Sequence[str]:
     name, words = html.escape(str(row["setting"])), in_words(str(row["defences"]).replace("none", ""))
     return (
-        f"<b>{name}</b> <small>({html.escape(words)})<br>{html.escape(str(row['reason']))}</small>",
+        f"<b>{name}</b> <small>({html.escape(words)})<br>{html.escape(str(row['reason']))}<br>{_claim(row)}</small>",
         _yes(row["stops_paper_attacks"]),
         _yes(row["stops_adaptive"]),
         html.escape(attack_label(str(row["strongest_attack"]))),
@@ -133,8 +137,17 @@ def _verdict_row(row: dict[str, object]) -> Sequence[str]:
         _share(row["id_top1"]),
         _share(row["id_worst"]),
         _share(row["hint_id_top1"]),
+        _share(row["both_id_top1"]),
         number(row["control_iou"], 2),
     )
+
+
+def _claim(row: dict[str, object]) -> str:
+    """Print the ε that a defence has earned, or why it has none."""
+    value = float(str(row["epsilon_message"]))
+    if math.isnan(value):
+        return f"no ε: {html.escape(str(row['why_no_epsilon']))}"
+    return f"ε of one message: {value:,.1f}"
 
 
 def _share(value: object) -> str:

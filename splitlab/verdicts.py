@@ -1,16 +1,21 @@
 """Which defence is safe? Per defence: the strongest attacker, what it gets, what control is left, and why."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from splitlab.attacks import NO_INFORMATION
+from splitlab.config import Defences, TrainConfig
+from splitlab.guarantees import guarantee, read_defences
 
 VERDICT_COLUMNS = (
     *("defences", "strongest_attack", "psnr_db", "ssim", "id_top1", "control_iou", "eval_loss"),
     *("stops_paper_attacks", "stops_adaptive", "reason", "dataset", "setting", "id_worst", "worst_t_low"),
     *("paper_attack", "paper_id_worst", "hint_attack", "hint_id_top1", "id_chance", "n", "n_seeds"),
+    *("both_id_top1", "epsilon_message", "why_no_epsilon"),
 )
 
 STOPPED = 10.0
@@ -38,20 +43,22 @@ WHY = {
 }
 
 
-def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None) -> pd.DataFrame:
+def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod: Tensor | None = None) -> pd.DataFrame:
     """Judge every defence of the survey.
 
     Args:
         attacks: the attack table.
         utility: the survey's table of what each defence costs (`splitlab.survey.UTILITY_COLUMNS`), or None.
+        alphas_cumprod: `[T]` ᾱ of the noise schedule, to say which ε one message buys; None: do not.
 
     Returns one row per surveyed run, in the order of `utility`. `strongest_attack` identifies most private images over
     all the timesteps that the client draws (PSNR decides between equals), and `psnr_db`, `ssim`, `id_top1` are its;
     `id_worst` is the highest identification by any attack in any one timestep bucket. `stops_adaptive` also asks that
-    no recovered hint identifies.
+    no recovered hint identifies, nor image and hint together. `epsilon_message` is the ε of one message (δ:
+    `splitlab.guarantees.DELTA`), where the defences own both a bound and a noise; else `why_no_epsilon` says why not.
     """
     rows = [
-        _verdict(str(run), own, utility)
+        _verdict(str(run), own, utility) | _claimed(own, alphas_cumprod)
         for run, own in attacks[attacks["run"].str.startswith(SURVEY)].groupby("run", sort=False)
     ]
     if utility is not None:
@@ -65,7 +72,7 @@ def pooled(rows: pd.DataFrame) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for attack, own in rows[~rows["attack"].isin(NO_INFORMATION)].groupby("attack", sort=False):
         weights = own["n"] / own["n"].sum()
-        columns = ("psnr_db", "ssim", "id_top1", "hint_id_top1", "prompt_exact")
+        columns = ("psnr_db", "ssim", "id_top1", "hint_id_top1", "prompt_exact", "both_id_top1")
         pool: dict[str, Any] = {name: float((own[name] * weights).sum(min_count=len(own))) for name in columns}
         worst = own.sort_values("id_top1", ascending=False, kind="stable", na_position="last").to_dict("records")[0]
         pool |= {"id_worst": _number(worst["id_top1"]), "worst_t_low": worst["t_low"], "attack": attack}
@@ -80,18 +87,20 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
     every = pooled(rows)
     best, worst = every[0], max(every, key=lambda one: (one["id_worst"], -_place(one["attack"])))
     hint = max(every, key=lambda one: _number(one["hint_id_top1"]))
+    both = max(_number(one["both_id_top1"]) for one in every)
     papers = [one for one in every if one["attack"].endswith(PAPER)]
     verdict: dict[str, Any] = {
         "defences": defences,
         "strongest_attack": best["attack"],
         **{name: best[name] for name in ("psnr_db", "ssim", "id_top1", "n", "n_seeds")},
-        "stops_adaptive": max(worst["id_worst"], _number(hint["hint_id_top1"])) <= STOPPED * chance,
+        "stops_adaptive": max(worst["id_worst"], _number(hint["hint_id_top1"]), both) <= STOPPED * chance,
         "dataset": dataset,
         "setting": run.removeprefix(f"{SURVEY}{dataset}-"),
         "id_worst": worst["id_worst"],
         "worst_t_low": worst["worst_t_low"],
         "hint_attack": hint["attack"],
         "hint_id_top1": hint["hint_id_top1"],
+        "both_id_top1": both,
         "id_chance": chance,
     }
     if papers:
@@ -102,6 +111,20 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
         same = utility[(utility["dataset"] == dataset) & (utility["defences"] == defences)]
         verdict |= {name: same[name].mean() for name in ("control_iou", "eval_loss") if len(same)}
     return verdict | {"reason": _reason(verdict, worst)}
+
+
+def _claimed(rows: pd.DataFrame, alphas_cumprod: Tensor | None) -> dict[str, Any]:
+    """Say which ε one message buys, or why none."""
+    if alphas_cumprod is None:
+        return {}
+    once = TrainConfig(scheme="split", steps=1, batch_size=1, defences=_one_sample(str(rows["defences"].iloc[0])))
+    found = guarantee(once, alphas_cumprod, n=1)
+    return {"epsilon_message": found.epsilon if found.events else None, "why_no_epsilon": found.why}
+
+
+def _one_sample(words: str) -> Defences:
+    """Return defences without what needs several samples; it earns no ε."""
+    return replace(read_defences(words), key_mixing=0, patch_shuffle=0, fresh_keys=False)
 
 
 def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> pd.DataFrame:
@@ -150,6 +173,8 @@ def _reason(verdict: dict[str, Any], worst: dict[str, Any]) -> str:
         return f"{plain} identifies {verdict['id_worst']:.0%} at {where}: {why}"
     if _number(verdict["hint_id_top1"]) > limit:
         return f"the image is hidden, but the hint is recovered and identifies {verdict['hint_id_top1']:.0%}"
+    if verdict["both_id_top1"] > limit:
+        return f"neither image nor hint identifies, but the two together do: {verdict['both_id_top1']:.0%}"
     return (
         f"no attack identifies more than {verdict['id_worst']:.0%} by image or hint (chance {verdict['id_chance']:.0%})"
     )

@@ -1,5 +1,6 @@
 """A whole project in small, for the tests of figures and report: data, runs, reconstructions, scores and tables."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from splitlab.attacks import attack_and_save
 from splitlab.base import Base, load_base
 from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
+from splitlab.dp.figures import draw_dp_figures
+from splitlab.dp.finetune import DPConfig
+from splitlab.dp.survey import DPCell, DPSurveyConfig, dp_survey
 from splitlab.evaluate import evaluate_all
 from splitlab.figures import draw_figures
 from splitlab.generate import write_split
@@ -167,4 +171,31 @@ def make_updates(config: UpdateConfig, base: Base, data: dict[str, ImageSet], ro
     out = root / "metrics" / "gradient_attacks.csv"
     table = evaluate_updates(config, base, lambda _, split: data[split], out=out, **folders)
     draw_update_figures(config, table, out=root / "figures-updates", **folders)
+    return table
+
+
+CLASSES = ("red circle with blue background", "blue circle with red background")
+
+
+def two_classes(n: int, seed: int) -> ImageSet:
+    """Return n shapes, every other one called by either class's prompt."""
+    data = tiny.small_set(n, seed=seed)
+    return ImageSet(data.images, data.hints, CLASSES * (n // 2), data.sources, f"{data.digest}{seed}")
+
+
+def private_survey() -> DPSurveyConfig:
+    """Return a grid of private fine-tunings that takes seconds."""
+    few = {"steps": 2, "batch_size": 8, "from_block": 0, "delta": 1e-3, "max_grad_norm": 1.0}
+    cells = (DPCell("attention", (math.inf, 1.0)), DPCell("unet", (1.0,)), DPCell("lora", (1.0,), grids=("full",)))
+    common = DPConfig(dataset="tiny", classes=CLASSES, **few)
+    return DPSurveyConfig(common=common, cells=cells, seeds=2, n_samples=80, sample_steps=2, classifier_steps=5)
+
+
+def make_private(base: Base, root: Path) -> pd.DataFrame:
+    """Fine-tune, judge and draw `private_survey` below `root`; return the table."""
+    splits = {"private": two_classes(80, 0), "private-test": two_classes(70, 1), "public": two_classes(40, 2)}
+    table, pictures = dp_survey(private_survey(), base, lambda dataset, split: splits[split], cache=root / "cache")
+    (root / "metrics").mkdir(parents=True, exist_ok=True)
+    table.to_csv(root / "metrics" / "dp.csv", index=False)
+    draw_dp_figures(table, pictures, out=root / "figures-dp")
     return table

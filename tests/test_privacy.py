@@ -207,3 +207,8 @@ def test_message_events_need_bound_and_noise_for_the_image_and_for_its_hint():
     for missing in ({"latent_norm": 0.0}, {"hint_noise": 0.0}, {"feature_noise": 0.0, "matched": False}):
         with pytest.raises(InputError, match="no ε"):
             message_events(replace(whole, **missing), tiny.ALPHAS)
+
+
+def test_a_target_below_what_the_accountant_resolves_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="resolves no less than"):
+        noise_multiplier_for(1e-9, delta=0.01, sample_rate=1 / 3, steps=100_000)

@@ -2,10 +2,12 @@
 
 import pandas as pd
 import pytest
+import tiny
 
 from splitlab.verdicts import ABLATION_COLUMNS, VERDICT_COLUMNS, ablations, pooled, verdicts
 
 QUIET = {"psnr_db": 11.0, "ssim": 0.3, "id_top1": 0.02, "hint_id_top1": None, "prompt_exact": None}
+QUIET |= {"both_id_top1": None}
 
 
 def row(attack: str, t_low: int = 0, **changes: object) -> dict:
@@ -15,7 +17,7 @@ def row(attack: str, t_low: int = 0, **changes: object) -> dict:
 
 
 def judge(*rows: dict, utility: pd.DataFrame | None = None) -> pd.Series:
-    frame = verdicts(pd.DataFrame(rows), utility)
+    frame = verdicts(pd.DataFrame(rows), utility, tiny.ALPHAS)
     assert list(frame.columns) == list(VERDICT_COLUMNS)
     assert len(frame) == 1
     return frame.iloc[0]
@@ -48,6 +50,22 @@ def test_a_hint_that_identifies_fails_the_defence_but_not_the_papers_attacks():
     assert found["stops_paper_attacks"]
     assert found["hint_attack"] == "closed_form"
     assert "the hint is recovered and identifies 95%" in found["reason"]
+
+
+def test_image_and_hint_that_identify_only_together_fail_the_defence():
+    found = judge(row("adaptive_network", hint_id_top1=0.05, both_id_top1=0.4))
+    assert not found["stops_adaptive"]
+    assert found["reason"] == "neither image nor hint identifies, but the two together do: 40%"
+
+
+def test_an_epsilon_is_claimed_only_where_bound_and_noise_are_owned():
+    bare = judge(row("closed_form", defences="feature_noise=1 matched hint_noise=2 hide_prompts"))
+    assert pd.isna(bare["epsilon_message"])
+    assert "without a bound" in bare["why_no_epsilon"]
+    bound = judge(row("closed_form", defences="latent_norm=8 feature_noise=1 matched hint_noise=2 hide_prompts"))
+    assert bound["epsilon_message"] > 1
+    assert bound["why_no_epsilon"] == ""
+    assert "no noise" in judge(row("closed_form", defences="key_mixing=16 hide_prompts"))["why_no_epsilon"]
 
 
 def test_the_papers_attackers_are_those_without_label_and_defences():
