@@ -39,6 +39,7 @@ from splitlab.inversion.problem import Problem
 from splitlab.inversion.unknown_noise import unknown_noise
 from splitlab.metrics import mse, ssim
 from splitlab.seeds import generator
+from splitlab.update_scores import matched
 
 ALPHAS = DDPMScheduler().alphas_cumprod
 
@@ -94,8 +95,9 @@ def measure(
         updates, known, truth = cases(seed)
         result = attack(updates, known, generator=generator("attack", seed), **options)
         wanted = truth.clean if truth.images is None else truth.images
-        similar.append(ssim(result.images, wanted))
-        errors.append(mse(result.images, wanted))
+        images = matched(result.images, wanted, len(wanted) // len(updates))
+        similar.append(ssim(images, wanted))
+        errors.append(mse(images, wanted))
         evals.append(result.n_evals)
         cpu += result.cpu_s / len(wanted)
     values = torch.cat(similar)
@@ -191,6 +193,9 @@ def main() -> None:
     def sixteen(seed: int, rel: float = 0.0) -> Any:
         return case(root, seed=seed, n=n, size=16, t=100, channels=(32, 64), rel=rel)
 
+    def thirtytwo(seed: int) -> Any:
+        return case(root, seed=seed, n=n, size=32, t=250, channels=(32, 64, 64))
+
     def trained(name: str, attack: Callable[..., Any], t: int, **arguments: Any) -> dict[str, Any]:
         made = partial(base_case, root, options.base, n=n, t=t)
         return measure(f"{name}, trained base, t={t}", attack, lambda s: made(seed=s), seeds, **arguments)
@@ -200,12 +205,7 @@ def main() -> None:
             no_information(root, 16, n),
             measure("unknown, 16, t=100", unknown_noise, sixteen, seeds),
         ),
-        "unknown32": lambda: measure(
-            "unknown, 32, t=250",
-            unknown_noise,
-            lambda s: case(root, seed=s, n=n, size=32, t=250, channels=(32, 64, 64)),
-            seeds,
-        ),
+        "unknown32": lambda: measure("unknown, 32, t=250", unknown_noise, thirtytwo, seeds),
         "pair": lambda: measure(
             "unknown, 16, t=250, 2 images per update",
             unknown_noise,
@@ -221,12 +221,13 @@ def main() -> None:
             measure(f"unknown, 16, rel={rel}", unknown_noise, lambda s, r=rel: sixteen(s, r), seeds, fit_evals=40)
             for rel in (1e-4, 1e-3, 1e-2, 1e-1)
         ],
-        "known32": lambda: measure(
-            "known, 32, t=250",
-            known_noise,
-            lambda s: case(root, seed=s, n=n, size=32, t=250, channels=(32, 64)),
-            seeds,
-        ),
+        "known32": lambda: [
+            measure(f"known, 32, t=250, {name}", known_noise, thirtytwo, seeds, **arguments)
+            for name, arguments in {
+                "from patches": {"start": "patches", "n_evals": 20},
+                "random start": {"n_evals": 200},
+            }.items()
+        ],
         "contrast": lambda: contrast(sixteen, seeds, n, options.budget),
         "speed": lambda: [
             speed(root, size=16, channels=(32, 64), n=8),
