@@ -93,7 +93,7 @@ def noise_multiplier_for(
         raise InputError(f"the target epsilon must be above 0 and finite, got {target_epsilon}; raise it")
     if steps < 1:
         raise InputError(f"steps must be 1 or more, got {steps}")
-    if target_epsilon < FINEST and accountant == "prv":
+    if target_epsilon < FINEST and accountant == "prv" and sample_rate < 1:
         raise InputError(
             f"epsilon {target_epsilon:g} is unreachable by the prv accountant, which resolves no less than {FINEST:g}: "
             "raise epsilon"

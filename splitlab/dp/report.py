@@ -164,7 +164,7 @@ def table(material: DPMaterial) -> HTML:
             (
                 html.escape(WORDS.get(str(trainable), str(trainable))),
                 number(mean["n_trainable"]),
-                ("∞" if math.isinf(float(target)) else f"{target:g}") if trainable != REAL else "–",
+                ("∞" if math.isinf(float(str(target))) else f"{target:g}") if trainable != REAL else "–",
                 number(mean["noise_multiplier"] if generated else None, 2),
                 percent(float(mean["downstream_acc"])),
                 number(own["downstream_acc"].std(), 3),

@@ -3,8 +3,9 @@
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from splitlab import checkpoint
 from splitlab.base import Base
 from splitlab.data import ImageSet, digest
+from splitlab.dp.audit import audit
 from splitlab.dp.conditioning import labels_of
 from splitlab.dp.evaluate import Classifier, frechet_distance, train_classifier
 from splitlab.dp.finetune import DPConfig, finetune
@@ -87,15 +89,12 @@ class DPSurveyConfig:
     @property
     def runs(self) -> dict[str, DPConfig]:
         """The grid's runs by name."""
-        chosen = [cell for cell in self.cells if self.grid in cell.grids]
-        return {
-            f"{cell.trainable}-{epsilon:g}-{seed}": replace(
-                self.common, **({"trainable": cell.trainable, "epsilon": float(epsilon), "seed": seed} | cell.options)
-            )
-            for cell in chosen
-            for epsilon in cell.epsilons
-            for seed in range(self.seeds)
-        }
+        found = {}
+        for cell in (cell for cell in self.cells if self.grid in cell.grids):
+            for epsilon, seed in product(cell.epsilons, range(self.seeds)):
+                own: dict[str, Any] = {"trainable": cell.trainable, "epsilon": float(epsilon), "seed": seed}
+                found[f"{cell.trainable}-{epsilon:g}-{seed}"] = replace(self.common, **(own | cell.options))
+        return found
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,7 @@ def _one(name: str, run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str
         row = _row(judge, run, run.trainable) | {key: record[key] for key in ("n_trainable", "epsilon", "sample_rate")}
         row |= {"noise_multiplier": record["noise_multiplier"], **_judged(judge, images, run.seed)}
         row |= {"mia_auc": _membership(judge, tuned), "step_s": round(step_s, 3)}
+        row |= {"audit_epsilon_lb": _audited(run, record)}
         row |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
         checkpoint.save(folder / "shown.safetensors", {"images": images[:10]}, {})
         checkpoint.save_json(done, row)
@@ -235,6 +235,15 @@ def _membership(judge: Judge, tuned: Tuned) -> float:
     """Return the AUC of membership inference among as many members as others."""
     n = min(len(judge.private), len(judge.test))
     return round(membership_auc(judge.base, tuned, judge.private.subset(range(n)), judge.test, draws=8), 4)
+
+
+def _audited(run: DPConfig, record: Mapping[str, Any]) -> float | None:
+    """Return the lower bound on ε of canaries under the run's own mechanism; None where nothing is claimed."""
+    if not record["noise_multiplier"]:
+        return None
+    same = {name: record[name] for name in ("sample_rate", "steps", "delta")}
+    found = audit(record["noise_multiplier"], multiplicity=run.multiplicity, seed=run.seed, **same)
+    return round(found.lower_bound, 4)
 
 
 def _judged(judge: Judge, images: Tensor, seed: int) -> dict[str, float]:
