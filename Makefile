@@ -8,9 +8,8 @@ export TQDM_MININTERVAL := 5
 # DVC and the hub client ask nobody for updates or statistics.
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Idle threads spin briefly, then sleep: endless spinning made a step up to 20 times slower on a busy machine, and
-# sleeping at once left one of two cores idle (docs/measurements.md).
-export GOMP_SPINCOUNT ?= 100000
+# Idle threads sleep: spinning made a step up to 20 times slower on a busy machine (docs/measurements.md).
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: report test lab setup data lint reproducible data-regenerate clean
 .DEFAULT_GOAL := report

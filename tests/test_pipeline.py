@@ -11,6 +11,7 @@ import yaml
 
 from splitlab.attacks import ATTACKS
 from splitlab.config import SENDING, AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.dp.survey import DPSurveyConfig
 from splitlab.errors import InputError
 from splitlab.params import load_params, load_split, section
 from splitlab.paths import ROOT
@@ -100,6 +101,9 @@ def test_every_section_of_the_parameter_file_parses() -> None:
     updates = parse(UpdateConfig, params["updates"], where="updates")
     assert updates.cells
     assert replace(updates, grid="full").cells
+    private = parse(DPSurveyConfig, params["dp"], where="dp")
+    assert private.runs
+    assert len(replace(private, grid="full").runs) > len(private.runs)
     runs = {name: parse(TrainConfig, run, where=name) for name, run in params["runs"].items()}
     for run, specs in params["attacks"].items():
         assert runs[run].scheme in SENDING
