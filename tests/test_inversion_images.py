@@ -162,6 +162,14 @@ def test_a_defended_update_starts_until_two_starts_agree() -> None:
     assert mse(found.noisy, noised(SCHEDULE, truth.clean, truth.noise, truth.timesteps)).max() < 0.02
 
 
+def test_an_exact_update_is_not_settled_by_false_minima() -> None:
+    """Starts cut short agree on nothing in particular: only an update that cannot reach 0 may take that for an end."""
+    updates, known, truth = _case(2)
+    found = find_noisy(Problem(updates, known), truth.timesteps, generator=tiny.draw(1), n_starts=6, n_evals=2)
+    assert found is not None
+    assert found.starts == 6
+
+
 def test_layers_with_more_positions_than_outputs_are_not_tested() -> None:
     assert not Layer("wide", 0, positions=65, width=288, outputs=64).is_spanned(1)
     assert Layer("wide", 0, positions=64, width=288, outputs=64).is_spanned(1)

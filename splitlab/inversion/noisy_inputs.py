@@ -40,13 +40,13 @@ def find_noisy(
     n_evals: int = 400,
     n_starts: int = 8,
     goal: float = 1e-6,
-    margin: float = 40.0,
+    margin: float | None = None,
 ) -> NoisyInputs | None:
     """Find the noisy input of every sample, by L-BFGS from random starts; None if no shared layer allows the test.
 
     Samples that are not at `goal`, or that copy another sample of their update, start again; what the samples found so
-    far account for is then left out of the test. A defence's noise keeps the test off 0, also at the truth: there a
-    sample is settled when two of at least four starts have ended at its smallest value.
+    far account for is then left out of the test. Rounding or a defence's noise keep the test off 0, also at the truth:
+    there a sample is settled when two of at least four starts have ended at its smallest value.
 
     Args:
         problem: the updates.
@@ -57,8 +57,11 @@ def find_noisy(
         n_starts: starts per sample at most.
         goal: what counts as found: below it a sample makes no further start.
         margin: layers are added until they state this many times as many equations as unknowns. A few layers together
-            have far fewer false minima than the first alone (one start in five found a latent with 10, all with 40).
+            have far fewer false minima than the first alone (one start in five found a latent with 10, all with 40);
+            several images fill a deeper layer's rows to the last and are found more exactly without it. None: 40 for
+            one image per update, else 10.
     """
+    margin = margin or (40.0 if problem.batch == 1 else 10.0)
     probe = torch.zeros(1, *problem.shape)
     first = torch.zeros(1, dtype=torch.int64)
     available = find_layers(
@@ -89,7 +92,7 @@ def find_noisy(
             twice[sample] = again or (twice[sample] and bool(reached > value[sample]))
             if reached < value[sample] and not _is_copy(sample, point, best, value, owners, goal):
                 best[sample], value[sample] = point, reached
-        settled = twice & (starts >= 4)
+        settled = twice & (starts >= 4 and problem.is_inexact)
     return NoisyInputs(best.reshape(-1, *problem.shape), value, tuple(layer.name for layer in layers), starts)
 
 

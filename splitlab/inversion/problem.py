@@ -93,6 +93,13 @@ class Problem:
         """Whether the client's defence, which is public, zeroes entries of the update."""
         return any(word in self.updates[0].defence for word in ("TopK", "Soteria"))
 
+    @property
+    def is_inexact(self) -> bool:
+        """Whether rounding or a defence, which is public, keeps the update from being a float32 gradient."""
+        update = self.updates[0]
+        rounded = any(value.dtype != torch.float32 for value in update.gradients.values())
+        return rounded or update.kind != "gradient" or update.defence != "none"
+
     def _count_samples(self) -> int:
         for name in ("timesteps", "noise"):
             value = getattr(self.knowledge, name)
