@@ -30,7 +30,7 @@ def unknown_noise(
     callback: Callback | None = None,
     start: str = "patches",
     n_evals: int = 400,
-    n_starts: int = 8,
+    n_starts: int = 16,
     n_iterations: int = 200,
     fit_evals: int = 0,
     stages: int = 1,
