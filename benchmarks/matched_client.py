@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load, load_base
+from splitlab.artefacts import read_table
 from splitlab.attacks import run_attack
 from splitlab.attacks.channel import labelled, latent_view
 from splitlab.attacks.closed_form import hint_latents, public_hints
@@ -55,6 +56,7 @@ SETTINGS = {
         False,
     ),
     "strict": (replace(COARSE, hint_noise=2.5, feature_noise=2.0), False),
+    "recoloured-two-1.2": (replace(HIGH, coarse_hints=2, hint_noise=1.2), True),
     "recoloured-1.8": (replace(COARSE, hint_noise=1.8), True),
     "recoloured-2.5": (replace(COARSE, hint_noise=2.5), True),
     "recoloured-700-2.5": (replace(COARSE, hint_noise=2.5, timestep_floor=700), True),
@@ -172,7 +174,7 @@ def main():
     parser.add_argument("--attacks-only", action="store_true")
     args = parser.parse_args()
     base = load_base(ROOT / "models/base")
-    known = pd.read_csv(TABLE).to_dict("records") if TABLE.exists() else []
+    known = read_table(TABLE).to_dict("records") if TABLE.exists() else []
     rows = {row["setting"]: row for row in known if row["setting"] in SETTINGS}
     for name in args.only:
         new = row_of(name, base, args)
