@@ -263,3 +263,25 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool)):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
     return float(value) if hint is float else value
+
+
+def read_defences(text: str) -> Defences:
+    """Read defences as tables name them, the inverse of `str(Defences(...))`.
+
+    Raises:
+        InputError: the text names no defences.
+    """
+    values: dict[str, object] = {}
+    kinds = {f.name: f.type for f in fields(Defences)}
+    for word in text.split() if text != "none" else ():
+        name, _, value = word.partition("=")
+        if kinds.get(name) in (int, "int"):
+            values[name] = int(float(value))
+        elif value:
+            try:
+                values[name] = float(value)
+            except ValueError:
+                raise InputError(f"defences {text!r}: {value!r} is no number; write them as tables do") from None
+        else:
+            values[name] = True
+    return parse(Defences, values, where=f"defences {text!r}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.config import Defences, TrainConfig
+from splitlab.config import TrainConfig
 from splitlab.errors import InputError
 from splitlab.privacy import epsilon, message_events
 from splitlab.types import PrivacyEvent
@@ -65,19 +65,3 @@ def guarantee(config: TrainConfig, alphas_cumprod: Float[Tensor, " T"], *, n: in
 def messages_per_image(config: TrainConfig, n: int) -> int:
     """Return how often the image that is sent most often is sent, with `n` samples in all."""
     return math.ceil(config.steps * config.batch_size / n)
-
-
-def read_defences(words: str) -> Defences:
-    """Return the defences that a table's cell names (`str(Defences)`).
-
-    Raises:
-        InputError: the cell names something else.
-    """
-    values: dict[str, float | int | bool] = {}
-    try:
-        for word in words.split() if words != "none" else []:
-            name, _, level = word.partition("=")
-            values[name] = type(getattr(Defences(), name))(float(level)) if level else True
-        return Defences(**values)  # type: ignore[arg-type]
-    except (AttributeError, ValueError, TypeError):
-        raise InputError(f"defences {words!r} cannot be read; evaluate again") from None

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.config import Defences, parse
+from splitlab.config import Defences, read_defences
 from splitlab.errors import InputError
 from splitlab.privacy import composed_mu, gdp_epsilon, message_events
 
@@ -71,28 +71,6 @@ class Plan:
         )
 
 
-def defences_from(text: str) -> Defences:
-    """Read defences as tables name them, the inverse of `str(Defences(...))`.
-
-    Raises:
-        InputError: the text names no defences.
-    """
-    values: dict[str, object] = {}
-    kinds = {f.name: f.type for f in fields(Defences)}
-    for word in text.split() if text != "none" else ():
-        name, _, value = word.partition("=")
-        if kinds.get(name) in (int, "int"):
-            values[name] = int(float(value))
-        elif value:
-            try:
-                values[name] = float(value)
-            except ValueError:
-                raise InputError(f"defences {text!r}: {value!r} is no number; write them as tables do") from None
-        else:
-            values[name] = True
-    return parse(Defences, values, where=f"defences {text!r}")
-
-
 def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list[Setting]:
     """Gather per setting the strongest attack over all rows of a table.
 
@@ -109,7 +87,7 @@ def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list
     found = []
     for text, rows in attacks.groupby("defences", sort=False):
         try:
-            defences = defences_from(str(text))
+            defences = read_defences(str(text))
         except InputError:
             continue  # a set-up with more to it than defences on messages
         worst = rows[columns].max(axis=1).reset_index(drop=True)

@@ -8,8 +8,8 @@ import pandas as pd
 from torch import Tensor
 
 from splitlab.attacks import NO_INFORMATION
-from splitlab.config import Defences, TrainConfig
-from splitlab.guarantees import guarantee, read_defences
+from splitlab.config import Defences, TrainConfig, read_defences
+from splitlab.guarantees import guarantee
 
 VERDICT_COLUMNS = (
     *("defences", "strongest_attack", "psnr_db", "ssim", "id_top1", "control_iou", "eval_loss"),

@@ -6,8 +6,7 @@ import pytest
 import tiny
 
 from splitlab.config import Defences, TrainConfig
-from splitlab.errors import InputError
-from splitlab.guarantees import guarantee, messages_per_image, read_defences
+from splitlab.guarantees import guarantee, messages_per_image
 from splitlab.privacy import gdp_epsilon, message_mu
 
 BOUNDED = {"latent_norm": 8.0, "feature_noise": 1.0, "matched": True, "hint_noise": 2.0, "hide_prompts": True}
@@ -55,10 +54,3 @@ def test_what_hides_nothing_claims_nothing() -> None:
 def test_messages_of_one_image_are_counted_up() -> None:
     assert messages_per_image(TrainConfig(steps=10, batch_size=20), 100) == 2
     assert messages_per_image(TrainConfig(steps=10, batch_size=20), 150) == 2
-
-
-def test_a_tables_words_are_read_back() -> None:
-    for defences in (Defences(), Defences(**BOUNDED), Defences(timestep_floor=200, half=True)):  # type: ignore[arg-type]
-        assert read_defences(str(defences)) == defences
-    with pytest.raises(InputError, match="cannot be read"):
-        read_defences("walls=3")

@@ -6,10 +6,10 @@ import tiny
 import torch
 
 from splitlab.artefacts import read_table
-from splitlab.config import Defences
+from splitlab.config import Defences, read_defences
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
-from splitlab.planner import Setting, defences_from, measured, plan, public_norm
+from splitlab.planner import Setting, measured, plan, public_norm
 from splitlab.privacy import gdp_delta
 
 HIDDEN = Defences(
@@ -28,13 +28,13 @@ ASKED = {"norm": 30.0, "delta": 1e-5, "messages": 29}
 
 @pytest.mark.parametrize("defences", [Defences(), HIDDEN, BARE, Defences(key_mixing=16, half=True, fixed_noise=0.1)])
 def test_defences_are_read_as_tables_write_them(defences: Defences):
-    assert defences_from(str(defences)) == defences
+    assert read_defences(str(defences)) == defences
 
 
 @pytest.mark.parametrize("text", ["magic", "feature_noise=much", "hide_prompts recoloured"])
 def test_what_names_no_defences_is_refused(text: str):
     with pytest.raises(InputError):
-        defences_from(text)
+        read_defences(text)
 
 
 def test_the_mildest_setting_that_meets_the_target_is_proposed():
