@@ -13,6 +13,7 @@ from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
 from splitlab.data import load
 from splitlab.evaluate import evaluate_run
 from splitlab.train import train
+from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
 from splitlab.wire import read_transcript
 
 S1 = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
@@ -21,6 +22,13 @@ RUNS = {
     "plain": FEW | {"scheme": "split"},
     "guarded": FEW | {"scheme": "split", "n_clients": 2, "defences": S1, "record_messages": 2},
     "central": FEW | {"scheme": "central"},
+}
+UPDATES = {
+    "images": 2,
+    "models": {"pixel": {"kind": "pixel", "size": 16, "channels": [32, 64]}},
+    "cases": [
+        {"model": "pixel", "dataset": "shapes", "attacks": [{"attack": "timesteps"}, {"attack": "unknown_noise"}]}
+    ],
 }
 ATTACKS = [
     {"attack": "mean_public", "seeds": 1},
@@ -39,7 +47,7 @@ def project(root: Path, base_path: Path) -> Path:
         "runs": RUNS,
         "attacks": dict.fromkeys(("plain", "guarded"), ATTACKS),
         "survey": {},
-        "updates": {},
+        "updates": UPDATES,
         "dp": {},
         "evaluate": {"candidates": 10},
     }
@@ -66,4 +74,7 @@ def project(root: Path, base_path: Path) -> Path:
         scores = root / "scores" / f"{run}.safetensors"
         config = EvaluateConfig(candidates=10)
         evaluate_run(root / "runs" / run, out, base, data["private"], config, out=scores)
+    updates, out = parse(UpdateConfig, UPDATES, where="updates"), root / "updates"
+    record_updates(updates, base, lambda _, split: data[split], out=out)
+    attack_updates(updates, base, lambda _, split: data[split], recorded=out, out=out / "inversions")
     return root

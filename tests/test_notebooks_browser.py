@@ -160,6 +160,16 @@ def test_a_live_attack_runs_and_joins_the_menu(visit: Visit):
     sync_api.expect(menu).to_have_value(re.compile("live: closed form"))
 
 
+def test_the_progress_slider_plays_an_inversion(visit: Visit):
+    page = visit.page
+    picture = page.locator("figure:has-text('below: reconstructed') img").last
+    result = picture.get_attribute("src")
+    assert result.startswith("data:image/png;base64,")
+    slider(page, "progress").focus()
+    page.keyboard.press("Home")
+    sync_api.expect(picture).not_to_have_attribute("src", result)
+
+
 def test_hiding_the_label_shows_at_once_in_the_playground(visit: Visit):
     page = visit.page
     page.get_by_label("noise label sent").click()
