@@ -59,7 +59,7 @@ def draw_strip(cell: Cell, recorded: Path, inversions: Path) -> Figure:
         chosen = torch.linspace(0, len(history) - 1, min(COLUMNS - 1, len(history))).round().long().tolist()
         counts = f"{saved.history[0][0]}–{saved.history[-1][0]}" if saved.history else str(saved.n_evals)
         shown = [history[index] for index in chosen]
-        label = f"{inversion_label(spec.attack, spec.grant)}\n{counts} evaluations"
+        label = f"{_lines(inversion_label(spec.attack, spec.grant))}\n{counts} evaluations"
         rows[label] = torch.stack([*shown, *[shown[-1]] * (COLUMNS - 1 - len(shown)), truth[0]])
     return show_images(rows)
 
@@ -72,7 +72,7 @@ def draw_cells(cells: list[Cell], recorded: Path, inversions: Path) -> Figure:
     blank = torch.ones(3, size, size)
     for cell in cells:
         rows.setdefault("private", []).append(pictures(truths[cell.name])[0])
-    names = {spec.name: inversion_label(spec.attack, spec.grant) for cell in cells for spec in cell.attacks}
+    names = {spec.name: _lines(inversion_label(spec.attack, spec.grant)) for cell in cells for spec in cell.attacks}
     for name, label in names.items():
         row = []
         for cell in cells:
@@ -87,6 +87,11 @@ def draw_cells(cells: list[Cell], recorded: Path, inversions: Path) -> Figure:
         title = cell.name.removeprefix(f"{cell.model}-").replace("-", "\n")
         axis.set_title(title, fontsize=7)
     return figure
+
+
+def _lines(label: str) -> str:
+    """Put what an attack is granted on a line of its own: beside one picture there is no room for more."""
+    return label.replace(" (", "\n(")
 
 
 def levels(table: pd.DataFrame) -> pd.DataFrame:

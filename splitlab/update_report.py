@@ -14,11 +14,16 @@ from splitlab.inversion.saved import NO_INFORMATION
 from splitlab.report import DASH, figure, lay_out, number
 from splitlab.words import inversion_label
 
-ALIKE, LOST = 0.9, 0.3
-"""SSIM from which a reconstruction is called near-identical, and up to which the image is called lost."""
+ALIKE = 0.9
+"""SSIM from which a reconstruction is called near-identical."""
 
 BLIND = ("the update", "text", "batch_size")
 """What an attacker knows who knows neither noise nor timestep."""
+
+
+def alike(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Say which rows are near-identical: SSIM of `ALIKE`, or what the VAE's own decoding reaches if that is less."""
+    return rows["ssim"] >= (0.99 * rows["ceiling_ssim"]).fillna(1.0).clip(upper=ALIKE)
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,11 @@ def conclusion(material: UpdateMaterial) -> Markdown:
             )
     images = material.images
     blind = images[(images["defence"] == "none") & images["knowledge"].isin(BLIND)]
-    best = blind.groupby("cell")["ssim"].max()
+    best = _best(blind)
     if len(best):
-        n = int((best >= ALIKE).sum())
         lines.append(
-            f"- **Images, noise unknown to the attacker**: near-identical (SSIM ≥ {ALIKE}) in {n} of "
-            f"{counted(len(best), 'undefended cell')}."
+            f"- **Images, noise unknown to the attacker**: near-identical (SSIM ≥ {ALIKE}, or as near as the VAE gets) "
+            f"in {int(alike(best).sum())} of {counted(len(best), 'undefended cell')}."
         )
     lines += _contrast(images[images["defence"] == "none"])
     return Markdown("\n".join(lines))
@@ -107,14 +111,16 @@ def claims_table(material: UpdateMaterial) -> HTML:
     """Set S2's claims against the measurements."""
     images, plain = material.images, material.plain
     undefended = images[images["defence"] == "none"]
-    known = undefended[undefended["knowledge"].str.contains("noise")]
+    granted = undefended[undefended["knowledge"].str.contains("noise")]["cell"]
+    known = undefended[undefended["cell"].isin(granted)]  # who is granted a fact may do without it
     blind = undefended[undefended["knowledge"].isin(BLIND)]
     columns = {"S2 says": "says", "we measured": "", "verdict": ""}
     rows = [
         _claim(
             "Noise and timestep known, images come back nearly identical from a shared gradient.",
             known,
-            f"Holds if the best attack reaches SSIM {ALIKE} in every cell; refuted if in none.",
+            f"Holds if in every cell the best attack reaches SSIM {ALIKE}, or 99 % of what the VAE's own decoding does "
+            "where that is less; refuted if in none.",
         ),
         _claim(
             "Noise and timestep unknown, they do so too (GIDM+).",
@@ -124,11 +130,13 @@ def claims_table(material: UpdateMaterial) -> HTML:
     ]
     times = plain[plain["attack"] == "timesteps"].dropna(subset=["timestep_exact"])
     exact = float(times["timestep_exact"].mean()) if len(times) else float("nan")
+    joint = plain[plain["attack"] == "gidm_plus"]["timestep_exact"].mean()
     rows.append(
         (
-            "The timestep can be optimised together with image and noise.",
-            f"It need not be: the time embedding's gradient tells it in closed form, exactly in {percent(exact)} of "
-            f"undefended updates ({counted(len(times), 'cell')}).<small>Holds if exact in all.</small>",
+            "The timestep, too, comes back from a shared gradient.",
+            f"The time embedding's gradient tells it in closed form, exactly in {percent(exact)} of undefended updates "
+            f"({counted(len(times), 'cell')}); GIDM+'s joint optimisation, from random starts, in "
+            f"{percent(float(joint))}.<small>Holds if the closed form is exact in all.</small>",
             _verdict(HOLDS if exact == 1.0 else PARTLY if exact > 0 else UNMEASURED),
         )
     )
@@ -136,8 +144,8 @@ def claims_table(material: UpdateMaterial) -> HTML:
 
 
 def _claim(says: str, rows: pd.DataFrame, rule: str) -> tuple[str, str, str]:
-    best = rows.loc[rows.groupby("cell")["ssim"].idxmax()] if len(rows) else rows
-    n = int((best["ssim"] >= ALIKE).sum())
+    best = _best(rows)
+    n = int(alike(best).sum())
     verdict = UNMEASURED if best.empty else HOLDS if n == len(best) else PARTLY if n else REFUTED
     entries = "".join(
         f"<li>{html.escape(str(row['cell']))}: {inversion_label(str(row['attack']))}, SSIM {row['ssim']:.2f}, "
@@ -145,6 +153,11 @@ def _claim(says: str, rows: pd.DataFrame, rule: str) -> tuple[str, str, str]:
         for _, row in best.iterrows()
     )
     return html.escape(says), f"<ul>{entries}</ul><small>{rule}</small>", _verdict(verdict)
+
+
+def _best(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of the largest SSIM of every cell."""
+    return rows.loc[rows.groupby("cell")["ssim"].idxmax()] if len(rows) else rows
 
 
 def _plus(rows: pd.DataFrame) -> str:

@@ -263,3 +263,8 @@ def gidm_name() -> str:
 def test_an_explorer_without_inversions_says_what_makes_them(tmp_path: Path, world: fabricated.World):
     panel = InversionPanel(Inverted(world.params, recorded=tmp_path, inversions=tmp_path))
     assert "no inverted updates" in panel.message.value
+
+
+def test_near_identical_is_judged_against_what_the_vae_can_show():
+    rows = pd.DataFrame({"ssim": [0.95, 0.85, 0.84, 0.84, 0.7], "ceiling_ssim": [None, None, 0.845, 0.87, 0.99]})
+    assert update_report.alike(rows).tolist() == [True, False, True, False, False]
