@@ -42,6 +42,8 @@ STYLE = """<style>
 .sl-gallery { display: flex; flex-wrap: wrap; gap: 12px 16px; margin-top: 8px; }
 .sl-gallery .sl-pictures { gap: 2px; margin: 0; } .sl-gallery figure { width: 164px; }
 .sl-gallery .sl-pictures > * { width: 81px; }
+.sl-alone .sl-pictures { display: block; } .sl-alone figcaption { text-align: left; }
+.sl-alone img { width: auto; max-width: 100%; aspect-ratio: auto; }
 .sl-gallery figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 </style>"""
 
@@ -141,7 +143,7 @@ def bars(content: Sequence[Mapping[str, Any]], *, chosen: str, guess: float, cei
 def picture(data: bytes, caption: str) -> str:
     """Show one picture with its caption."""
     shown = f'<div class="sl-pictures">{image(data, caption)}</div>'
-    return block(f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>")
+    return block(f"<figure class='sl-alone'>{shown}<figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def gallery(triples: Sequence[tuple[bytes, bytes, str]]) -> str:
