@@ -29,7 +29,7 @@ data: setup ## the shipped data and base model
 	dvc pull data.dvc pretrain
 
 report: data ## run the pipeline, then render reports/index.html
-	@echo "== running the pipeline (about three quarters of an hour on 2 cores; interrupt and repeat as you like)"
+	@echo "== running the pipeline (about an hour on 2 cores; interrupt and repeat as you like)"
 	dvc repro
 	@echo "== rendering the report"
 	python -m splitlab.report
