@@ -183,7 +183,18 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="*",
-        default=["unknown16", "unknown32", "pair", "base", "base-known", "noise", "known32", "contrast", "speed"],
+        default=[
+            "unknown16",
+            "unknown32",
+            "pair",
+            "base",
+            "base-known",
+            "noise",
+            "known32",
+            "contrast",
+            "contrast32",
+            "speed",
+        ],
     )
     parser.add_argument("--budget", type=float, default=None, help="CPU s per image of the contrast; default: ours'")
     options = parser.parse_args()
@@ -229,6 +240,7 @@ def main() -> None:
             }.items()
         ],
         "contrast": lambda: contrast(sixteen, seeds, n, options.budget),
+        "contrast32": lambda: contrast(thirtytwo, seeds, n, options.budget),
         "speed": lambda: [
             speed(root, size=16, channels=(32, 64), n=8),
             speed(root, size=32, channels=(32, 64, 64), n=4),
