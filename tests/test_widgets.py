@@ -43,7 +43,7 @@ def explorer(artefacts: Artefacts) -> Explorer:
 def opened(project: Path) -> Artefacts:
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["base"]["source"], params["data"]["root"] = str(project / "models/base"), str(project / "data")
-    folders = {name: project / name for name in ("runs", "reconstructions", "scores")}
+    folders = {name: project / name for name in ("runs", "reconstructions", "scores", "survey")}
     return Artefacts(params, cache=project / ".cache", **folders)
 
 
