@@ -53,7 +53,7 @@ tr.group th small { color: var(--soft); font-weight: 400; margin-left: 0.8em; }
 td.says { width: 23%; font-weight: 600; }
 td code { white-space: normal; }
 td small, .note { color: var(--soft); font-size: 0.86em; }
-td small { display: block; margin-top: 0.4rem; }
+td small { display: block; margin-top: 0.4rem; font-weight: 400; white-space: normal; max-width: 30em; }
 .verdict { display: inline-block; white-space: nowrap; padding: 0.1rem 0.55rem; border-radius: 1rem; font-weight: 600;
   border: 1px solid; }
 .holds { color: #00543a; background: #dff3ea; border-color: #7cc4a5; }

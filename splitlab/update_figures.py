@@ -1,5 +1,6 @@
 """Pictures of gradient inversion: what comes back at each timestep, iteration by iteration, and under defences."""
 
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -90,8 +91,8 @@ def draw_cells(cells: list[Cell], recorded: Path, inversions: Path) -> Figure:
 
 
 def _lines(label: str) -> str:
-    """Put what an attack is granted on a line of its own: beside one picture there is no room for more."""
-    return label.replace(" (", "\n(")
+    """Break a label into short lines: beside one picture there is no room for more."""
+    return "\n".join(textwrap.wrap(label, 24))
 
 
 def levels(table: pd.DataFrame) -> pd.DataFrame:
@@ -108,7 +109,8 @@ def levels(table: pd.DataFrame) -> pd.DataFrame:
 def draw_curve(table: pd.DataFrame) -> Figure:
     """Draw what survives Gaussian noise on the update: SSIM of images, exact timesteps and prompts."""
     rows = levels(table)
-    with_images = set(rows[rows["ssim"].notna() & (rows["attack"] != NO_INFORMATION)]["model"])
+    attacked = rows[rows["ssim"].notna() & (rows["attack"] != NO_INFORMATION) & (rows["level"] > 0)]
+    with_images = set(attacked["model"])
     figure, axes = subplots(1, 2, size=(11.0, 4.6))
     places = {level: index for index, level in enumerate(sorted(rows["level"].unique()))}
     for axis, columns, title in (
@@ -126,7 +128,7 @@ def draw_curve(table: pd.DataFrame) -> Figure:
                 axis.plot([places[level] for level in line["level"]], line[column], label=label, **grey)
         axis.set(title=title, ylim=(-0.05, 1.05), xlabel="noise std / RMS of each tensor of the update")
         axis.set_xticks(list(places.values()), [f"{level:g}" for level in places])
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower left")
     return figure
 
 

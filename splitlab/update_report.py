@@ -214,7 +214,7 @@ def _row(row: pd.Series) -> tuple[str, ...]:
     granted = () if knowledge in ("the update", "nothing") else tuple(knowledge.split(" + "))
     label = html.escape(inversion_label(str(row["attack"]), granted))
     if isinstance(row["refused"], str):
-        label += f"<br><small>refused: {html.escape(row['refused'])}</small>"
+        label += f"<small>refused: {html.escape(row['refused'])}</small>"
     exact = (DASH if pd.isna(row[f"{w}_exact"]) else percent(float(row[f"{w}_exact"])) for w in ("timestep", "prompt"))
     top = DASH if pd.isna(row["id_top1"]) else percent(float(row["id_top1"]))
     return (
