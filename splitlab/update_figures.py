@@ -92,7 +92,7 @@ def draw_cells(cells: list[Cell], recorded: Path, inversions: Path) -> Figure:
 
 def _lines(label: str) -> str:
     """Break a label into short lines: beside one picture there is no room for more."""
-    return "\n".join(textwrap.wrap(label, 24))
+    return "\n".join(textwrap.wrap(label, 20))
 
 
 def levels(table: pd.DataFrame) -> pd.DataFrame:
