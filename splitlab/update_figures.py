@@ -56,7 +56,9 @@ def draw_strip(cell: Cell, recorded: Path, inversions: Path) -> Figure:
         saved = load_inversion(inversions / cell.name / f"{spec.name}-0.safetensors")
         if saved.images is None:
             continue
-        history = [image[0] for _, image in saved.history] or [saved.images[0]]
+        apart = torch.cdist(saved.images[: cell.together].flatten(1), truth[:1].flatten(1))
+        first = int(apart.argmin())  # images of one update come in no order
+        history = [image[first] for _, image in saved.history] or [saved.images[first]]
         chosen = torch.linspace(0, len(history) - 1, min(COLUMNS - 1, len(history))).round().long().tolist()
         counts = f"{saved.history[0][0]}–{saved.history[-1][0]}" if saved.history else str(saved.n_evals)
         shown = [history[index] for index in chosen]
