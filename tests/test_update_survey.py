@@ -231,7 +231,10 @@ def test_the_report_draws_strips_and_a_curve_and_judges_the_claims(world: fabric
     material = update_report.load_updates(world.root / "metrics", world.root / "figures-updates")
     names = {path.name for path in material.figures.iterdir()}
     assert names == {"strip-pixel.png", "images-pixel.png", "curve.png"}
-    assert "near-identical (SSIM ≥ 0.9, or as near as the VAE gets) in 1 of 1 undefended cell" in update_report.conclusion(material).data
+    assert (
+        "near-identical (SSIM ≥ 0.9, or as near as the VAE gets) in 1 of 1 undefended cell"
+        in update_report.conclusion(material).data
+    )
     assert "ahead in 1 of 1 cell" in update_report.conclusion(material).data
     assert 'class="verdict holds"' in update_report.claims_table(material).data
     assert update_report.pictures(material).data.count("<figure>") == 2
