@@ -81,7 +81,7 @@ def test_the_reports_part_says_what_the_table_says(made: tuple[pd.DataFrame, Pat
     assert claims.count('class="verdict') == 3
     assert "full U-Net" in report.table(material).data
     assert report.pictures(material).data.count("<img") == 2
-    with pytest.raises(InputError, match="dvc repro"):
+    with pytest.raises(InputError, match="run notebooks"):
         report.load_dp(folder / "metrics", folder / "nowhere")
 
 

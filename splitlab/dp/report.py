@@ -57,10 +57,10 @@ def load_dp(metrics: Path, figures: Path) -> DPMaterial:
     Raises:
         InputError: the table or the pictures are missing; the message says what makes them.
     """
-    table = read_table(metrics / "dp.csv")
-    if not figures.exists():
-        raise InputError(f"{figures}: missing; run `dvc repro` first, which draws the pictures")
-    return DPMaterial(table, figures)
+    for path in (metrics / "dp.csv", figures):
+        if not path.exists():
+            raise InputError(f"{path}: missing; run notebooks/dp_survey.ipynb first, which makes it")
+    return DPMaterial(read_table(metrics / "dp.csv"), figures)
 
 
 def conclusion(material: DPMaterial) -> Markdown:
