@@ -101,9 +101,9 @@ def test_every_section_of_the_parameter_file_parses() -> None:
     updates = parse(UpdateConfig, params["updates"], where="updates")
     assert updates.cells
     assert replace(updates, grid="full").cells
-    private = parse(DPSurveyConfig, params["dp"], where="dp")
-    assert private.runs
-    assert len(replace(private, grid="full").runs) > len(private.runs)
+    private = {name: parse(DPSurveyConfig, grid, where=f"dp.{name}") for name, grid in params["dp"].items()}
+    assert all(grid.common.dataset == name and grid.runs for name, grid in private.items())
+    assert len(replace(private["digits"], grid="full").runs) > len(private["digits"].runs)
     runs = {name: parse(TrainConfig, run, where=name) for name, run in params["runs"].items()}
     for run, specs in params["attacks"].items():
         assert runs[run].scheme in SENDING

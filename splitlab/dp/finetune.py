@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from splitlab import checkpoint
 from splitlab.base import Base, encoded
-from splitlab.data import ImageSet
+from splitlab.data import ImageSet, digest
 from splitlab.dp.conditioning import CONDITIONINGS, Denoiser, denoiser, make_conditioning, save_embedder
 from splitlab.dp.engine import (
     Inputs,
@@ -24,6 +24,7 @@ from splitlab.dp.engine import (
     step,
     trainable_parameters,
 )
+from splitlab.dp.sample import Tuned
 from splitlab.dp.trainable import TRAINABLE, check_optimizer, count_trainable, mark_trainable, merge_lora
 from splitlab.errors import InputError
 from splitlab.privacy import epsilon as epsilon_of
@@ -203,6 +204,7 @@ def finetune(
     *,
     out: Path,
     cache: Path,
+    start: Tuned | None = None,
     history: Sequence[PrivacyEvent] = (),
     callback: Callback | None = None,
 ) -> dict[str, Any]:
@@ -220,7 +222,8 @@ def finetune(
         private: the data.
         out: folder to write; it is made.
         cache: folder for encoded data and the checkpoint.
-        history: what was spent on these data before, where `base` was trained on them.
+        start: a fine-tuned model of the base to go on from, of the same conditioning; None: the base itself.
+        history: what was spent on these data before, where `base` or `start` was trained on them.
         callback: `(what, done, total, loss)`.
 
     Returns the record, as written.
@@ -233,9 +236,12 @@ def finetune(
     conditioning = make_conditioning(
         base, config.conditioning, private.prompts, classes=config.classes, train_embedder=config.embedder
     )
-    state = _start(config, denoiser(base, conditioning))
+    model = denoiser(base, conditioning)
+    if start:
+        _put(model, start, config, base)
+    state = _start(config, model)
     path = cache / f"dp-{name}.safetensors"
-    settings = _settings(config, how, base, private, history)
+    settings = _settings(config, how, base, private, history) | {"start": digest(start.record) if start else None}
     if path.exists():
         _resume(state, path, settings, config.steps)
     _run(state, config, how, (data.latents, conditioning.conditions), path, settings, base.n_timesteps, callback)
@@ -267,6 +273,26 @@ def _settings(
     settings = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | asdict(how)
     settings |= {"history": [asdict(event) for event in history], "classes": list(config.classes)}
     return settings | {"base": base.digest, "data": private.digest, "torch": torch.__version__}
+
+
+def _put(model: Denoiser, start: Tuned, config: DPConfig, base: Base) -> None:
+    """Give `model` the weights of `start`.
+
+    Raises:
+        InputError: it was made from another base, conditions otherwise, or has an embedder where this run has none.
+    """
+    if start.record.get("base", base.digest) != base.digest:
+        raise InputError("the model to start from was made from another base, whose latents differ; give both alike")
+    same = (start.conditioning, start.classes) == (config.conditioning, config.classes)
+    if not same or (start.embedder is None) != (model.embedder is None):
+        raise InputError(
+            f"the model to start from is conditioned on {start.conditioning!r}, {len(start.classes)} classes, "
+            f"embedder: {start.embedder is not None}; this run on {config.conditioning!r}, {len(config.classes)} classes, "
+            f"embedder: {config.embedder}; fine-tune both alike"
+        )
+    model.unet.load_state_dict(start.unet.state_dict())
+    if model.embedder is not None and start.embedder is not None:
+        model.embedder.load_state_dict(start.embedder.state_dict())
 
 
 def _start(config: DPConfig, model: Denoiser) -> State:

@@ -88,7 +88,14 @@ def log_losses(
 
 
 def membership_auc(
-    base: Base, tuned: Tuned, members: ImageSet, others: ImageSet, *, draws: int = 16, seed: int = 0
+    base: Base,
+    tuned: Tuned,
+    members: ImageSet,
+    others: ImageSet,
+    *,
+    start: Tuned | None = None,
+    draws: int = 16,
+    seed: int = 0,
 ) -> float:
     """Return the AUC of the calibrated loss: the strongest attack here that needs no shadow models.
 
@@ -97,15 +104,18 @@ def membership_auc(
         tuned: the model that was fine-tuned on `members`.
         members: what it was fine-tuned on, or some of it.
         others: samples of the same kind that it never saw.
+        start: what the fine-tuning started from, which is public too; None: the base.
         draws, seed: see `log_losses`.
     """
-    scores = [calibrated(base, tuned, data, draws=draws, seed=seed) for data in (members, others)]
+    scores = [calibrated(base, tuned, data, start=start, draws=draws, seed=seed) for data in (members, others)]
     return auc(*scores)
 
 
-def calibrated(base: Base, tuned: Tuned, data: ImageSet, *, draws: int = 16, seed: int = 0) -> Float[Tensor, " n"]:
-    """Return how much more likely each sample became by fine-tuning: the base's log loss minus the model's."""
-    start = untuned(base, tuned.conditioning, classes=tuned.classes)
+def calibrated(
+    base: Base, tuned: Tuned, data: ImageSet, *, start: Tuned | None = None, draws: int = 16, seed: int = 0
+) -> Float[Tensor, " n"]:
+    """Return how much more likely each sample became by fine-tuning: log loss at the start minus log loss after it."""
+    start = start or untuned(base, tuned.conditioning, classes=tuned.classes)
     before, after = (log_losses(base, model, data, draws=draws, seed=seed) for model in (start, tuned))
     return before - after
 

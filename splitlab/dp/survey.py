@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from splitlab import checkpoint
@@ -22,6 +23,7 @@ from splitlab.dp.conditioning import labels_of
 from splitlab.dp.evaluate import Classifier, frechet_distance, train_classifier
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.membership import membership_auc
+from splitlab.dp.public import warped_copies
 from splitlab.dp.sample import Tuned, load_tuned, sample, untuned
 from splitlab.errors import InputError
 from splitlab.seeds import generator
@@ -33,8 +35,14 @@ COLUMNS = (
     *("step_s", "peak_rss_mb", "conditioning", "n", "n_test", "n_samples"),
 )
 
-PUBLIC, REAL = "public base", "real images"
-"""What stands for a trainable set in the two contrast rows: the base before fine-tuning, and no generator at all."""
+PUBLIC, START, REAL = "public base", "public start", "real images"
+"""What stands for a trainable set in the contrast rows: the base; what fine-tuning starts from, where that is the base
+fine-tuned on more public images; and no generator at all."""
+
+CONTRASTS = (PUBLIC, START, REAL)
+
+MANY = 100
+"""Public prompts up to which a classifier that tells them apart serves as the eyes of the Fréchet distance."""
 
 LoadSplit = Callable[[str, str], ImageSet]
 """`(dataset, split) -> data`."""
@@ -65,8 +73,13 @@ class DPSurveyConfig:
         grid: "default" or "full".
         common: what all runs share.
         cells: the runs.
+        start: fields of `DPConfig` that differ from `common`, for fine-tuning the base on warped public images of the
+            same classes first, without privacy: what all runs start from. Empty: they start from the base.
+        warps: copies of each public image for that; the first one too is warped.
+        warp_std: see `splitlab.dp.public.warped`.
         seeds: runs per cell, which differ in every draw; so do their samples and classifiers.
         test_split: the split that classifiers are tested on; private, and never trained on.
+        withheld: in place of `test_split`, this many private images are kept from all training and tested on; 0: none.
         n_samples: images generated per run.
         sample_steps: of DDIM.
         classifier_steps: of every classifier that judges.
@@ -75,8 +88,12 @@ class DPSurveyConfig:
     grid: str = "default"
     common: DPConfig = field(default_factory=DPConfig)
     cells: tuple[DPCell, ...] = ()
+    start: dict[str, Any] = field(default_factory=dict)
+    warps: int = 5
+    warp_std: float = 0.15
     seeds: int = 3
     test_split: str = "private-test"
+    withheld: int = 0
     n_samples: int = 1000
     sample_steps: int = 20
     classifier_steps: int = 400
@@ -108,6 +125,7 @@ class Judge:
         classes: the prompts of the classes; empty for models that are not class-conditional.
         eyes: a classifier trained on public data, whose features the Fréchet distance uses; None: the VAE's latents.
         config: the survey.
+        start: what all runs start from; None: the base.
     """
 
     base: Base
@@ -116,18 +134,20 @@ class Judge:
     classes: tuple[str, ...]
     eyes: Classifier | None
     config: DPSurveyConfig
+    start: Tuned | None = None
 
     @property
     def features(self) -> str:
         """Name the features of the Fréchet distance."""
-        return "classifier of public images" if self.eyes else "latents of the public VAE"
+        return "classifier of public images" if self.eyes else "latents of the public VAE, 4 x 4"
 
-    def asked(self) -> list[int] | list[str] | int:
+    def asked(self) -> list[int] | list[str]:
         """Return what to generate: all classes alike, or the test split's prompts in turn."""
         n = self.config.n_samples
-        if self.classes:
+        if self.config.common.conditioning == "class":
             return [i % len(self.classes) for i in range(n)]
-        return [self.test.prompts[i % len(self.test)] for i in range(n)]
+        prompts = self.classes or self.test.prompts
+        return [prompts[i % len(prompts)] for i in range(n)]
 
     def judge(self, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, float]:
         """Score generated (or real) images `[n, 3, h, w]` and their labels."""
@@ -142,18 +162,39 @@ class Judge:
 
     def look(self, images: Tensor) -> Tensor:
         """Return features `[n, d]`."""
-        return self.eyes.features(images) if self.eyes else self.base.encode(images).flatten(1)
+        if self.eyes:
+            return self.eyes.features(images)
+        return F.adaptive_avg_pool2d(self.base.encode(images), 4).flatten(1)
 
 
-def make_judge(config: DPSurveyConfig, base: Base, load: LoadSplit) -> Judge:
-    """Load the data and train the classifier whose features are compared, on public images only."""
+def make_judge(config: DPSurveyConfig, base: Base, load: LoadSplit, *, cache: Path) -> Judge:
+    """Load the data, train the classifier whose features are compared, and make what all runs start from.
+
+    Only public images go into the last two. The classifier tells the public split's prompts apart, where they are few.
+    """
     dataset, classes = config.common.dataset, config.common.classes
-    private, test, public = (load(dataset, split) for split in ("private", config.test_split, "public"))
-    eyes = None
-    if classes:
-        labels = labels_of(public.prompts, classes)
-        eyes = train_classifier(public.images, labels, n_classes=len(classes), seed=0, steps=config.classifier_steps)
-    return Judge(base, private, test, classes, eyes, config)
+    private, public = load(dataset, "private"), load(dataset, "public")
+    if config.withheld:
+        order = torch.randperm(len(private), generator=generator("withheld")).tolist()
+        private, test = private.subset(order[config.withheld :]), private.subset(order[: config.withheld])
+    else:
+        test = load(dataset, config.test_split)
+    eyes, names = None, sorted(set(public.prompts))
+    if len(names) <= MANY:
+        labels = labels_of(public.prompts, names)
+        eyes = train_classifier(public.images, labels, n_classes=len(names), seed=0, steps=config.classifier_steps)
+    start = public_start(config, base, public, cache=cache) if config.start else None
+    return Judge(base, private, test, classes, eyes, config, start)
+
+
+def public_start(config: DPSurveyConfig, base: Base, public: ImageSet, *, cache: Path) -> Tuned:
+    """Fine-tune the base on warped public images, or load what an earlier call made of it."""
+    run = replace(config.common, **({"trainable": "unet"} | config.start))
+    data = warped_copies(public, config.warps, std=config.warp_std)
+    folder = cache / "dp" / f"start-{digest({'run': run, 'base': base.digest, 'data': data.digest})[:16]}"
+    if not (folder / "record.json").exists():
+        finetune(folder.name, run, base, data, out=folder, cache=folder.parent)
+    return load_tuned(folder)
 
 
 def dp_survey(
@@ -163,25 +204,34 @@ def dp_survey(
 
     Returns a table of `COLUMNS`, and per row of pictures its label and ten generated images `[10, 3, h, w]`.
     """
-    judge = make_judge(config, base, load)
+    judge = make_judge(config, base, load, cache=cache)
     rows, pictures = _contrasts(judge)
+    facts: dict[str, Any] = {"base": base.digest, "start": judge.start.record if judge.start else None}
+    facts |= {"private": judge.private.digest, "test": judge.test.digest, "samples": config.n_samples}
     for name, run in (bar := tqdm(config.runs.items(), desc="DP survey")):
         bar.set_postfix_str(name)
-        key = digest({"run": run, "base": base.digest, "private": judge.private.digest, "test": judge.test.digest})[:16]
-        folder = cache / "dp" / f"{name}-{key}"
-        row, shown = _one(name, run, judge, folder)
+        folder = cache / "dp" / f"{config.common.dataset}-{name}-{digest({'run': run} | facts)[:16]}"
+        row, shown = _one(run, judge, folder)
         rows.append(row)
         if run.seed == 0:
             pictures[f"{run.trainable}, ε = {run.epsilon:g}".replace("inf", "∞")] = shown
     return pd.DataFrame(rows, columns=list(COLUMNS)), pictures
 
 
-def _one(name: str, run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str, Any], Tensor]:
+def _one(run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str, Any], Tensor]:
     """Do one run, or read what an earlier call made of it."""
     done = folder / "row.json"
     if not done.exists():
         began = time.perf_counter()
-        record = finetune(folder.name, run, judge.base, judge.private, out=folder / "model", cache=folder.parent)
+        record = finetune(
+            folder.name,
+            run,
+            judge.base,
+            judge.private,
+            out=folder / "model",
+            cache=folder.parent,
+            start=judge.start,
+        )
         step_s = (time.perf_counter() - began) / run.steps
         tuned = load_tuned(folder / "model")
         images = _generate(judge, tuned, run.seed)
@@ -197,26 +247,28 @@ def _one(name: str, run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str
 
 
 def _contrasts(judge: Judge) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Judge the public base, which has seen no private image, and the private images themselves."""
-    tuned = untuned(judge.base, judge.config.common.conditioning, classes=judge.classes)
+    """Judge the public models, which have seen no private image, and the private images themselves."""
     labels = labels_of(judge.private.prompts, judge.classes) if judge.classes else None
-    rows, shown = [], torch.zeros(0)
+    first = range(10) if labels is None else [int((labels == c).nonzero()[0]) for c in range(len(judge.classes))]
+    rows, pictures = [], {"real private images": judge.private.images[first]}
+    models = {PUBLIC: untuned(judge.base, judge.config.common.conditioning, classes=judge.classes)}
+    models |= {START: judge.start} if judge.start else {}
     for seed in range(judge.config.seeds):
-        images = _generate(judge, tuned, seed)
-        shown = images[:10] if seed == 0 else shown
-        start = _row(judge, replace(judge.config.common, seed=seed), PUBLIC) | {"n_trainable": 0, "epsilon": 0.0}
-        rows.append(start | _judged(judge, images, seed))
+        for name, model in models.items():
+            images = _generate(judge, model, seed)
+            none = {"n_trainable": 0, "epsilon": 0.0}
+            rows.append(
+                _row(judge, replace(judge.config.common, seed=seed), name) | none | _judged(judge, images, seed)
+            )
+            pictures.setdefault(name, images[:10])
         ceiling = _row(judge, replace(judge.config.common, seed=seed), REAL) | {"epsilon": math.inf}
         rows.append(ceiling | judge.judge(judge.private.images, labels, seed))
-    real = judge.private.images[:10]
-    if labels is not None:
-        real = judge.private.images[[int((labels == c).nonzero()[0]) for c in range(len(judge.classes))]]
-    return rows, {"real private images": real, "public base": shown}
+    return rows, pictures
 
 
 def _row(judge: Judge, run: DPConfig, trainable: str) -> dict[str, Any]:
     same = ("dataset", "conditioning", "delta", "max_grad_norm", "steps", "multiplicity", "seed")
-    row = {name: getattr(run, name) for name in same} if trainable not in (PUBLIC, REAL) else {}
+    row = {name: getattr(run, name) for name in same} if trainable not in CONTRASTS else {}
     row |= {"dataset": run.dataset, "conditioning": run.conditioning, "seed": run.seed, "trainable": trainable}
     return row | {
         "features": judge.features,
@@ -234,7 +286,8 @@ def _generate(judge: Judge, tuned: Tuned, seed: int) -> Tensor:
 def _membership(judge: Judge, tuned: Tuned) -> float:
     """Return the AUC of membership inference among as many members as others."""
     n = min(len(judge.private), len(judge.test))
-    return round(membership_auc(judge.base, tuned, judge.private.subset(range(n)), judge.test, draws=8), 4)
+    members, others = judge.private.subset(range(n)), judge.test.subset(range(n))
+    return round(membership_auc(judge.base, tuned, members, others, start=judge.start, draws=8), 4)
 
 
 def _audited(run: DPConfig, record: Mapping[str, Any]) -> float | None:
@@ -247,6 +300,5 @@ def _audited(run: DPConfig, record: Mapping[str, Any]) -> float | None:
 
 
 def _judged(judge: Judge, images: Tensor, seed: int) -> dict[str, float]:
-    asked = judge.asked()
-    labels = torch.tensor([int(one) for one in asked]) if judge.classes and not isinstance(asked, int) else None
+    labels = torch.arange(len(images)) % len(judge.classes) if judge.classes else None
     return judge.judge(images, labels, seed)
