@@ -287,8 +287,8 @@ def _put(model: Denoiser, start: Tuned, config: DPConfig, base: Base) -> None:
     if not same or (start.embedder is None) != (model.embedder is None):
         raise InputError(
             f"the model to start from is conditioned on {start.conditioning!r}, {len(start.classes)} classes, "
-            f"embedder: {start.embedder is not None}; this run on {config.conditioning!r}, {len(config.classes)} classes, "
-            f"embedder: {config.embedder}; fine-tune both alike"
+            f"embedder: {start.embedder is not None}; this run on {config.conditioning!r}, {len(config.classes)} "
+            f"classes, embedder: {config.embedder}; fine-tune both alike"
         )
     model.unet.load_state_dict(start.unet.state_dict())
     if model.embedder is not None and start.embedder is not None:

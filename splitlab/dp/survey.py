@@ -287,7 +287,7 @@ def _membership(judge: Judge, tuned: Tuned) -> float:
     """Return the AUC of membership inference among as many members as others."""
     n = min(len(judge.private), len(judge.test))
     members, others = judge.private.subset(range(n)), judge.test.subset(range(n))
-    return round(membership_auc(judge.base, tuned, members, others, start=judge.start, draws=8), 4)
+    return round(membership_auc(judge.base, tuned, members, others, start=judge.start, draws=4), 4)
 
 
 def _audited(run: DPConfig, record: Mapping[str, Any]) -> float | None:
