@@ -25,6 +25,8 @@ from splitlab.evaluate import buckets
 from splitlab.params import load_split
 from splitlab.paths import resolve
 from splitlab.survey_figures import draw_frontier, draw_matrix
+from splitlab.tradeoff import tradeoff
+from splitlab.tradeoff_figures import draw_tradeoff
 from splitlab.types import stack
 from splitlab.wire import read_transcript, read_truth
 from splitlab.words import attack_label
@@ -102,8 +104,8 @@ def draw_figures(
         survey: folder of the survey's transcripts and reconstructions; None: there is none.
 
     Returns the files: per attacked transcript `grid-<run>.png` and `leakage-<run>.png`, per data set `loss-`,
-    `control-` and `samples-<dataset>.png`, `bytes.png`, and per data set of the survey `frontier-` and
-    `matrix-<dataset>.png`.
+    `control-` and `samples-<dataset>.png`, `bytes.png`, per data set of the survey `frontier-` and
+    `matrix-<dataset>.png`, and `tradeoff.png`. What the last one shows is also written, to `tradeoff.csv`.
 
     Raises:
         InputError: an artefact is missing or damaged.
@@ -137,7 +139,9 @@ def draw_figures(
         own = judged[judged["dataset"] == dataset]
         drawn.append(save_figure(draw_frontier(own), out / f"frontier-{dataset}.png"))
         drawn.append(save_figure(draw_matrix(attacks, dataset, list(own["setting"])), out / f"matrix-{dataset}.png"))
-    return drawn
+    points = tradeoff(metrics, alphas_cumprod=base.alphas_cumprod)
+    points.to_csv(out / "tradeoff.csv", index=False, lineterminator="\n")
+    return [*drawn, save_figure(draw_tradeoff(points), out / "tradeoff.png")]
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

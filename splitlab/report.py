@@ -27,12 +27,14 @@ from splitlab.paths import ROOT, resolve
 from splitlab.words import SCHEME_WORDS, attack_label
 
 DASH = "–"
+_WHOLE = ("bytes.png", "tradeoff.png", "tradeoff.csv")
 _FOLDERS = {
     "runs": "runs",
     "reconstructions": "reconstructions",
     "metrics": "reports/metrics",
     "figures": "reports/figures",
     "update_figures": "reports/figures-updates",
+    "dp_figures": "reports/figures-dp",
 }
 
 
@@ -116,7 +118,7 @@ def _figure_names(material: Material) -> list[str]:
     own = [f"{kind}-{run}.png" for run in recorded for kind in ("leakage", "grid")]
     own += [f"{kind}-{data}.png" for data in material.verdicts["dataset"].unique() for kind in ("frontier", "matrix")]
     datasets = material.trained["dataset"].unique()
-    return [*own, *(f"{kind}-{data}.png" for data in datasets for kind in ("control", "samples", "loss")), "bytes.png"]
+    return [*own, *(f"{kind}-{data}.png" for data in datasets for kind in ("control", "samples", "loss")), *_WHOLE]
 
 
 def summary(material: Material) -> Markdown:

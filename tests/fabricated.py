@@ -69,7 +69,8 @@ class World:
     @property
     def page(self) -> dict[str, Path]:
         """What `write_report` takes."""
-        return self.folders | {"update_figures": self.root / "figures-updates"}
+        own = {"update_figures": "figures-updates", "dp_figures": "figures-dp"}
+        return self.folders | {name: self.root / folder for name, folder in own.items()}
 
     @property
     def survey(self) -> Path:
@@ -159,6 +160,7 @@ def _make(root: Path, base_path: Path) -> World:
     pd.DataFrame(costs, columns=list(UTILITY_COLUMNS)).to_csv(folders["utility"], index=False)
     evaluate_all(root / "runs", root / "reconstructions", base, params, config, **folders)
     make_updates(parse(UpdateConfig, UPDATES, where="updates"), base, {"private": private, "public": public}, root)
+    make_private(base, root)
     return World(root, params)
 
 

@@ -78,10 +78,10 @@ def test_the_reports_part_says_what_the_table_says(made: tuple[pd.DataFrame, Pat
     assert "ε = ∞" in text
     assert "public base" in text
     claims = report.claims_table(material).data
-    assert claims.count('class="verdict') == 3
+    assert claims.count('class="verdict') == 6
     assert "full U-Net" in report.table(material).data
     assert report.pictures(material).data.count("<img") == 2
-    with pytest.raises(InputError, match="run notebooks"):
+    with pytest.raises(InputError, match="run `dvc repro` first"):
         report.load_dp(folder / "metrics", folder / "nowhere")
 
 

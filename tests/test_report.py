@@ -170,7 +170,7 @@ def test_the_page_shows_results_and_no_code(index: Path) -> None:
         r"\d\.\d{5,}", re.sub(r'src="data:[^"]*"|arXiv [0-9.]*|href="[^"]*"', "", text).split("</style>")[1]
     )
     assert all(f'href="#{anchor}"' in text for anchor in re.findall(r'<h2 id="([^"]*)"', text))
-    assert text.count("<figure>") == text.count("<figcaption>") == 13  # survey: 2, updates: 3
+    assert text.count("<figure>") == text.count("<figcaption>") == 16  # survey: 2, updates: 3, private fine-tuning: 2
 
 
 def test_interactive_cells_and_widgets_do_not_reach_the_page() -> None:

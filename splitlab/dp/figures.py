@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from splitlab.canvas import DPI, subplots
-from splitlab.dp.survey import PUBLIC, REAL
+from splitlab.dp.survey import PUBLIC, REAL, START
 from splitlab.figures import STYLE, show_images
 
 COLOURS = {"attention": "#D55E00", "lora": "#0072B2", "unet": "#009E73", "blocks": "#CC79A7", "transformers": "#E69F00"}
+
+CONTRAST_LINES = {PUBLIC: ":", START: "-.", REAL: "--"}
 
 
 @style.context(["default", STYLE])  # in this house's style, whatever the user's is
@@ -34,33 +37,53 @@ def draw_dp_figures(table: pd.DataFrame, pictures: Mapping[str, Tensor], *, out:
 
 
 def draw_curve(table: pd.DataFrame) -> Figure:
-    """Draw accuracy and Fréchet distance by ε, per trainable set: mean over seeds, bars from the least to the most."""
-    figure, grid = subplots(1, 2, size=(11.0, 4.2))
-    axes = list(grid.flat)
+    """Draw accuracy, Fréchet distance and membership by ε, one row of panels per data set, one line per trainable set.
+
+    Lines are means over seeds, bars go from the least to the most. A measure that a data set lacks has no panel.
+    """
+    datasets = list(table["dataset"].unique())
+    figure, grid = subplots(len(datasets), 3, size=(14.0, 0.6 + 3.7 * len(datasets)))
     finite = sorted(e for e in table["epsilon"].dropna().unique() if 0 < e < float("inf"))
     targets = {e: i for i, e in enumerate(_grouped(finite))}
-    infinite = len(targets)
-    for axis, column, title in (
-        (axes[0], "downstream_acc", "accuracy on real digits of a classifier trained on samples"),
-        (axes[1], "frechet", f"Fréchet distance ({table['features'].iloc[0]})"),
-    ):
-        for name, colour in COLOURS.items():
-            own = table[table["trainable"] == name]
-            places = own["epsilon"].map(lambda e: infinite if e == float("inf") else targets[_nearest(e, targets)])
-            grouped = own.groupby(places)[column].agg(["mean", "min", "max"])
-            if len(grouped):
-                low, high = grouped["mean"] - grouped["min"], grouped["max"] - grouped["mean"]
-                axis.errorbar(
-                    grouped.index, grouped["mean"], [low, high], marker="o", capsize=3, color=colour, label=name
-                )
-        for name, dash in ((PUBLIC, ":"), (REAL, "--")):
-            value = table[table["trainable"] == name][column].mean()
-            axis.axhline(value, color="#7f7f7f", ls=dash, lw=1, label=name)
-        axis.set_xticks(range(infinite + 1), [*(f"{e:.3g}" for e in targets), "∞"])
-        axis.set_xlabel("ε")
-        axis.set_title(title)
-    axes[0].legend(fontsize=8)
+    for line, dataset in zip(grid, datasets, strict=True):
+        own = table[table["dataset"] == dataset]
+        titles = {
+            "downstream_acc": "accuracy on real images,\nlearnt from generated ones",
+            "frechet": f"Fréchet distance\n({own['features'].iloc[0]})",
+            "mia_auc": "membership inference, AUC\n(0.5: guessing)",
+        }
+        for axis, (column, title) in zip(line, titles.items(), strict=True):
+            if own[column].notna().any():
+                _panel(axis, own, column, targets)
+                axis.set_title(f"{dataset}: {title}")
+            else:
+                axis.axis("off")
+    handles = {
+        text: handle for axis in grid.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, max(1, len(handles))))
     return figure
+
+
+def _panel(axis: Axes, table: pd.DataFrame, column: str, targets: Mapping[float, int]) -> None:
+    """Draw one measure of one data set; ε = ∞ stands to the right of the others."""
+    infinite = len(targets)
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        own = table[table["trainable"] == name].dropna(subset=[column])
+        places = own["epsilon"].map(lambda e: infinite if e == float("inf") else targets[_nearest(e, targets)])
+        grouped = own.groupby(places)[column].agg(["mean", "min", "max"])
+        if len(grouped):
+            low, high = grouped["mean"] - grouped["min"], grouped["max"] - grouped["mean"]
+            where = [place + 0.06 * (number - 1) for place in grouped.index]
+            axis.errorbar(where, grouped["mean"], [low, high], marker="o", capsize=3, color=colour, label=name)
+    for name, dash in CONTRAST_LINES.items():
+        value = table[table["trainable"] == name][column].mean()
+        if not pd.isna(value):
+            axis.axhline(value, color="#7f7f7f", ls=dash, lw=1.2, label=name)
+    if column == "mia_auc":
+        axis.axhline(0.5, color="#7f7f7f", lw=1.2, ls=(0, (1, 1)))
+    axis.set_xticks(range(infinite + 1), [*(f"{e:.2g}" for e in targets), "∞"])
+    axis.set(xlim=(-0.4, infinite + 0.4), xlabel="ε")
 
 
 def _grouped(values: list[float]) -> list[float]:

@@ -1,0 +1,312 @@
+"""Privacy against utility over all schemes, on one pair of scales: what is left to the attacker, and of the use.
+
+Every scheme is attacked in its own way and judged by its own utility. What they share are the ends of the scales: an
+attacker who guesses (0) or is always right (1); a model made without private data (0) or without a defence (1).
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from splitlab.artefacts import read_table
+from splitlab.attacks import NO_INFORMATION
+from splitlab.config import TrainConfig, read_defences
+from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
+from splitlab.guarantees import guarantee
+from splitlab.inversion.saved import NO_INFORMATION as NO_UPDATE
+from splitlab.verdicts import SURVEY
+from splitlab.words import attack_label, inversion_label
+
+COLUMNS = (
+    *("scheme", "setting", "dataset", "attack", "measure", "success", "chance", "leak", "image_leak", "ceiling"),
+    *("ceiling_by", "utility_of", "utility", "spread", "floor", "reference", "kept", "epsilon", "why_no_epsilon"),
+    *("n", "n_seeds", "left_out"),
+)
+"""`leak`: the strongest attacker's success above chance, 0 to 1. `image_leak`: the same by the image alone. `ceiling`:
+what no attacker can exceed, on the scale of `leak`, and `ceiling_by` what says so. `kept`: utility, 0 for the same
+scheme without private data (`floor`) and 1 without defence (`reference`). `spread`: standard deviation of utility over
+training seeds. `n`: attacked samples. `left_out`: why a row has no place in the picture; empty where it has one."""
+
+IDENTIFICATION, MEMBERSHIP = "identification among {:.0f}", "membership, AUC"
+
+SPLIT, MATCHED, FEDERATED, FEDERATED_DP = "split", "split, matched client", "federated", "federated DP-LDM"
+DP_LDM, DP_LORA, DP_FULL = "DP-LDM", "DP-LoRA", "DP-SGD on the full U-Net"
+TRAINED = {"attention": DP_LDM, "blocks": DP_LDM, "transformers": DP_LDM, "lora": DP_LORA, "unet": DP_FULL}
+
+
+def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
+    """Collect every measured setting of every scheme.
+
+    Args:
+        metrics: folder of the result tables; a scheme whose table is not there has no rows.
+        alphas_cumprod: `[T]` ᾱ of the noise schedule, for the ε of split clients.
+
+    Returns a table of `COLUMNS`.
+    """
+    names = ("split_attacks", "utility", "training", "matched_client", "gradient_attacks", "dp", "dp_shares")
+    found = {n: read_table(metrics / f"{n}.csv") for n in names if (metrics / f"{n}.csv").exists()}
+    rows = []
+    if {"split_attacks", "utility", "training"} <= set(found):
+        rows += _surveyed(found["split_attacks"], found["utility"], found["training"], alphas_cumprod)
+    if {"matched_client", "training"} <= set(found):
+        rows += _matched(found["matched_client"], found["training"], alphas_cumprod)
+    if {"gradient_attacks", "training"} <= set(found):
+        rows += _federated(found["gradient_attacks"], found["training"])
+    if "dp" in found:
+        private = _private(found["dp"])
+        rows += private
+        if "dp_shares" in found:
+            rows += _shared(found["dp_shares"], private)
+    return pd.DataFrame([_placed(row) for row in rows], columns=list(COLUMNS)).round(4)
+
+
+def above_chance(success: float, chance: float) -> float:
+    """Return how far a success rate is on the way from chance (0) to certainty (1); worse than chance counts as 0."""
+    return max(0.0, (success - chance) / (1.0 - chance))
+
+
+def membership_ceiling(epsilon: float, delta: float) -> float:
+    """Return the largest 2 AUC - 1 of any membership test against an (ε, δ) guarantee.
+
+    The area below the trade-off curve f(α) = max(0, 1 - δ - e^ε α, e^-ε (1 - δ - α)) of Dong, Roth and Su 2022
+    (Prop. 2.4), which every test's curve stays above: 1 - 2 (1 - δ)² / (1 + e^ε).
+    """
+    return 1.0 if math.isinf(epsilon) else 1.0 - 2.0 * (1.0 - delta) ** 2 / (1.0 + math.exp(min(epsilon, 700.0)))
+
+
+def nominal(epsilon: float) -> float:
+    """Return the ε that a run was asked for: calibration ends just below it."""
+    return epsilon if math.isinf(epsilon) else float(f"{epsilon:.2g}")
+
+
+def _placed(row: dict[str, Any]) -> dict[str, Any]:
+    """Add a row's two coordinates, or say why it has none."""
+    row = {"image_leak": math.nan, "ceiling": math.nan, "ceiling_by": "", "why_no_epsilon": "", "left_out": ""} | row
+    row["leak"] = above_chance(row["success"], row["chance"]) if not math.isnan(row["success"]) else math.nan
+    gain = row["reference"] - row["floor"]
+    row["kept"] = (row["utility"] - row["floor"]) / gain if gain > 0 else math.nan
+    if row["left_out"]:
+        pass
+    elif math.isnan(row["success"]):
+        row["left_out"] = "not attacked"
+    elif math.isnan(row["utility"]):
+        row["left_out"] = "its utility was not measured"
+    elif math.isnan(row["reference"]):
+        row["left_out"] = "the same training without defence was not measured"
+    elif not gain > 0:
+        row["left_out"] = (
+            f"without defence it is no better ({row['reference']:.2f}) than without private data ({row['floor']:.2f})"
+        )
+    return row
+
+
+def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFrame, alphas: Tensor) -> list[dict]:
+    """Place the survey's settings: the strongest attack in its worst timestep bucket, one message per image."""
+    rows = []
+    surveyed = attacks[attacks["run"].str.startswith(SURVEY) & ~attacks["attack"].isin(NO_INFORMATION)]
+    for _, own in surveyed.groupby("run", sort=False):
+        dataset, defences = str(own["dataset"].iloc[0]), str(own["defences"].iloc[0])
+        of_data = utility[utility["dataset"] == dataset]
+        cost = of_data[of_data["defences"] == defences]
+        column = "control_iou" if of_data["control_iou"].notna().any() else "control_ssim"
+        best = max((_strongest(own, name) for name in ("id_top1", "hint_id_top1", "both_id_top1")), key=lambda b: b[0])
+        chance = float(own["id_chance"].iloc[0])
+        rows.append(
+            _client(defences, alphas)
+            | {
+                "setting": str(cost["setting"].iloc[0]) if len(cost) else defences,
+                "dataset": dataset,
+                "attack": best[1],
+                "measure": IDENTIFICATION.format(1.0 / chance),
+                "success": best[0],
+                "chance": chance,
+                "image_leak": above_chance(_strongest(own, "id_top1")[0], chance),
+                "utility_of": column.replace("_", " ").replace("iou", "IoU").replace("ssim", "SSIM"),
+                "utility": cost[column].mean(),
+                "spread": cost[column].std(),
+                "reference": of_data[of_data["defences"] == "none"][column].mean(),
+                "floor": _without_control(training, dataset, column),
+                "n": best[2],
+                "n_seeds": len(cost),
+            }
+        )
+    return rows
+
+
+def _strongest(rows: pd.DataFrame, column: str) -> tuple[float, str, int]:
+    """Return the highest identification by one measure, of equals the cheapest attack's, and over how many samples."""
+    known = rows.dropna(subset=[column])
+    if known.empty:
+        return 0.0, "none", 0
+    best = known.sort_values([column, "n_evals"], ascending=[False, True], kind="stable").iloc[0]
+    by = {"id_top1": "image", "hint_id_top1": "hint", "both_id_top1": "image and hint"}[column]
+    return float(best[column]), f"{attack_label(str(best['attack']))}, by {by}", int(best["n"])
+
+
+def _client(defences: str, alphas: Tensor) -> dict[str, Any]:
+    """Say of a split client which scheme it is, and which ε one message of it buys or why none."""
+    words = defences.removesuffix(" recoloured")
+    config = replace(read_defences(words), key_mixing=0, patch_shuffle=0, fresh_keys=False)
+    found = guarantee(TrainConfig(scheme="split", steps=1, batch_size=1, defences=config), alphas, n=1)
+    return {
+        "scheme": MATCHED if config.matched else SPLIT,
+        "epsilon": found.epsilon if found.events else math.nan,
+        "why_no_epsilon": found.why,
+    }
+
+
+def _without_control(training: pd.DataFrame, dataset: str, column: str) -> float:
+    """Return what the public base reaches without a ControlNet."""
+    return float(training[(training["dataset"] == dataset) & (training["scheme"] == "no control")][column].mean())
+
+
+def _matched(table: pd.DataFrame, training: pd.DataFrame, alphas: Tensor) -> list[dict]:
+    """Place the longer trainings of `benchmarks/matched_client.py`; who holds the candidates is their ceiling."""
+    columns = [name for name in table.columns if name.startswith("control_iou") and f"{name}_std" in table.columns]
+    without = table[table["defences"] == "none"]
+    rows = []
+    for row in table.to_dict("records"):
+        known = {name: row[name] for name in columns if not pd.isna(row[name])}
+        column = max(known, key=lambda name: known[name]) if known else columns[0]
+        same = without[without["steps"] == row["steps"]]
+        chance, by = float(row["id_chance"]), {"id_image": "image", "id_hint": "hint", "id_both": "image and hint"}
+        best = max(by, key=lambda name: row[name])
+        ideal = [row[f"{name}_ideal"] for name in by if not pd.isna(row.get(f"{name}_ideal", math.nan))]
+        rows.append(
+            _client(str(row["defences"]), alphas)
+            | {
+                "setting": row["setting"],
+                "dataset": "shapes",
+                "attack": f"{attack_label(row['attack'])}, by {by[best]}",
+                "measure": IDENTIFICATION.format(1.0 / chance),
+                "success": float(row["id_worst"]),
+                "chance": chance,
+                "image_leak": above_chance(float(row["id_image"]), chance),
+                "ceiling": above_chance(max(ideal), chance) if ideal else math.nan,
+                "ceiling_by": "somebody who holds the candidates, by Bayes" if ideal else "",
+                "utility_of": column.replace("_iou", " IoU").replace("_", ", "),
+                "utility": float(row[column]),
+                "spread": float(row[f"{column}_std"]),
+                "reference": float(same[columns].mean().max()) if len(same) else math.nan,
+                "floor": _without_control(training, "shapes", "control_iou"),
+                "n": int(row["n"]),
+                "n_seeds": int(row["n_seeds"]),
+            }
+        )
+    return rows
+
+
+def _federated(attacks: pd.DataFrame, training: pd.DataFrame) -> list[dict]:
+    """Place federated training of a ControlNet as it is attacked in the updates' survey."""
+    rows = attacks[attacks["model"].eq("controlnet") & ~attacks["attack"].eq(NO_UPDATE)].dropna(subset=["id_top1"])
+    found = []
+    for (dataset, defence, level), own in rows.groupby(["dataset", "defence", "level"], sort=False, dropna=False):
+        best = own.sort_values("id_top1", ascending=False, kind="stable").iloc[0]
+        trained = training[(training["scheme"] == "federated") & (training["dataset"] == dataset)]
+        plain = float(trained["control_iou"].mean())
+        granted = tuple(str(best["knowledge"]).split(" + "))
+        found.append(
+            {
+                "scheme": FEDERATED,
+                "setting": "none" if defence == "none" else f"{defence}-{level:g}",
+                "dataset": dataset,
+                "attack": f"{inversion_label(str(best['attack']), granted)}, by image",
+                "measure": IDENTIFICATION.format(1.0 / best["id_chance"]),
+                "success": float(best["id_top1"]),
+                "chance": float(best["id_chance"]),
+                "utility_of": "control IoU",
+                "utility": plain if defence == "none" else math.nan,
+                "spread": math.nan,
+                "reference": plain,
+                "floor": _without_control(training, str(dataset), "control_iou"),
+                "epsilon": math.nan,
+                "why_no_epsilon": "nothing is bounded and noised",
+                "n": int(best["n"] * best["n_seeds"]),
+                "n_seeds": len(trained),
+            }
+        )
+    return found
+
+
+def _private(table: pd.DataFrame) -> list[dict]:
+    """Place private fine-tuning: accuracy of a classifier trained on samples, against membership inference."""
+    rows = []
+    targets = table["epsilon"].map(nominal)
+    for (dataset, trainable, target), own in table.assign(target=targets).groupby(
+        ["dataset", "trainable", "target"], sort=False
+    ):
+        if trainable in CONTRASTS:
+            continue
+        data = table[table["dataset"] == dataset]
+        start = data[data["trainable"] == (START if (data["trainable"] == START).any() else PUBLIC)]
+        plain = data[data["epsilon"].eq(math.inf) & ~data["trainable"].eq(REAL)]
+        same = plain[plain["trainable"] == trainable]
+        reference = same if len(same) else plain[plain["trainable"] == "attention"]
+        measured = not own["downstream_acc"].isna().all()
+        private, part = not math.isinf(target), str(trainable)
+        rows.append(
+            {
+                "scheme": TRAINED.get(part, part),
+                "setting": part,
+                "dataset": dataset,
+                "attack": "calibrated loss, on the finished model",
+                "measure": MEMBERSHIP,
+                "success": own["mia_auc"].mean(),
+                "chance": 0.5,
+                "ceiling": membership_ceiling(own["epsilon"].max(), own["delta"].max()) if private else math.nan,
+                "ceiling_by": "the guarantee, against every test" if private else "",
+                "utility_of": "accuracy downstream",
+                "utility": own["downstream_acc"].mean(),
+                "spread": own["downstream_acc"].std(),
+                "reference": reference["downstream_acc"].mean(),
+                "floor": start["downstream_acc"].mean(),
+                "epsilon": target if private else math.nan,
+                "why_no_epsilon": "" if private else "no noise, ε = ∞",
+                "n": int(min(own["n"].min(), own["n_test"].min())) * 2,
+                "n_seeds": len(own),
+                "left_out": "" if measured else "no accuracy downstream: its images are not of classes",
+            }
+        )
+    return rows
+
+
+def _shared(shares: pd.DataFrame, private: list[dict]) -> list[dict]:
+    """Place federated DP-LDM whose clients share the noise: their sum is DP-SGD's step, so its utility is DP-LDM's."""
+    own = shares[shares["noise"].isin(["none", "central"]) & shares["trainable"].eq("attention")]
+    found = []
+    for target, rows in own.dropna(subset=["identified"]).groupby("epsilon", sort=False):
+        best = rows.sort_values("identified", ascending=False, kind="stable").iloc[0]
+        twin = [
+            p
+            for p in private
+            if p["scheme"] == DP_LDM and (p["epsilon"] == target or _both_plain(p["epsilon"], target))
+        ]
+        base = twin[0] if twin else {"utility": math.nan, "spread": math.nan, "reference": math.nan, "floor": math.nan}
+        reached = rows[rows["attack"] != best["attack"]]["identified"]
+        found.append(
+            {name: base[name] for name in ("utility", "spread", "reference", "floor")}
+            | {
+                "scheme": FEDERATED_DP,
+                "setting": "share of one image",
+                "dataset": "digits",
+                "attack": f"{best['attack']} ({best['knowledge']}), {best['shares']:.0f} share(s) of a client",
+                "measure": IDENTIFICATION.format(1.0 / best["chance"]),
+                "success": float(best["identified"]),
+                "chance": float(best["chance"]),
+                "image_leak": above_chance(float(reached.max()), float(best["chance"])) if len(reached) else math.nan,
+                "utility_of": "accuracy downstream",
+                "epsilon": math.nan if math.isinf(target) else float(target),
+                "why_no_epsilon": "no noise, ε = ∞" if math.isinf(target) else "",
+                "n": int(best["n"]),
+                "n_seeds": int(base.get("n_seeds", 0)),
+            }
+        )
+    return found
+
+
+def _both_plain(epsilon: float, target: float) -> bool:
+    return math.isnan(epsilon) and math.isinf(target)

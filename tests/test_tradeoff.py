@@ -1,0 +1,181 @@
+"""Privacy against utility: known points on the scales, what is left out and why, labels that do not collide."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from splitlab import tradeoff, tradeoff_report
+from splitlab.tradeoff_figures import draw_tradeoff, spread_out
+
+ALPHAS = torch.linspace(0.999, 0.005, 1000)
+DEFENDED = "timestep_floor=800 feature_noise=1 matched hide_prompts"
+
+
+def write(folder: Path, **tables: list[dict]) -> Path:
+    for name, rows in tables.items():
+        pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
+    return folder
+
+
+def message(defences: str, attack: str, by_image: float, by_hint: float, t_low: int = 0) -> dict:
+    run = f"survey-shapes-{'none' if defences == 'none' else 'hidden'}"
+    found = {"id_top1": by_image, "hint_id_top1": by_hint, "both_id_top1": by_hint, "id_chance": 0.01, "psnr_db": 20.0}
+    return {"run": run, "dataset": "shapes", "defences": defences, "attack": attack, "t_low": t_low, "n": 64,
+            "n_evals": 1} | found  # fmt: skip
+
+
+def tuned(trainable: str, epsilon: float, accuracy: float | None, *, auc: float = 0.5, dataset: str = "digits") -> dict:
+    return {"dataset": dataset, "trainable": trainable, "epsilon": epsilon, "delta": 1e-5, "downstream_acc": accuracy,
+            "mia_auc": auc, "n": 800, "n_test": 200}  # fmt: skip
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    """Three schemes whose places are known."""
+    attacks = [
+        message("none", "closed_form", 1.0, 1.0),
+        message(DEFENDED, "mean_public", 0.9, 0.9),  # a guess that is lucky is no attack
+        message(DEFENDED, "posterior", 0.0, 0.03, t_low=800),
+        message(DEFENDED, "posterior", 0.109, 0.208, t_low=900),
+    ]
+    costs = [
+        {"dataset": "shapes", "setting": name, "defences": words, "control_iou": iou, "control_ssim": 0.1}
+        for name, words, iou in (("none", "none", 0.8), ("hidden", DEFENDED, 0.5))
+    ]
+    training = [
+        {"dataset": "shapes", "scheme": "no control", "control_iou": 0.2},
+        {"dataset": "shapes", "scheme": "federated", "control_iou": 0.7},
+    ]
+    update = {"model": "controlnet", "dataset": "shapes", "knowledge": "noise", "id_chance": 0.01, "n": 2, "n_seeds": 1}
+    updates = [
+        update | {"defence": "none", "level": None, "attack": "known_noise", "id_top1": 1.0},
+        update | {"defence": "noise", "level": 1.0, "attack": "known_noise", "id_top1": 0.5},
+    ]
+    private = [
+        tuned("public base", 0.0, 0.3), tuned("public start", 0.0, 0.5), tuned("real images", math.inf, 0.95),
+        tuned("attention", math.inf, 0.9, auc=0.6), tuned("attention", math.inf, 0.9, auc=0.6),
+        tuned("attention", 0.999, 0.68, auc=0.51), tuned("attention", 0.9995, 0.72, auc=0.53),
+        tuned("unet", 9.99, 0.4, auc=0.49), tuned("attention", 1.0, None, auc=0.52, dataset="photos"),
+    ]  # fmt: skip
+    return write(
+        tmp_path, split_attacks=attacks, utility=costs, training=training, gradient_attacks=updates, dp=private
+    )
+
+
+@pytest.fixture
+def points(metrics: Path) -> pd.DataFrame:
+    return tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
+
+
+def test_success_above_chance_ends_where_it_should() -> None:
+    assert tradeoff.above_chance(0.01, 0.01) == 0.0
+    assert tradeoff.above_chance(1.0, 0.01) == 1.0
+    assert tradeoff.above_chance(0.75, 0.5) == 0.5
+    assert tradeoff.above_chance(0.4, 0.5) == 0.0
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1e-5), (10.0, 1e-5), (2.0, 0.1)])
+def test_the_ceiling_of_membership_is_the_area_of_the_trade_off_curve(epsilon: float, delta: float) -> None:
+    alpha = np.linspace(0, 1, 2_000_001)
+    curve = np.maximum.reduce(
+        [0 * alpha, 1 - delta - math.exp(epsilon) * alpha, math.exp(-epsilon) * (1 - delta - alpha)]
+    )  # Dong, Roth and Su 2022, eq. 5
+    assert tradeoff.membership_ceiling(epsilon, delta) == pytest.approx(1 - 2 * np.trapezoid(curve, alpha), abs=1e-5)
+    assert tradeoff.membership_ceiling(math.inf, delta) == 1.0
+
+
+def test_a_split_clients_place_is_that_of_its_worst_bucket_by_image_or_hint(points: pd.DataFrame) -> None:
+    own = points[points["setting"] == "hidden"].iloc[0]
+    assert own["scheme"] == tradeoff.MATCHED
+    assert own["leak"] == pytest.approx(0.2)  # (0.208 - 0.01) / 0.99, by the hint
+    assert own["image_leak"] == pytest.approx(0.1)
+    assert own["attack"] == "diffusion posterior, by hint"
+    assert own["kept"] == pytest.approx(0.5)  # (0.5 - 0.2) / (0.8 - 0.2)
+    assert math.isnan(own["epsilon"])
+    assert "without a bound" in own["why_no_epsilon"]
+    plain = points[(points["scheme"] == tradeoff.SPLIT) & (points["setting"] == "none")].iloc[0]
+    assert (plain["leak"], plain["kept"]) == (1.0, 1.0)
+
+
+def test_private_fine_tuning_is_measured_from_what_is_public_to_what_has_no_noise(points: pd.DataFrame) -> None:
+    own = points[(points["scheme"] == tradeoff.DP_LDM) & (points["epsilon"] == 1.0)].iloc[0]
+    assert own["n_seeds"] == 2
+    assert own["kept"] == pytest.approx(0.5)  # (0.7 - 0.5) / (0.9 - 0.5): the public start, not the base
+    assert own["leak"] == pytest.approx(0.04)  # 2 x 0.52 - 1
+    assert own["ceiling"] == pytest.approx(math.tanh(0.5), abs=1e-3)
+    full = points[points["scheme"] == tradeoff.DP_FULL].iloc[0]
+    assert full["kept"] < 0  # worse than public, against attention's ε = ∞: its own was not run
+    assert full["leak"] == 0.0
+
+
+def test_what_cannot_be_placed_says_why(points: pd.DataFrame) -> None:
+    left = points[points["left_out"] != ""]
+    assert set(left["left_out"]) == {
+        "its utility was not measured",
+        "no accuracy downstream: its images are not of classes",
+    }
+    assert left["setting"].tolist() == ["noise-1", "attention"]
+
+
+def test_a_training_that_learns_nothing_has_no_place(metrics: Path) -> None:
+    costs = pd.read_csv(metrics / "utility.csv", keep_default_na=False).assign(control_iou=[0.15, 0.18])
+    costs.to_csv(metrics / "utility.csv", index=False)
+    own = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS).iloc[0]
+    assert own["left_out"] == "without defence it is no better (0.15) than without private data (0.20)"
+
+
+def test_a_federated_share_of_dp_ldm_has_its_utility_and_its_own_attacker(metrics: Path) -> None:
+    shares = [
+        {"noise": noise, "epsilon": epsilon, "trainable": "attention", "attack": "holds the candidates",
+         "knowledge": "noise", "shares": 1, "identified": hit, "chance": 0.01, "n": 100}
+        for noise, epsilon, hit in (("none", math.inf, 1.0), ("central", 1.0, 0.109), ("local", 10.0, 0.02))
+    ]  # fmt: skip
+    points = tradeoff.tradeoff(write(metrics, dp_shares=shares), alphas_cumprod=ALPHAS)
+    own = points[points["scheme"] == tradeoff.FEDERATED_DP]
+    assert own["leak"].tolist() == pytest.approx([1.0, 0.1])
+    assert own["kept"].tolist() == pytest.approx([1.0, 0.5])
+
+
+def test_a_table_that_is_not_there_leaves_its_scheme_out(metrics: Path) -> None:
+    (metrics / "dp.csv").unlink()
+    points = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
+    assert set(points["scheme"]) == {tradeoff.SPLIT, tradeoff.MATCHED, tradeoff.FEDERATED}
+
+
+def test_labels_keep_apart_and_stay_near() -> None:
+    places = spread_out(np.array([0.0, 0.01, 0.02, 1.0]), gap=0.1)
+    assert np.diff(places).min() >= 0.1 - 1e-12
+    assert places[1] == pytest.approx(0.01)  # the middle of three stays where it is
+    assert places[3] == 1.0
+    assert len(spread_out(np.array([]), gap=0.1)) == 0
+
+
+def test_the_picture_has_every_label_and_none_upon_another(points: pd.DataFrame) -> None:
+    figure = draw_tradeoff(points)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    texts = [text for text in figure.axes[0].texts if text.get_fontsize() < 9.2 and text.get_text()]
+    words = [text.get_text() for text in texts]
+    assert "ε = 1" in words
+    assert any(text.startswith("no ε: noise without a bound") for text in words)
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    overlapping = [
+        (words[i], words[j]) for i in range(len(boxes)) for j in range(i) if boxes[i].overlaps(boxes[j])
+    ]  # fmt: skip
+    assert not overlapping
+
+
+def test_the_table_says_what_stands_behind_each_mark(points: pd.DataFrame) -> None:
+    text = tradeoff_report.table(points).data
+    assert "Left out of the picture" in text
+    assert "ε = 1" in text
+    assert "no ε: noise without a bound" in text
+    assert text.count("<tr>") == 1 + (points["left_out"] == "").sum()
+    said = tradeoff_report.conclusion(points).data
+    assert "2 settings of 6 leave" in said
+    assert "0 of them keep" in said
