@@ -47,8 +47,8 @@ CHUNK = 20
 KNOWN = ("timesteps", "noise", "text")
 ATTACKS = (
     ("attention", "timesteps", (), {}),
-    ("attention", "known_noise", KNOWN, {"n_evals": 15}),
-    ("attention", "gidm", KNOWN, {"latent_evals": 0, "pixel_evals": 15}),
+    ("attention", "known_noise", KNOWN, {"n_evals": 40}),
+    ("attention", "gidm", KNOWN, {"latent_evals": 0, "pixel_evals": 10}),
     ("unet", "timesteps", (), {}),
     ("unet", "unknown_noise", ("timesteps", "text"), {"n_starts": 1, "n_evals": 150}),
 )

@@ -7,6 +7,7 @@ give nothing is a test.
 
 import argparse
 import sys
+from math import isnan
 from pathlib import Path
 
 from splitlab import ROOT
@@ -67,7 +68,9 @@ def curve(table):
         row = best(table, model="pixel16", **cell)
         steps = rows(table, model="pixel16", attack="timesteps", **cell)["timestep_exact"].mean()
         texts = rows(table, model="latent", attack="prompts", **cell)["prompt_exact"].mean()
-        found = f"{row.attack} {says(row)}; timestep {steps:.0%}, prompt {texts:.0%}"
+        found = f"{row.attack} {says(row)}; timestep {steps:.0%}, prompt " + (
+            "not tried" if isnan(texts) else f"{texts:.0%}"
+        )
         wanted = "SSIM >= 0.9" if level <= 0.3 else "SSIM < 0.1" if level >= 10 else "stated"
         met = row.ssim >= 0.9 if level <= 0.3 else row.ssim < 0.1 or level < 10
         yield f"noise of {level:g} of the gradient's RMS: {wanted}", found, met
