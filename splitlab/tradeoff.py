@@ -83,6 +83,12 @@ def nominal(epsilon: float) -> float:
     return epsilon if math.isinf(epsilon) else float(f"{epsilon:.2g}")
 
 
+def full_name(row: pd.Series) -> str:
+    """Name a row's scheme, and its setting where the scheme does not say it."""
+    said = row["scheme"] == TRAINED.get(row["setting"]) and row["setting"] not in ("blocks", "transformers")
+    return str(row["scheme"]) if said else f"{row['scheme']}, {row['setting']}"
+
+
 def _placed(row: dict[str, Any]) -> dict[str, Any]:
     """Add a row's two coordinates, or say why it has none."""
     row = {"image_leak": math.nan, "ceiling": math.nan, "ceiling_by": "", "why_no_epsilon": "", "left_out": ""} | row

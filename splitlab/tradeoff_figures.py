@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from splitlab.canvas import subplots
-from splitlab.tradeoff import DP_FULL, DP_LDM, DP_LORA, FEDERATED, FEDERATED_DP, MATCHED, SPLIT
+from splitlab.tradeoff import DP_FULL, DP_LDM, DP_LORA, FEDERATED, FEDERATED_DP, MATCHED, SPLIT, full_name
 
 LOOKS: dict[str, tuple[str, str, str]] = {
     SPLIT: ("o", "#D55E00", "split learning: identification by message"),
@@ -133,7 +133,7 @@ def _label(axis: Axes, rows: pd.DataFrame, *, place: float, align: str, gap: flo
 def _name(row: pd.Series) -> str:
     if row["scheme"] in (SPLIT, MATCHED, FEDERATED):
         return str(row["setting"])
-    return str(row["scheme"]).replace("DP-SGD on the full U-Net", "full U-Net")
+    return full_name(row).replace("DP-SGD on the full U-Net", "full U-Net").removesuffix(", share of one image")
 
 
 def _epsilon(row: pd.Series) -> str:

@@ -8,7 +8,8 @@ from IPython.display import HTML, Markdown
 from splitlab.artefacts import read_table
 from splitlab.claims import counted, percent
 from splitlab.report import DASH, Material, figure, lay_out, number
-from splitlab.tradeoff import MEMBERSHIP, SPLIT
+from splitlab.tradeoff import MEMBERSHIP, SPLIT, full_name
+from splitlab.tradeoff_figures import LOOKS
 
 GUESSING, USEFUL = 0.1, 0.75
 """Leak up to which a setting counts as private, and utility kept from which it counts as useful, in the summary."""
@@ -32,7 +33,7 @@ def conclusion(table: pd.DataFrame) -> Markdown:
     lines = [
         f"- {counted(len(private), 'setting')} of {len(shown)} leave the strongest attacker at most {GUESSING:g} on a "
         f"scale from guessing (0) to always right (1); {len(both)} of them keep at least {percent(USEFUL)} of what "
-        f"private data bring{_names(both)}."
+        f"private data bring without a defence{_names(both)}."
     ]
     messages = private[private["scheme"].str.startswith(SPLIT)]
     if len(private):
@@ -50,7 +51,7 @@ def _names(rows: pd.DataFrame) -> str:
 
 def _name(row: pd.Series) -> str:
     privacy = f", ε = {row['epsilon']:.3g}" if not pd.isna(row["epsilon"]) else ""
-    return f"{row['scheme']}, {row['setting']}{privacy}"
+    return f"{full_name(row)}{privacy}"
 
 
 def picture(material: Material) -> HTML:
@@ -68,12 +69,13 @@ def picture(material: Material) -> HTML:
 def table(points: pd.DataFrame) -> HTML:
     """Show what stands behind every mark, and what was left out and why."""
     numbers = ("success", "chance", "leak", "at most", "utility", "± seeds", "no private data", "no defence", "kept")
-    columns = {"setting": "says", "strongest attack": ""} | dict.fromkeys((*numbers, "n", "seeds"), "number")
+    columns = {"setting, and its strongest attack": "says"} | dict.fromkeys((*numbers, "n", "seeds"), "number")
     shown = points[points["left_out"] == ""]
     groups = {
-        f"{html.escape(str(scheme))} <small>{html.escape(str(own['utility_of'].iloc[0]))}; "
-        f"{html.escape(str(own['measure'].iloc[0]))}</small>": [_row(row) for _, row in own.iterrows()]
-        for scheme, own in shown.groupby("scheme", sort=False)
+        f"{html.escape(str(scheme))} <small>{html.escape(str(own['measure'].iloc[0]))}</small>": [
+            _row(row) for _, row in own.iterrows()
+        ]
+        for scheme, own in sorted(shown.groupby("scheme"), key=lambda one: list(LOOKS).index(str(one[0])))
     }
     absent = points[points["left_out"] != ""]
     reasons = "; ".join(
@@ -98,8 +100,8 @@ def _row(row: pd.Series) -> tuple[str, ...]:
     iou = "accuracy" not in str(row["utility_of"])
     units = [number(row[name], 2) if iou else percent(float(row[name])) for name in ("utility", "floor", "reference")]
     return (
-        f"{html.escape(str(row['setting']))} <small>{html.escape(privacy)}</small>",
-        html.escape(str(row["attack"])),
+        f"{html.escape(str(row['setting']))} <small>{html.escape(str(row['attack']))}<br>{html.escape(privacy)}<br>"
+        f"{html.escape(str(row['utility_of']))} on {html.escape(str(row['dataset']))}</small>",
         share(float(row["success"])),
         share(float(row["chance"])),
         number(row["leak"], 2),

@@ -90,7 +90,8 @@ def load_dp(metrics: Path, figures: Path) -> DPMaterial:
 
 def conclusion(material: DPMaterial) -> Markdown:
     """Say what was found, from the table."""
-    own = ", ".join(f"{_epsilon(e)}: {percent(material.mean('attention', e))}" for e in material.targets[::-1])
+    shares = {e: material.mean("attention", e) for e in material.targets[::-1]}
+    own = ", ".join(f"{percent(share)} ({_epsilon(e)})" for e, share in shares.items())
     models = [name for name in (PUBLIC, START) if (material.judged["trainable"] == name).any()]
     public = ", ".join(f"the {name} {percent(material.contrast(name))}" for name in models)
     lines = [
@@ -102,7 +103,7 @@ def conclusion(material: DPMaterial) -> Markdown:
     if len(bounds):
         worst = (bounds["audit_epsilon_lb"] / bounds["epsilon"]).max()
         lines.append(
-            f"- Audited with canaries: the lower bound on ε reaches at most {worst:.0%} of what is claimed "
+            f"- Audited with canaries: the lower bound on ε reaches at most {percent(float(worst))} of what is claimed "
             f"({counted(len(bounds), 'run')})."
         )
     return Markdown("\n".join(lines))
@@ -143,7 +144,7 @@ def _size_claim(material: DPMaterial) -> tuple[str, str, str]:
     share = counts["attention"] / counts["unet"]
     known = not pd.isna(share)
     entries = [f"{number(counts['attention'])} of {number(counts['unet'])} weights, embedder included"] * known
-    entries += [f"{share:.1%} of the U-Net's"] * known
+    entries += [f"{100 * share:.1f}\u00a0% of the U-Net's"] * known
     return _claim(
         "About 90 % fewer parameters are trained.", entries, "Holds if at most 15 % are.", [share <= 0.15] * known
     )
