@@ -6,7 +6,8 @@ likelihood: the ceiling for every attack on one share. *run*: the same from all 
 *images*: the attacks of the catalogue, which hold no candidates; the image nearest to their reconstruction. A batch of
 one is the worst case: whoever knows the other images of a larger one subtracts them.
 
-Writes `reports/metrics/dp_shares.csv`; what is done is kept in `.cache/dp_shares`, so an interrupted call goes on.
+Writes `reports/metrics/dp_shares.csv`, those parts anew; single attacks are kept in `.cache/dp_shares`, so an
+interrupted call goes on.
 """
 
 import argparse
@@ -238,12 +239,14 @@ def main():
         "run": lambda: candidates(base, latents, text, line_up[: len(few)], few, rounds=rounds, name="run"),
         "images": lambda: images(base, data, latents, text, line_up, indices),
     }
-    rows = [found for name, part in parts.items() if name in (given.only or parts) for found in part()]
-    table = pd.DataFrame(rows)
+    done = given.only or list(parts)
+    table = pd.DataFrame([{"part": name} | found for name in done for found in parts[name]()])
     print(table.to_string(index=False))
-    if not given.only:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(TABLE, index=False)
+    if TABLE.exists():  # the other parts stay as they were
+        before = pd.read_csv(TABLE)
+        table = pd.concat([before[~before["part"].isin(done)], table]).sort_values("part", kind="stable")
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(TABLE, index=False)
 
 
 if __name__ == "__main__":
