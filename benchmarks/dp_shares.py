@@ -53,8 +53,8 @@ ATTACKS = (
     ("unet", "timesteps", (), {}),
     ("unet", "unknown_noise", ("timesteps", "text"), {"n_starts": 1, "n_evals": 150}),
 )
-"""Trained set, attack, what it is granted, its options. Without noise those on the whole U-Net are exact at these; on
-attention alone none of the catalogue's is, at any budget tried."""
+"""Trained set, attack, what it is granted, its options. The whole U-Net is there because attention alone gives
+the catalogue little even without noise."""
 BARE = 20
 """Targets of the rows without noise, which are there for contrast."""
 
