@@ -2,8 +2,8 @@
 
 No attack of the catalogue can do better at naming the sender of a clipped and noised gradient: given timestep, noise,
 prompt and clip norm, every candidate's share is known but for the Gaussian noise, so the likeliest candidate is the
-best guess there is (Neyman & Pearson 1933). It needs the private images themselves, so it is a ceiling for the others and no
-threat model that the catalogue grants.
+best guess there is (Neyman & Pearson 1933). It needs the private images themselves, so it is a ceiling for the others
+and no threat model that the catalogue grants.
 """
 
 import copy
