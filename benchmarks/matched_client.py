@@ -8,11 +8,14 @@ and repeated; the table goes to `reports/metrics/matched_client.csv`.
 `id_*`: share identified among the 100, by image, hint and both (`splitlab.identification`), n = 100 x `KEYS` draws of
 all noise. `id_*_ideal`: the same by whoever holds the 100 candidates and weighs them by Bayes, a ceiling for every
 attack. `control_iou` is at control scale 1, `control_iou_amplified` at `AMPLIFIED`; no control is 0.26 or less, the VAE
-0.97.
+0.97. Disguised clients (`splitlab.disguise`) are asked with layouts: `control_iou` under control guidance 1,
+`control_iou_guided` under `GUIDANCE` (`splitlab.guided`), both against the whole hint; `colour_error*` is the mean
+absolute error of the ground's colour against the prompt, range 2. `*_seeds`: seed by seed, for pairing settings.
 """
 
 import argparse
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
@@ -26,6 +29,8 @@ from splitlab.base import encoded
 from splitlab.checkpoint import load_json, save_json
 from splitlab.controlnet import LatentHintControlNet, control_pipeline
 from splitlab.data import digest
+from splitlab.disguise import colours_of, discs, disguised, disguises, in_colours, laid_out, layout, sent_layout
+from splitlab.guided import generate_guided
 from splitlab.identification import identified_by_both, identified_by_likelihood
 from splitlab.metrics import disc_iou, identified, psnr_db
 from splitlab.recolour import VARIANTS, recolour, recoloured
@@ -38,6 +43,7 @@ from splitlab.wire import from_bytes
 MATCHED = Defences(feature_noise=1.0, matched=True, hide_prompts=True)
 HIGH = replace(MATCHED, timestep_floor=800)
 COARSE = replace(HIGH, coarse_hints=3)
+DISGUISED = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, layout_noise=0.2)
 
 # name -> the client's defences, and whether it recolours its images in secret first
 SETTINGS = {
@@ -60,10 +66,13 @@ SETTINGS = {
     "recoloured-1.8": (replace(COARSE, hint_noise=1.8), True),
     "recoloured-2.5": (replace(COARSE, hint_noise=2.5), True),
     "recoloured-700-2.5": (replace(COARSE, hint_noise=2.5, timestep_floor=700), True),
+    "disguised": (DISGUISED, False),
 }
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
+AGAINST_DISGUISES = {"undisguise": {}}
 N, KEYS = 100, 3
 AMPLIFIED = 3.0
+GUIDANCE = 16.0
 FOLDER = CACHE / "matched_client"
 TABLE = ROOT / "reports/metrics/matched_client.csv"
 
@@ -74,13 +83,15 @@ def private_set(hidden):
 
 
 def trained(name, steps, seed, base):
-    """Train one cell, or read what was trained before: control IoU at scale 1 and amplified."""
+    """Train one cell, or read what was trained before: control IoU by the way it is asked for."""
     defences, hidden = SETTINGS[name]
     config = TrainConfig(defences=defences, steps=steps, seed=seed, record_messages=1)
     out = FOLDER / f"{name}-{digest({'config': config, 'base': base.digest, 'hidden': hidden})[:12]}"
     if not (out / "record.json").exists():
         heldout = load(ROOT / "data/heldout/shapes.zip")
         train(name, config, base, private_set(hidden), heldout, out=out, cache=CACHE)
+    if disguises(defences):
+        return guided(out, config, base)
     if not (out / "amplified.json").exists():
         model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
         asked = load(ROOT / "data/heldout/shapes.zip").subset(range(config.eval_samples))
@@ -97,7 +108,39 @@ def trained(name, steps, seed, base):
                 output_type="pt",
             ).images
         save_json(out / "amplified.json", {"control_iou": disc_iou(pictures * 2 - 1, asked.hints).mean().item()})
-    return load_json(out / "record.json")["control_iou"], load_json(out / "amplified.json")["control_iou"]
+    amplified = load_json(out / "amplified.json")["control_iou"]
+    return {"control_iou": load_json(out / "record.json")["control_iou"], "control_iou_amplified": amplified}
+
+
+def guided(out, config, base):
+    """Ask for held-out hints as a layout was learned, and score against the whole hints."""
+    if not (out / "guided.json").exists():
+        model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
+        asked = load(ROOT / "data/heldout/shapes.zip").subset(range(config.eval_samples))
+        hints = laid_out(asked.hints, config.defences.layout_noise) if config.defences.layout_noise else asked.hints
+        scores = {}
+        for control in (0.0, 1.0, 2.0, 4.0, 8.0, GUIDANCE):
+            draw = generator(config.seed, "generate")
+            pictures = generate_guided(base, model, asked.prompts, hints, control=control, generator=draw)
+            scores[f"{control:g}"] = {
+                "control_iou": disc_iou(pictures, asked.hints).mean().item(),
+                "colour_error": colour_error(pictures, asked),
+            }
+        save_json(out / "guided.json", scores)
+    scores = load_json(out / "guided.json")
+    kept = {"control_iou": scores["1"], "control_iou_guided": scores[f"{GUIDANCE:g}"]}
+    colours = {
+        "colour_error": scores["1"]["colour_error"],
+        "colour_error_guided": kept["control_iou_guided"]["colour_error"],
+    }
+    return {name: found["control_iou"] for name, found in kept.items()} | colours
+
+
+def colour_error(pictures, asked):
+    """Mean absolute error of the border's median colour against the ground that the prompt names, of a range of 2."""
+    border = torch.cat([pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, :, 0], pictures[:, :, :, -1]], 2)
+    _, ground = colours_of(asked.prompts)
+    return (border.median(2).values - ground[..., 0, 0]).abs().mean().item()
 
 
 def attacked(name, base):
@@ -108,7 +151,7 @@ def attacked(name, base):
     if path.exists():
         return load_json(path)["rows"]
     private, sent = load(ROOT / "data/private/shapes.zip").subset(range(N)), []
-    indices = []
+    indices, prompts, positions = [], [], []
     for key in range(KEYS):
         config = TrainConfig(defences=defences, batch_size=N // 2, seed=key)
         own = recoloured(private, key=("private", key)) if hidden else private
@@ -117,27 +160,46 @@ def attacked(name, base):
             message, truth = client_send(client, step, N // 2)
             sent.append(from_bytes(message))
             indices.append(truth.indices)
+            positions += (truth.indices + key * N).tolist()
+        prompts += disguised(own, defences, key=config.seed).prompts
     public = load(ROOT / "data/public/shapes.zip")
     public = recoloured(public, key="public") if hidden else public
     knowledge = Knowledge(base, "split", defences, private.size, public, cache=CACHE)
     truth = torch.cat(indices)
     others = torch.stack([torch.cat([torch.tensor([i]), torch.tensor([j for j in range(N) if j != i])]) for i in truth])
-    ideal = ideal_shares(sent, knowledge, private, hidden, others)
+    prompts = tuple(prompts[position] for position in positions)
+    if disguises(defences):
+        ideal = ideal_shares_disguised(sent, knowledge, private, prompts, others)
+    else:
+        ideal = ideal_shares(sent, knowledge, private, hidden, others)
     rows = []
-    for attack, options in ATTACKS.items():
+    for attack, options in (ATTACKS | (AGAINST_DISGUISES if disguises(defences) else {})).items():
         found = run_attack(attack, sent, knowledge, generator=generator("attack", attack), options=options)
-        scores = {
-            "id_image": identified(found.images, private.images, others),
-            "id_hint": identified(found.hints, private.hints, others),
-            "id_both": identified_by_both(found.images, found.hints, private.images, private.hints, others),
-        }
-        row = {key: value.float().mean().item() for key, value in scores.items()}
+        row = shares(found, private, others)
+        if defences.borrowed_colours:  # images come in the sent colours: candidates are compared in them, too
+            places = replace(found, images=discs(found.images, prompts))
+            again = shares(places, replace_images(private, discs(private.images, private.prompts)), others)
+            row = {key: max(value, again[key]) for key, value in row.items()}
         psnr = psnr_db(found.images, private.images[truth]).mean().item()
         rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": len(truth)})
     rows.sort(key=lambda row: -row["id_worst"])
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_json(path, {"rows": rows})
     return rows
+
+
+def shares(found, private, others):
+    """Share identified by image, hint and both."""
+    scores = {
+        "id_image": identified(found.images, private.images, others),
+        "id_hint": identified(found.hints, private.hints, others),
+        "id_both": identified_by_both(found.images, found.hints, private.images, private.hints, others),
+    }
+    return {key: value.float().mean().item() for key, value in scores.items()}
+
+
+def replace_images(data, images):
+    return SimpleNamespace(images=images, hints=data.hints)
 
 
 def ideal_shares(sent, knowledge, private, hidden, line_up):
@@ -155,13 +217,29 @@ def ideal_shares(sent, knowledge, private, hidden, line_up):
     return {f"id_{k}_ideal": identified_by_likelihood(v, line_up).float().mean().item() for k, v in ways.items()}
 
 
+def ideal_shares_disguised(sent, knowledge, private, prompts, line_up):
+    """The same where clients disguise themselves: every candidate in the colours that the message's prompt names."""
+    seen, base, noise = labelled(sent, knowledge), knowledge.base, knowledge.defences.layout_noise
+    view, std = latent_view(seen, knowledge)
+    image = torch.empty(line_up.shape, dtype=torch.float64)
+    for i, (prompt, row) in enumerate(zip(prompts, line_up, strict=True)):
+        asked = [private.prompts[j] for j in row.tolist()]
+        gallery = base.encode(in_colours(private.images[row], asked, [prompt] * len(asked)))
+        image[i] = -(view[i] - gallery).double().square().sum((1, 2, 3)) / (2 * std[i].double().square().item())
+    shown = sent_layout(base.decode(hint_latents(seen, sent, knowledge)), noise).double()
+    hint = -(shown[:, None] - layout(private.hints).double()[line_up]).square().sum(2) / (2 * noise**2)
+    ways = {"image": image, "hint": hint, "both": image + hint}
+    return {f"id_{k}_ideal": (v[:, 0] > v[:, 1:].max(1).values).float().mean().item() for k, v in ways.items()}
+
+
 def row_of(name, base, args):
     defences, hidden = SETTINGS[name]
     row = {"setting": name, "defences": str(defences) + (" recoloured" if hidden else ""), "steps": args.steps}
     ious = [] if args.attacks_only else [trained(name, args.steps, seed, base) for seed in range(args.seeds)]
-    for place, column in enumerate(("control_iou", "control_iou_amplified")):
-        values = pd.Series([one[place] for one in ious], dtype=float)
+    for column in ious[0] if ious else ("control_iou", "control_iou_amplified"):
+        values = pd.Series([one[column] for one in ious], dtype=float)
         row |= {column: values.mean(), f"{column}_std": values.std(ddof=0)}
+        row |= {f"{column}_seeds": " ".join(f"{value:.4f}" for value in values)} if "iou" in column else {}
     strongest = attacked(name, base)[0]
     return row | {"n_seeds": len(ious), "id_chance": 1 / N} | strongest
 

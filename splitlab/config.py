@@ -39,6 +39,10 @@ class Defences:
             hides sooner, and a signal that is learned sooner. 2 or more; 0: all.
         noise_once: draw feature and hint noise once per image, on its latents and hint latents, and use them in every
             epoch; σ1 is then in units of the latents, and no repetition averages anything out.
+        borrowed_colours: shapes only: once per image, recolour it to two public colours drawn at random, and send the
+            prompt that names those: image and prompt then say nothing of its colours (`splitlab.disguise`).
+        layout_noise: once per image, replace its hint by a ring that shows the hint's layout, three numbers in [0, 1],
+            under Gaussian noise of that standard deviation (`splitlab.disguise.laid_out`). 0: off.
         symsigmoid: replace the cut-layer sum x by |x| (2 sigmoid(x) - 1) (S1's activation).
         fixed_noise: standard deviation of one Gaussian tensor per client, added to every cut-layer activation; 0: off.
         key_mixing: mix that many samples, which share timestep and noise, by a secret row-stochastic key; 0: off.
@@ -57,6 +61,8 @@ class Defences:
     hint_noise: float = 0.0
     coarse_hints: int = 0
     noise_once: bool = False
+    borrowed_colours: bool = False
+    layout_noise: float = 0.0
     symsigmoid: bool = False
     fixed_noise: float = 0.0
     key_mixing: int = 0
@@ -71,7 +77,7 @@ class Defences:
             raise InputError(f"timestep_floor must be 0 or more, got {self.timestep_floor}")
         if not self.latent_norm >= 0:
             raise InputError(f"latent_norm is a norm and must be 0 or more (0: off), got {self.latent_norm}")
-        for name in ("fixed_noise", "feature_noise", "hint_noise"):
+        for name in ("fixed_noise", "feature_noise", "hint_noise", "layout_noise"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is a standard deviation and must be 0 or more, got {getattr(self, name)}")
         if self.coarse_hints < 0 or self.coarse_hints == 1:
@@ -88,6 +94,10 @@ class Defences:
             raise InputError("noise_once says how noise is drawn: give feature_noise or hint_noise, or remove it")
         if self.noise_once and self.independent_draws:
             raise InputError("noise_once is one draw on the latents: remove independent_draws")
+        if self.layout_noise and (self.hint_noise or self.coarse_hints):
+            raise InputError("layout_noise protects the hint by itself: remove hint_noise and coarse_hints, or it")
+        if self.borrowed_colours and self.hide_prompts:
+            raise InputError("borrowed_colours sends prompts that say nothing of the image: remove hide_prompts, or it")
         if self.fresh_keys and not (self.key_mixing or self.patch_shuffle):
             raise InputError("fresh_keys needs a key: switch key_mixing or patch_shuffle on, or remove it")
 
@@ -152,6 +162,8 @@ class TrainConfig:
             raise InputError(
                 "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: remove them"
             )
+        if self.scheme == "split_gradients" and (self.defences.layout_noise or self.defences.borrowed_colours):
+            raise InputError("layout_noise and borrowed_colours are for schemes 'split' and 'u_shaped': remove them")
         if self.defences.key_mixing and self.batch_size % self.defences.key_mixing:
             raise InputError(
                 f"batch_size {self.batch_size} is no multiple of key_mixing {self.defences.key_mixing}: change either"

@@ -14,7 +14,7 @@ from splitlab.types import PrivacyEvent
 DELTA = 1e-5
 """The δ at which a run's ε is stated."""
 
-NOISES = ("feature_noise", "hint_noise", "fixed_noise")
+NOISES = ("feature_noise", "hint_noise", "layout_noise", "fixed_noise")
 """The defences that add noise."""
 
 
@@ -54,7 +54,7 @@ def guarantee(config: TrainConfig, alphas_cumprod: Float[Tensor, " T"], *, n: in
         return Guarantee(why="no noise hides what the label does not reveal")
     if defences.fixed_noise and not defences.feature_noise:
         return Guarantee(why="fixed noise is one tensor for all messages: it is estimated from them and taken off")
-    if not defences.hide_prompts:
+    if not (defences.hide_prompts or defences.borrowed_colours):
         return Guarantee(why="prompts are sent as they are; hide them")
     try:
         return Guarantee(message_events(defences, alphas_cumprod, messages=messages_per_image(config, n)))

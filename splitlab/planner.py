@@ -61,7 +61,11 @@ class Plan:
         """Say it in words that claim no more than was measured and proved."""
         one, defences = self.setting, self.setting.defences
         control = "" if math.isnan(one.control_iou) else f" Control IoU {one.control_iou:.2f}."
-        prompt = "" if defences.hide_prompts else " The prompt is sent as it is and covered by neither."
+        prompt = (
+            ""
+            if defences.hide_prompts or defences.borrowed_colours
+            else " The prompt is sent as it is and covered by neither."
+        )
         return (
             f"{defences}: the strongest attack measured ({one.attack}) identifies {one.identification:.0%} from one "
             f"message.{control} As differential privacy, for replacing an image and its hint, of norm up to "
@@ -166,7 +170,8 @@ def _plan(one: Setting, alphas_cumprod: Tensor, norm: float, delta: float, messa
 
 def _mu(defences: Defences, alphas_cumprod: Tensor, messages: int) -> float:
     """Return μ of image and hint together; infinite where either is sent without noise, or the image twice."""
-    if not defences.feature_noise or not defences.hint_noise or defences.independent_draws:
+    hint = defences.hint_noise or defences.layout_noise
+    if not defences.feature_noise or not hint or defences.independent_draws:
         return math.inf
     return composed_mu(message_events(defences, alphas_cumprod, messages=messages))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splitlab.config import Defences
 from splitlab.defences import sent_timesteps, signal_level
+from splitlab.disguise import LAYOUT_SENSITIVITY
 from splitlab.errors import InputError
 from splitlab.types import PrivacyEvent
 
@@ -206,6 +207,8 @@ def message_events(
 ) -> tuple[PrivacyEvent, PrivacyEvent]:
     """Return the events of sending one image and its hint, both bounded by `latent_norm`, `messages` times.
 
+    A noised layout in place of the hint needs no norm: its three numbers are bounded by themselves.
+
     They cover all that S1's client sends of the two, `matched_message_event` and `hint_event`; their ε is that of the
     two in one list. The prompt is covered if it is hidden, and else it is sent as it is.
 
@@ -220,6 +223,8 @@ def message_events(
     """
     norm = defences.latent_norm
     image = matched_message_event(defences, alphas_cumprod, norm=norm, messages=messages, adjacency=adjacency)
+    if defences.layout_noise:  # drawn once per image, and bounded by what a layout can be
+        return image, hint_event(defences.layout_noise, norm=LAYOUT_SENSITIVITY / 2, adjacency=adjacency)
     repeats = 1 if defences.noise_once else messages
     return image, hint_event(defences.hint_noise, norm=norm, messages=repeats, adjacency=adjacency)
 

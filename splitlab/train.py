@@ -24,6 +24,7 @@ from splitlab.colours import are_shapes
 from splitlab.config import TrainConfig
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, predict_noise
 from splitlab.data import ImageSet, digest, partition
+from splitlab.disguise import disguised
 from splitlab.errors import InputError
 from splitlab.guarantees import DELTA, guarantee
 from splitlab.paths import ROOT
@@ -62,7 +63,8 @@ class Progress:
 
 
 def make_clients(base: Base, private: ImageSet, config: TrainConfig, *, cache: Path | None = None) -> list[Client]:
-    """Encode the private data once and share them out among the run's clients."""
+    """Encode the private data once, disguised where that is a defence, and share them out among the run's clients."""
+    private = disguised(private, config.defences, key=config.seed)
     data = encoded(base, private, cache=cache)
     n = min(config.samples or len(private), len(private))
     return [

@@ -38,6 +38,7 @@ ELSEWHERE = {
     "prompt_inversion": "prompts in the open",
     "unmixing": "key mixing",
     "jigsaw": "patch shuffling",
+    "undisguise": "disguises",
 }
 """Attacks on what S1's own messages do not have, and what that is: they refuse those, and have tests of their own."""
 

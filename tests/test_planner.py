@@ -79,6 +79,16 @@ def test_noise_drawn_once_does_not_compose():
     assert "The prompt is sent as it is" in str(found)
 
 
+def test_a_noised_layout_is_bounded_by_itself_and_sent_once():
+    defences = Defences(timestep_floor=800, feature_noise=1.0, matched=True, borrowed_colours=True, layout_noise=0.2)
+    found = plan([Setting(defences, 0.1, "a", 1.0, 0.5)], tiny.ALPHAS, identification=0.1, **ASKED)
+    # 2 R sqrt(ᾱ_800) / σ1 for the image; the diagonal of the unit cube over the noise, sqrt(3) / 0.2, for the layout
+    image, hint = 60.0 * math.sqrt(float(tiny.ALPHAS[800])), math.sqrt(3) / 0.2
+    assert found.mu_message == pytest.approx(math.hypot(image, hint), rel=0.01)
+    assert found.mu_run == pytest.approx(math.hypot(image * math.sqrt(29), hint), rel=0.01)
+    assert "The prompt is sent as it is" not in str(found)
+
+
 @pytest.mark.parametrize(
     "defences", [BARE, Defences(hint_noise=1.0), Defences(feature_noise=1.0, independent_draws=True)]
 )

@@ -25,12 +25,14 @@ from splitlab.attacks.no_information import mean_public, random_public
 from splitlab.attacks.one_step import one_step
 from splitlab.attacks.posterior import posterior
 from splitlab.attacks.prompts import prompt_guess, prompt_inversion
+from splitlab.attacks.undisguise import undisguise
 from splitlab.attacks.unmixing import unmixing
 from splitlab.attacks.unsplit import unsplit
 from splitlab.base import Base
 from splitlab.checkpoint import load_json, save_json
 from splitlab.config import AttackSpec, Defences
 from splitlab.data import ImageSet
+from splitlab.disguise import disguised
 from splitlab.errors import InputError
 from splitlab.seeds import generator as splitlab_generator
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction
@@ -43,6 +45,7 @@ ATTACKS: dict[str, Callable[..., Reconstruction]] = {
     "posterior": posterior,
     "accumulation": accumulation,
     "nearest_public": nearest_public,
+    "undisguise": undisguise,
     "inverse_network": inverse_network,
     "adaptive_network": adaptive_network,
     "closed_form": closed_form,
@@ -78,6 +81,10 @@ def run_attack(
     """
     if attack not in ATTACKS:
         raise InputError(f"no attack is called {attack!r}; there are {', '.join(ATTACKS)}")
+    if (
+        attack != "undisguise"
+    ):  # it disguises the public data itself; all others imitate clients with what they are given
+        knowledge = replace(knowledge, public=disguised(knowledge.public, knowledge.defences, key="attacker"))
     denied = [name for name in knowledge.ignored if name not in FACTS]
     seen = [observation.without(*denied) for observation in observations]
     began, worked = time.perf_counter(), time.process_time()

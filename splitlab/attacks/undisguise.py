@@ -1,0 +1,151 @@
+"""Which public sample, disguised, would have been sent like this? Bayes over what disguises leave."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from splitlab import metrics
+from splitlab.attacks.channel import labelled, latent_view
+from splitlab.attacks.closed_form import hint_latents
+from splitlab.attacks.imitation import imitate
+from splitlab.attacks.posterior import used_fields
+from splitlab.base import Base, encoded
+from splitlab.colours import COLOURS
+from splitlab.disguise import colours_of, discs, disguised, disguises, layout, sent_layout
+from splitlab.errors import InputError
+from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+
+SHARPNESS = (1.0, 2.0, 4.0, 64.0)
+"""What the attacker tries: from the mean of all that is likely to the likeliest sample alone."""
+
+N_REHEARSED, LINE_UP = 256, 100
+"""Public messages on which sharpness is chosen, and among how many public samples each is to be recognised."""
+
+
+@torch.no_grad()
+def undisguise(
+    observations: Sequence[Observation],
+    knowledge: Knowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+    sharpness: float = 0.0,
+) -> Reconstruction:
+    """Weigh every public sample by how likely its disguise is to have sent each message; answer with the weighted mean.
+
+    The layout is read off the sent hint, exactly but for its noise, which is Gaussian and of known size. The view of
+    the latents (`channel.latent_view`) is compared with what each public disc would look like in the colours that the
+    sent prompt names: between the latents of two plain pictures, position by position as far as the disc covers it.
+    Images are answered in the sent colours, since the true ones were never sent.
+
+    Args:
+        observations: what was sent; needs `timesteps`, `noisy_latents` and, against a layout, `smashed`.
+        knowledge: the threat model; `borrowed_colours` or `layout_noise` are on.
+        generator: of the rehearsal.
+        callback: told of every sharpness tried and the share of rehearsed messages that it recognises.
+        sharpness: power to which weights are raised; 0: the one of `SHARPNESS` that recognises most public samples.
+
+    Raises:
+        InputError: nothing was disguised, a needed field was not sent, or `sharpness` is negative.
+    """
+    if not disguises(knowledge.defences):
+        raise InputError("undisguise is for clients with borrowed_colours or layout_noise; take nearest_public instead")
+    if not sharpness >= 0:
+        raise InputError(f"sharpness is a power above 0 (0: chosen by rehearsal), got {sharpness}")
+    seen, public = labelled(observations, knowledge), knowledge.public
+    gallery = _Gallery(knowledge)
+    prompts = _prompts(seen, knowledge)
+    likelihood = gallery.log_likelihood(seen, observations, prompts)
+    objective: tuple[float, ...] = ()
+    if not sharpness:
+        objective = _rehearsed(gallery, knowledge, generator, callback)
+        sharpness = SHARPNESS[objective.index(max(objective))]
+    weights = (sharpness * likelihood).softmax(1)
+    used = tuple(dict.fromkeys((*used_fields(seen), *(["smashed"] if knowledge.defences.layout_noise else []))))
+    hints = (weights @ public.hints.flatten(1)).view(-1, *public.hints.shape[1:])
+    return Reconstruction(gallery.pictures(weights, prompts), hints, used=used, objective=objective, n_evals=1)
+
+
+def _prompts(seen: Observation, knowledge: Knowledge) -> tuple[str, ...]:
+    """Read the borrowed prompts off the messages: of all there can be, those of nearest text embedding."""
+    if not knowledge.defences.borrowed_colours:
+        return ()
+    every = [f"{disc} circle with {ground} background" for disc in COLOURS for ground in COLOURS]
+    known = knowledge.base.encode_prompts(every).flatten(1)
+    nearest = torch.cdist(seen.need("encoder_hidden_states").flatten(1), known).argmin(1)
+    return tuple(every[i] for i in nearest.tolist())
+
+
+def _rehearsed(
+    gallery: "_Gallery", knowledge: Knowledge, draw: torch.Generator, callback: Callback | None
+) -> tuple[float, ...]:
+    """Disguise and send public samples, and return the share recognised by the hint at every sharpness."""
+    public, defences = knowledge.public, knowledge.defences
+    own = torch.randperm(len(public), generator=draw)[:N_REHEARSED]
+    part = disguised(public.subset(own.tolist()), defences, key=("rehearsal", int(own[0])))
+    data = encoded(knowledge.base, part)
+    message, _ = imitate(data, knowledge, len(own), draw, chosen=torch.arange(len(own)))
+    likelihood = gallery.log_likelihood(message, [message], part.prompts if defences.borrowed_colours else ())
+    likelihood[torch.arange(len(own)), own] = -torch.inf
+    line_up = metrics.line_ups(len(public), own, min(LINE_UP, len(public)), draw)
+    hints, scores = public.hints.flatten(1), []
+    for tried in SHARPNESS:
+        found = (tried * likelihood).softmax(1) @ hints
+        known = metrics.identified(found.view(len(own), 1, 1, -1), hints.view(len(hints), 1, 1, -1), line_up)
+        scores.append(float(known.float().mean()))
+        if callback:
+            callback("undisguise", len(scores), len(SHARPNESS), scores[-1])
+    return tuple(scores)
+
+
+class _Gallery:
+    """The public samples, as far as a disguise leaves something of them."""
+
+    def __init__(self, knowledge: Knowledge):
+        self.knowledge, self.public = knowledge, knowledge.public
+        self.layouts = layout(self.public.hints)
+        borrowed = knowledge.defences.borrowed_colours
+        self.discs = discs(self.public.images, self.public.prompts) if borrowed else None
+
+    def log_likelihood(
+        self, seen: Observation, observations: Sequence[Observation], prompts: Sequence[str]
+    ) -> Float[Tensor, "n m"]:
+        """Return how likely each message is, up to a constant, if it were of each public sample."""
+        view, std = latent_view(seen, self.knowledge)
+        total = -self._distances(view, prompts) / (2 * std.flatten().clamp_min(0.1).square()[:, None])
+        noise = self.knowledge.defences.layout_noise
+        if not noise:
+            return total
+        raw = hint_latents(seen, observations, self.knowledge)
+        if raw is None:
+            raise InputError("the layout is in smashed, which was not sent")
+        shown = sent_layout(self.knowledge.base.decode(torch.as_tensor(raw)), noise)
+        return total - torch.cdist(shown, self.layouts).square() / (2 * noise**2)
+
+    def _distances(self, view: Tensor, prompts: Sequence[str]) -> Float[Tensor, "n m"]:
+        """Return squared distances of latents to each public sample in the colours of each message."""
+        base = self.knowledge.base
+        if self.discs is None:
+            data = encoded(base, self.public, cache=self.knowledge.cache)
+            return torch.cdist(view.flatten(1), data.latents.flatten(1)).square()
+        disc, ground = (plain_latents(base, colours, self.public.size) for colours in colours_of(prompts))
+        share = torch.nn.functional.adaptive_avg_pool2d(self.discs, view.shape[2:]).flatten(1)
+        off, span = view - ground, disc - ground
+        crossed = (off * span).sum(1).flatten(1) @ share.T
+        covered = span.square().sum(1).flatten(1) @ share.square().T
+        return off.square().sum((1, 2, 3))[:, None] - 2 * crossed + covered
+
+    def pictures(self, weights: Float[Tensor, "n m"], prompts: Sequence[str]) -> Float[Tensor, "n 3 s s"]:
+        """Return weighted means of public images, in the messages' colours where they were borrowed."""
+        if self.discs is None:
+            return (weights @ self.public.images.flatten(1)).view(-1, *self.public.images.shape[1:])
+        disc, ground = colours_of(prompts)
+        share = (weights @ self.discs.flatten(1)).view(-1, *self.discs.shape[1:])
+        return ground + share * (disc - ground)
+
+
+def plain_latents(base: Base, colours: Float[Tensor, "n 3 1 1"], size: int) -> Float[Tensor, "n c h w"]:
+    """Encode plain pictures of these colours, in [-1, 1]."""
+    return base.encode(colours.expand(-1, -1, size, size).contiguous())

@@ -1,0 +1,180 @@
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from splitlab import ROOT, Defences, TrainConfig, load, load_base
+from splitlab.attacks import run_attack
+from splitlab.colours import are_shapes
+from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
+from splitlab.disguise import (
+    LEAST_CONTRAST,
+    borrowed_prompt,
+    colours_of,
+    discs,
+    disguised,
+    in_colours,
+    laid_out,
+    layout,
+    rings,
+    sent_layout,
+)
+from splitlab.errors import InputError
+from splitlab.guided import generate_guided
+from splitlab.metrics import identified, iou, line_ups, outline_mask
+from splitlab.split import client_send
+from splitlab.train import make_clients
+from splitlab.types import Knowledge
+from splitlab.wire import from_bytes
+
+DISGUISE = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, layout_noise=0.2)
+DATA = tiny.small_set(40, size=32)
+
+
+def draws(n, seed=0):
+    return [tiny.draw(1000 * seed + i) for i in range(n)]
+
+
+def test_a_ring_says_its_layout():
+    numbers = torch.tensor([[0.5, 0.5, 0.5], [0.4, 0.6, 0.3], [0.55, 0.45, 0.7]])
+    torch.testing.assert_close(layout(rings(numbers, 32)), numbers, atol=0.01, rtol=0)
+
+
+def test_what_is_asked_for_without_noise_is_the_hints_own_disc():
+    shown = sent_layout(laid_out(DATA.hints, 0.2), 0.2)
+    again = torch.stack([outline_mask(ring) for ring in rings(shown, 32)])
+    own = torch.stack([outline_mask(hint) for hint in DATA.hints])
+    assert iou(again, own).mean() > 0.9  # rings that the picture cuts off are taken for smaller ones
+
+
+def test_the_noise_on_a_layout_has_the_size_it_says():
+    hints = rings(torch.tensor([[0.5, 0.45, 0.3]]), 32).expand(2000, -1, -1, -1)  # hardly ever cut off by the border
+    errors = sent_layout(laid_out(hints, 0.1, draws(2000)), 0.1) - layout(hints)
+    assert errors.mean(0).abs().max() < 0.02  # a line has a width, which small rings read as extent
+    torch.testing.assert_close(errors.std(0), torch.full((3,), 0.1), rtol=0.1, atol=0)
+
+
+def test_borrowed_colours_keep_the_disc_and_nothing_else_of_the_image():
+    prompts = [borrowed_prompt(draw) for draw in draws(len(DATA))]
+    assert are_shapes(prompts)
+    disc, ground = colours_of(prompts)
+    assert (disc - ground).div(2).square().sum(1).sqrt().min() >= LEAST_CONTRAST - 1e-6
+    new = in_colours(DATA.images, DATA.prompts, prompts)
+    torch.testing.assert_close(discs(new, prompts), discs(DATA.images, DATA.prompts), atol=1e-4, rtol=0)
+    torch.testing.assert_close(in_colours(DATA.images, DATA.prompts, DATA.prompts), DATA.images, atol=0.02, rtol=0)
+    other = tiny.small_set(40, size=32, seed=1)  # the same places in other colours look alike
+    swapped = in_colours(in_colours(DATA.images, DATA.prompts, other.prompts), other.prompts, prompts)
+    torch.testing.assert_close(swapped, new, atol=1e-4, rtol=0)
+
+
+def test_disguises_are_drawn_once_per_image_from_a_secret_key():
+    one, again, other = (disguised(DATA, DISGUISE, key=key) for key in (1, 1, 2))
+    assert one.digest == again.digest != other.digest
+    assert one.prompts == again.prompts != other.prompts
+    assert torch.equal(one.hints, again.hints)
+    assert not torch.equal(one.hints, other.hints)
+    assert torch.equal(disguised(DATA.subset(range(5)), DISGUISE, key=1).images, one.images[:5])
+
+
+def test_without_these_defences_nothing_changes():
+    defences = Defences(feature_noise=1.0, matched=True, timestep_floor=800, hint_noise=1.0, hide_prompts=True)
+    assert disguised(DATA, defences, key=1) is DATA
+    assert str(defences) == "timestep_floor=800 feature_noise=1 matched hint_noise=1 hide_prompts"
+
+
+def test_one_image_sent_twice_shows_the_same_layout(base):
+    config = tiny.config(defences=DISGUISE, batch_size=4)
+    (client,) = make_clients(base, tiny.small_set(4), config)
+    found = []
+    for step in range(2):
+        message, truth = client_send(client, step, 4)
+        seen = from_bytes(message)
+        found.append((seen.need("smashed") - seen.need("noisy_latents"))[truth.indices.argsort()])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"layout_noise": -0.1}, "layout_noise is a standard deviation"),
+     ({"layout_noise": 0.1, "hint_noise": 1.0}, "protects the hint by itself"),
+     ({"borrowed_colours": True, "hide_prompts": True}, "say nothing of the image")],
+)  # fmt: skip
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Defences(**options)
+
+
+def test_conventional_split_learning_is_refused():
+    with pytest.raises(InputError, match="schemes 'split' and 'u_shaped'"):
+        TrainConfig(scheme="split_gradients", defences=Defences(layout_noise=0.1))
+
+
+def test_prompts_without_colours_are_refused():
+    with pytest.raises(InputError, match="which say what to recolour"):
+        disguised(replace(DATA, prompts=("a face",) * len(DATA)), Defences(borrowed_colours=True), key=1)
+
+
+def test_no_control_is_the_base_and_more_of_it_changes_more(base):
+
+    model = latent_hint_controlnet(base).eval()
+    for block in model.controlnet_down_blocks:
+        torch.nn.init.normal_(block.weight, std=0.1, generator=tiny.draw())
+    data = tiny.small_set(3)
+    pictures = {
+        control: generate_guided(base, model, data.prompts, data.hints, control=control, generator=tiny.draw(), steps=4)
+        for control in (0.0, 1.0, 3.0)
+    }
+    plain = base.pipeline(
+        list(data.prompts), height=16, width=16, num_inference_steps=4, guidance_scale=2.0, generator=tiny.draw(),
+        output_type="pt",
+    ).images * 2 - 1  # fmt: skip
+    torch.testing.assert_close(pictures[0.0], torch.as_tensor(plain), atol=1e-3, rtol=0)
+    change = [(pictures[control] - pictures[0.0]).abs().mean() for control in (1.0, 3.0)]
+    assert 0 < change[0] < change[1]
+
+
+def test_guidance_one_without_text_guidance_is_the_pipeline(base):
+    model = latent_hint_controlnet(base).eval()
+    torch.nn.init.normal_(model.controlnet_mid_block.weight, std=0.1, generator=tiny.draw())
+    data = tiny.small_set(2)
+    ours = generate_guided(
+        base, model, data.prompts, data.hints, control=1.0, generator=tiny.draw(), steps=4, guidance_scale=1.0
+    )
+    pipeline = control_pipeline(base, model)
+    theirs = generate(pipeline, data.prompts, data.hints, generator=tiny.draw(), steps=4, guidance_scale=1.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    assert isinstance(model, LatentHintControlNet)
+
+
+needs_data = pytest.mark.skipif(
+    not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),
+    reason="the shipped base model or data are missing; `make data` pulls them",
+)
+
+
+@needs_data
+@pytest.mark.parametrize("noise", [0.02, 5.0])
+def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise):
+    shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
+    defences = replace(DISGUISE, layout_noise=noise)
+    public = load(ROOT / "data/public/shapes.zip", limit=600)
+    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=64))
+    message, truth = client_send(client, 0, 64)
+    knowledge = Knowledge(shipped, "split", defences, private.size, public)
+    found = run_attack("undisguise", [from_bytes(message)], knowledge, generator=tiny.draw())
+    line_up = line_ups(64, truth.indices, 64, tiny.draw())
+    share = identified(torch.as_tensor(found.hints), private.hints, line_up).float().mean()
+    assert (share > 0.5) if noise < 1 else (share < 0.15)
+    prompts = disguised(private, defences, key=0).prompts
+    disc, ground = colours_of([prompts[i] for i in truth.indices])
+    corner = torch.as_tensor(found.images)[:, :, 0, 0] - ground[..., 0, 0]
+    assert corner.abs().max() < (disc - ground).abs().max()  # the borrowed colours are read off exactly
+
+
+@needs_data
+def test_only_disguised_clients_are_undisguised():
+    shipped, public = load_base(ROOT / "models/base"), load(ROOT / "data/public/shapes.zip", limit=8)
+    knowledge = Knowledge(shipped, "split", Defences(), 32, public)
+    with pytest.raises(InputError, match="take nearest_public instead"):
+        run_attack("undisguise", [], knowledge, generator=tiny.draw())
