@@ -20,7 +20,7 @@ from splitlab.base import Base
 from splitlab.data import ImageSet, digest
 from splitlab.dp.audit import audit
 from splitlab.dp.conditioning import labels_of
-from splitlab.dp.evaluate import Classifier, frechet_distance, train_classifier
+from splitlab.dp.evaluate import Classifier, frechet_distance, joint_accuracy, train_classifier
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.membership import membership_auc
 from splitlab.dp.public import warped_copies
@@ -40,6 +40,9 @@ PUBLIC, START, REAL = "public base", "public start", "real images"
 fine-tuned on more public images; and no generator at all."""
 
 CONTRASTS = (PUBLIC, START, REAL)
+
+VOTES = 3
+"""Classifiers per model, whose probabilities are averaged: one alone varies by a few points from seed to seed."""
 
 MANY = 100
 """Public prompts up to which a classifier that tells them apart serves as the eyes of the Fréchet distance."""
@@ -96,7 +99,7 @@ class DPSurveyConfig:
     withheld: int = 0
     n_samples: int = 1000
     sample_steps: int = 20
-    classifier_steps: int = 400
+    classifier_steps: int = 600
 
     def __post_init__(self) -> None:
         """Refuse a grid that does not exist."""
@@ -137,6 +140,14 @@ class Judge:
     start: Tuned | None = None
 
     @property
+    def key(self) -> str:
+        """Name all that a row depends on besides its model, so that a row of other judges is not taken for it."""
+        config = self.config
+        how = (config.n_samples, config.sample_steps, config.classifier_steps, VOTES)
+        start = self.start.record if self.start else None
+        return digest({"how": how, "base": self.base.digest, "start": start, "test": self.test.digest})[:12]
+
+    @property
     def features(self) -> str:
         """Name the features of the Fréchet distance."""
         return "classifier of public images" if self.eyes else "latents of the public VAE, 4 x 4"
@@ -153,11 +164,10 @@ class Judge:
         """Score generated (or real) images `[n, 3, h, w]` and their labels."""
         found = {"frechet": round(frechet_distance(self.look(images), self.look(self.test.images)), 4)}
         if labels is not None:
-            classifier = train_classifier(
-                images, labels, n_classes=len(self.classes), seed=seed, steps=self.config.classifier_steps
-            )
+            seeds, same = range(VOTES * seed, VOTES * (seed + 1)), {"steps": self.config.classifier_steps}
+            each = [train_classifier(images, labels, n_classes=len(self.classes), seed=one, **same) for one in seeds]
             wanted = labels_of(self.test.prompts, self.classes)
-            found["downstream_acc"] = round(classifier.accuracy(self.test.images, wanted), 4)
+            found["downstream_acc"] = round(joint_accuracy(each, self.test.images, wanted), 4)
         return found
 
     def look(self, images: Tensor) -> Tensor:
@@ -205,7 +215,7 @@ def dp_survey(
     Returns a table of `COLUMNS`, and per row of pictures its label and ten generated images `[10, 3, h, w]`.
     """
     judge = make_judge(config, base, load, cache=cache)
-    rows, pictures = _contrasts(judge)
+    rows, pictures = _contrasts(judge, cache / "dp" / f"{config.common.dataset}-{judge.key}")
     facts: dict[str, Any] = {"base": base.digest, "start": judge.start.record if judge.start else None}
     facts |= {"private": judge.private.digest, "test": judge.test.digest, "samples": config.n_samples}
     for name, run in (bar := tqdm(config.runs.items(), desc="DP survey")):
@@ -219,38 +229,32 @@ def dp_survey(
 
 
 def _one(run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str, Any], Tensor]:
-    """Do one run, or read what an earlier call made of it."""
-    done = folder / "row.json"
-    if not done.exists():
+    """Do one run, or go on with what an earlier call made of it: the model, its images, its row."""
+    if not (folder / "cost.json").exists():
         began = time.perf_counter()
-        record = finetune(
-            folder.name,
-            run,
-            judge.base,
-            judge.private,
-            out=folder / "model",
-            cache=folder.parent,
-            start=judge.start,
-        )
-        step_s = (time.perf_counter() - began) / run.steps
-        tuned = load_tuned(folder / "model")
-        images = _generate(judge, tuned, run.seed)
-        row = _row(judge, run, run.trainable) | {key: record[key] for key in ("n_trainable", "epsilon", "sample_rate")}
-        row |= {"noise_multiplier": record["noise_multiplier"], **_judged(judge, images, run.seed)}
-        row |= {"mia_auc": _membership(judge, tuned), "step_s": round(step_s, 3)}
-        row |= {"audit_epsilon_lb": _audited(run, record)}
-        row |= {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
-        checkpoint.save(folder / "shown.safetensors", {"images": images[:10]}, {})
+        where = {"out": folder / "model", "cache": folder.parent}
+        finetune(folder.name, run, judge.base, judge.private, start=judge.start, **where)  # type: ignore[arg-type]
+        step_s = round((time.perf_counter() - began) / run.steps, 3)
+        peak_rss_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        checkpoint.save_json(folder / "cost.json", {"step_s": step_s, "peak_rss_mb": peak_rss_mb})
+    tuned = load_tuned(folder / "model")
+    images = _generate(judge, tuned, run.seed, folder)
+    done = folder / f"row-{judge.key}.json"
+    if not done.exists():
+        kept = ("n_trainable", "epsilon", "sample_rate", "noise_multiplier")
+        row = _row(judge, run, run.trainable) | {key: tuned.record[key] for key in kept}
+        row |= _judged(judge, images, run.seed) | checkpoint.load_json(folder / "cost.json")
+        row |= {"mia_auc": _membership(judge, tuned), "audit_epsilon_lb": _audited(run, tuned.record)}
         checkpoint.save_json(done, row)
-    row = checkpoint.load_json(done)
-    return row, checkpoint.load(folder / "shown.safetensors")[0]["images"]
+    return checkpoint.load_json(done), images[:10]
 
 
-def _contrasts(judge: Judge) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def _contrasts(judge: Judge, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Judge the public models, which have seen no private image, and the private images themselves."""
     labels = labels_of(judge.private.prompts, judge.classes) if judge.classes else None
     first = range(10) if labels is None else [int((labels == c).nonzero()[0]) for c in range(len(judge.classes))]
-    rows, pictures = [], {"real private images": judge.private.images[first]}
+    rows: list[dict[str, Any]] = []
+    pictures = {"real private images": judge.private.images[first]}
     models = {PUBLIC: untuned(judge.base, judge.config.common.conditioning, classes=judge.classes)}
     models |= {START: judge.start} if judge.start else {}
     for seed in range(judge.config.seeds):
@@ -278,9 +282,15 @@ def _row(judge: Judge, run: DPConfig, trainable: str) -> dict[str, Any]:
     }
 
 
-def _generate(judge: Judge, tuned: Tuned, seed: int) -> Tensor:
-    draw = generator("dp samples", seed)
-    return sample(judge.base, tuned, judge.asked(), generator=draw, steps=judge.config.sample_steps)
+def _generate(judge: Judge, tuned: Tuned, seed: int, folder: Path) -> Tensor:
+    """Generate the images that a model is judged by, or read those of an earlier call."""
+    config = judge.config
+    path = folder / f"images-{seed}-{config.n_samples}-{config.sample_steps}.safetensors"
+    if not path.exists():
+        draw = generator("dp samples", seed)
+        images = sample(judge.base, tuned, judge.asked(), generator=draw, steps=config.sample_steps)
+        checkpoint.save(path, {"images": images.half()}, {})
+    return checkpoint.load(path)[0]["images"].float()
 
 
 def _membership(judge: Judge, tuned: Tuned) -> float:
