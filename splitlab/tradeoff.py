@@ -91,7 +91,8 @@ def full_name(row: pd.Series) -> str:
 
 def _placed(row: dict[str, Any]) -> dict[str, Any]:
     """Add a row's two coordinates, or say why it has none."""
-    row = {"image_leak": math.nan, "ceiling": math.nan, "ceiling_by": "", "why_no_epsilon": "", "left_out": ""} | row
+    defaults: dict[str, Any] = {"image_leak": math.nan, "ceiling": math.nan, "ceiling_by": ""}
+    row = defaults | {"why_no_epsilon": "", "left_out": ""} | row
     row["leak"] = above_chance(row["success"], row["chance"]) if not math.isnan(row["success"]) else math.nan
     gain = row["reference"] - row["floor"]
     row["kept"] = (row["utility"] - row["floor"]) / gain if gain > 0 else math.nan
@@ -242,11 +243,11 @@ def _private(table: pd.DataFrame) -> list[dict]:
     """Place private fine-tuning: accuracy of a classifier trained on samples, against membership inference."""
     rows = []
     targets = table["epsilon"].map(nominal)
-    for (dataset, trainable, target), own in table.assign(target=targets).groupby(
-        ["dataset", "trainable", "target"], sort=False
-    ):
+    kinds = table.assign(target=targets).groupby(["dataset", "trainable", "target"], sort=False)
+    for (dataset, trainable, epsilon), own in kinds:
         if trainable in CONTRASTS:
             continue
+        target = float(str(epsilon))
         data = table[table["dataset"] == dataset]
         start = data[data["trainable"] == (START if (data["trainable"] == START).any() else PUBLIC)]
         plain = data[data["epsilon"].eq(math.inf) & ~data["trainable"].eq(REAL)]
@@ -284,7 +285,8 @@ def _shared(shares: pd.DataFrame, private: list[dict]) -> list[dict]:
     """Place federated DP-LDM whose clients share the noise: their sum is DP-SGD's step, so its utility is DP-LDM's."""
     own = shares[shares["noise"].isin(["none", "central"]) & shares["trainable"].eq("attention")]
     found = []
-    for target, rows in own.dropna(subset=["identified"]).groupby("epsilon", sort=False):
+    for epsilon, rows in own.dropna(subset=["identified"]).groupby("epsilon", sort=False):
+        target = float(str(epsilon))
         best = rows.sort_values("identified", ascending=False, kind="stable").iloc[0]
         twin = [
             p
@@ -305,7 +307,7 @@ def _shared(shares: pd.DataFrame, private: list[dict]) -> list[dict]:
                 "chance": float(best["chance"]),
                 "image_leak": above_chance(float(reached.max()), float(best["chance"])) if len(reached) else math.nan,
                 "utility_of": "accuracy downstream",
-                "epsilon": math.nan if math.isinf(target) else float(target),
+                "epsilon": math.nan if math.isinf(target) else target,
                 "why_no_epsilon": "no noise, ε = ∞" if math.isinf(target) else "",
                 "n": int(best["n"]),
                 "n_seeds": int(base.get("n_seeds", 0)),

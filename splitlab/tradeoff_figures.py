@@ -72,7 +72,7 @@ def _backdrop(axis: Axes) -> None:
         axis.text(0.983, place, words, color=_SOFT, fontsize=9.5, ha="right", va="center", zorder=1)
         axis.texts[-1].set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
     axis.text(0.022, 0.972, "private and useful: the corner to reach", color="#00543a", fontsize=9, va="top")
-    axis.texts[-1].set_style("italic")
+    axis.texts[-1].set_fontstyle("italic")
     for x, y, words, align in (
         (0, 0, "no information:\nnothing sent, nothing learnt", "left"),
         (1, 1, "no defence", "right"),

@@ -129,12 +129,12 @@ def _attention_claim(material: DPMaterial, finite: list[float]) -> tuple[str, st
     for e in finite:
         one, other = (material.values(name, e) for name in ("attention", "unet"))
         if len(one) and len(other):
-            wins.append(one.mean() >= other.mean())
+            wins.append(bool(one.mean() >= other.mean()))
             entries.append(f"{_epsilon(e)}: attention {_spread(one)}, full U-Net {_spread(other)}")
     return _claim(
         "Training only the attention modules is better than training everything, at the same ε.",
         entries,
-        "By accuracy downstream, mean ± standard deviation over seeds. Holds if at every ε, refuted if at none.",
+        "By accuracy downstream, mean ± standard deviation over seeds. Holds if never worse, refuted if always.",
         wins,
     )
 
@@ -146,7 +146,7 @@ def _size_claim(material: DPMaterial) -> tuple[str, str, str]:
     entries = [f"{number(counts['attention'])} of {number(counts['unet'])} weights, embedder included"] * known
     entries += [f"{100 * share:.1f}\u00a0% of the U-Net's"] * known
     return _claim(
-        "About 90 % fewer parameters are trained.", entries, "Holds if at most 15 % are.", [share <= 0.15] * known
+        "About 90 % fewer parameters are trained.", entries, "Holds if at most 15 % are.", [bool(share <= 0.15)] * known
     )
 
 
@@ -170,7 +170,7 @@ def _cost_claim(material: DPMaterial) -> tuple[str, str, str]:
         [f"{_epsilon(e)}: {_spread(values)}" for e, values in found.items()],
         "Accuracy downstream, attention only. An independent benchmark (DPImageBench, 2025) has DP-LDM on MNIST at "
         "44.2 % and 95.5 % for ε = 1 and 10. Holds if every larger ε is better, refuted if none is.",
-        [b > a for a, b in pairwise(means)],
+        [bool(b > a) for a, b in pairwise(means)],
     )
 
 
@@ -187,7 +187,7 @@ def _members_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str,
         "AUC of membership inference by calibrated loss; 0.5 is chance. Holds if at every ε it falls by more than one "
         "standard deviation over seeds against ε = ∞, refuted if it falls at none.",
         [_falls(values, plain) for values in found.values()],
-        partly=[values.mean() < plain.mean() for values in found.values()],
+        partly=[bool(values.mean() < plain.mean()) for values in found.values()],
     )
 
 
