@@ -72,7 +72,7 @@ ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_n
 AGAINST_DISGUISES = {"undisguise": {}}
 N, KEYS = 100, 3
 AMPLIFIED = 3.0
-GUIDANCE = 16.0
+GUIDANCE = 8.0
 FOLDER = CACHE / "matched_client"
 TABLE = ROOT / "reports/metrics/matched_client.csv"
 
@@ -119,7 +119,7 @@ def guided(out, config, base):
         asked = load(ROOT / "data/heldout/shapes.zip").subset(range(config.eval_samples))
         hints = laid_out(asked.hints, config.defences.layout_noise) if config.defences.layout_noise else asked.hints
         scores = {}
-        for control in (0.0, 1.0, 2.0, 4.0, 8.0, GUIDANCE):
+        for control in (0.0, 1.0, 2.0, 4.0, GUIDANCE, 16.0):
             draw = generator(config.seed, "generate")
             pictures = generate_guided(base, model, asked.prompts, hints, control=control, generator=draw)
             scores[f"{control:g}"] = {
