@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,7 @@ def disguised(data: ImageSet, defences: Defences, *, key: object) -> ImageSet:
         return data
     draws = [generator("disguise", key, index) for index in range(len(data))]
     facts = {"data": data.digest, "key": str(key), "defences": [defences.borrowed_colours, defences.layout_noise]}
-    new = {"digest": digest(facts)}
+    new: dict[str, Any] = {"digest": digest(facts)}
     if defences.borrowed_colours:
         if not are_shapes(data.prompts):
             raise InputError(

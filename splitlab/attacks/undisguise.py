@@ -131,7 +131,7 @@ class _Gallery:
             data = encoded(base, self.public, cache=self.knowledge.cache)
             return torch.cdist(view.flatten(1), data.latents.flatten(1)).square()
         disc, ground = (plain_latents(base, colours, self.public.size) for colours in colours_of(prompts))
-        share = torch.nn.functional.adaptive_avg_pool2d(self.discs, view.shape[2:]).flatten(1)
+        share = torch.nn.functional.adaptive_avg_pool2d(self.discs, (view.shape[2], view.shape[3])).flatten(1)
         off, span = view - ground, disc - ground
         crossed = (off * span).sum(1).flatten(1) @ share.T
         covered = span.square().sum(1).flatten(1) @ share.square().T

@@ -232,8 +232,8 @@ def _one(run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str, Any], Ten
     """Do one run, or go on with what an earlier call made of it: the model, its images, its row."""
     if not (folder / "cost.json").exists():
         began = time.perf_counter()
-        where = {"out": folder / "model", "cache": folder.parent}
-        finetune(folder.name, run, judge.base, judge.private, start=judge.start, **where)  # type: ignore[arg-type]
+        out, cache = folder / "model", folder.parent
+        finetune(folder.name, run, judge.base, judge.private, out=out, cache=cache, start=judge.start)
         step_s = round((time.perf_counter() - began) / run.steps, 3)
         peak_rss_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         checkpoint.save_json(folder / "cost.json", {"step_s": step_s, "peak_rss_mb": peak_rss_mb})
@@ -257,16 +257,18 @@ def _contrasts(judge: Judge, cache: Path) -> tuple[list[dict[str, Any]], dict[st
     pictures = {"real private images": judge.private.images[first]}
     models = {PUBLIC: untuned(judge.base, judge.config.common.conditioning, classes=judge.classes)}
     models |= {START: judge.start} if judge.start else {}
-    for seed in range(judge.config.seeds):
-        for name, model in models.items():
-            images = _generate(judge, model, seed)
-            none = {"n_trainable": 0, "epsilon": 0.0}
-            rows.append(
-                _row(judge, replace(judge.config.common, seed=seed), name) | none | _judged(judge, images, seed)
-            )
+    for seed, name in product(range(judge.config.seeds), (*models, REAL)):
+        model = models.get(name)
+        images = _generate(judge, model, seed, cache / name.replace(" ", "-")) if model else judge.private.images
+        done = cache / f"row-{name.replace(' ', '-')}-{seed}.json"
+        if not done.exists():
+            row = _row(judge, replace(judge.config.common, seed=seed), name)
+            row |= {"n_trainable": 0, "epsilon": 0.0} if model else {"epsilon": math.inf}
+            row |= _judged(judge, images, seed) if model else judge.judge(images, labels, seed)
+            checkpoint.save_json(done, row)
+        rows.append(checkpoint.load_json(done))
+        if model:
             pictures.setdefault(name, images[:10])
-        ceiling = _row(judge, replace(judge.config.common, seed=seed), REAL) | {"epsilon": math.inf}
-        rows.append(ceiling | judge.judge(judge.private.images, labels, seed))
     return rows, pictures
 
 
