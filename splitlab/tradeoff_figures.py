@@ -133,7 +133,8 @@ def _label(axis: Axes, rows: pd.DataFrame, *, place: float, align: str, gap: flo
 def _name(row: pd.Series) -> str:
     if row["scheme"] in (SPLIT, MATCHED, FEDERATED):
         return str(row["setting"])
-    return full_name(row).replace("DP-SGD on the full U-Net", "full U-Net").removesuffix(", share of one image")
+    name = full_name(row).replace("DP-SGD on the full U-Net", "full U-Net").removesuffix(", share of one image")
+    return name if row["dataset"] == "digits" else f"{name}, {row['dataset']}"
 
 
 def _epsilon(row: pd.Series) -> str:
