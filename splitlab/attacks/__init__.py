@@ -81,9 +81,7 @@ def run_attack(
     """
     if attack not in ATTACKS:
         raise InputError(f"no attack is called {attack!r}; there are {', '.join(ATTACKS)}")
-    if (
-        attack != "undisguise"
-    ):  # it disguises the public data itself; all others imitate clients with what they are given
+    if attack != "undisguise":  # that one disguises the public data itself; all others imitate clients with them
         knowledge = replace(knowledge, public=disguised(knowledge.public, knowledge.defences, key="attacker"))
     denied = [name for name in knowledge.ignored if name not in FACTS]
     seen = [observation.without(*denied) for observation in observations]
