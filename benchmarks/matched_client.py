@@ -9,16 +9,17 @@ and repeated; the table goes to `reports/metrics/matched_client.csv`.
 all noise. `id_*_ideal`: the same by whoever holds the 100 candidates and weighs them by Bayes, a ceiling for every
 attack. `control_iou` is at control scale 1, `control_iou_amplified` at `AMPLIFIED`; no control is 0.26 or less, the VAE
 0.97. Disguised clients (`splitlab.disguise`) are asked with layouts: `control_iou` under control guidance 1,
-`control_iou_guided` under `GUIDANCE` (`splitlab.guided`), both against the whole hint; `colour_error*` is the mean
-absolute error of the ground's colour against the prompt, range 2. `*_seeds`: seed by seed, for pairing settings.
+`control_iou_guided` under the one of `GUIDANCES` (`splitlab.guided`) that is best for 64 public hints, both against the
+whole hint; `colour_error*` is the mean absolute error of the ground's colour against the prompt, range 2. `*_seeds`:
+seed by seed, for pairing settings.
 """
 
 import argparse
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load, load_base
 from splitlab.artefacts import read_table
@@ -29,10 +30,19 @@ from splitlab.base import encoded
 from splitlab.checkpoint import load_json, save_json
 from splitlab.controlnet import LatentHintControlNet, control_pipeline
 from splitlab.data import digest
-from splitlab.disguise import colours_of, discs, disguised, disguises, in_colours, laid_out, layout, sent_layout
+from splitlab.disguise import (
+    asked_layout,
+    colours_of,
+    disguised,
+    disguises,
+    every_turn,
+    in_colours,
+    layout,
+    sent_layout,
+)
 from splitlab.guided import generate_guided
-from splitlab.identification import identified_by_both, identified_by_likelihood
-from splitlab.metrics import disc_iou, identified, psnr_db
+from splitlab.identification import identified_by_likelihood, identified_in_disguise
+from splitlab.metrics import disc_iou, psnr_db
 from splitlab.recolour import VARIANTS, recolour, recoloured
 from splitlab.seeds import generator
 from splitlab.split import client_send
@@ -44,6 +54,7 @@ MATCHED = Defences(feature_noise=1.0, matched=True, hide_prompts=True)
 HIGH = replace(MATCHED, timestep_floor=800)
 COARSE = replace(HIGH, coarse_hints=3)
 DISGUISED = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, layout_noise=0.2)
+TURNED = replace(DISGUISED, timestep_floor=700, layout_noise=0.12, turned=True)
 
 # name -> the client's defences, and whether it recolours its images in secret first
 SETTINGS = {
@@ -67,12 +78,13 @@ SETTINGS = {
     "recoloured-2.5": (replace(COARSE, hint_noise=2.5), True),
     "recoloured-700-2.5": (replace(COARSE, hint_noise=2.5, timestep_floor=700), True),
     "disguised": (DISGUISED, False),
+    "turned": (TURNED, False),
 }
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
 AGAINST_DISGUISES = {"undisguise": {}}
 N, KEYS = 100, 3
 AMPLIFIED = 3.0
-GUIDANCE = 8.0
+GUIDANCES = (1.0, 2.0, 4.0, 8.0, 16.0)
 FOLDER = CACHE / "matched_client"
 TABLE = ROOT / "reports/metrics/matched_client.csv"
 
@@ -113,27 +125,35 @@ def trained(name, steps, seed, base):
 
 
 def guided(out, config, base):
-    """Ask for held-out hints as a layout was learned, and score against the whole hints."""
+    """Ask for public hints at every guidance and for held-out ones at the best of these, and at 1."""
     if not (out / "guided.json").exists():
+        public, heldout = (load(ROOT / f"data/{split}/shapes.zip") for split in ("public", "heldout"))
         model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
-        asked = load(ROOT / "data/heldout/shapes.zip").subset(range(config.eval_samples))
-        hints = laid_out(asked.hints, config.defences.layout_noise) if config.defences.layout_noise else asked.hints
-        scores = {}
-        for control in (0.0, 1.0, 2.0, 4.0, GUIDANCE, 16.0):
-            draw = generator(config.seed, "generate")
-            pictures = generate_guided(base, model, asked.prompts, hints, control=control, generator=draw)
-            scores[f"{control:g}"] = {
-                "control_iou": disc_iou(pictures, asked.hints).mean().item(),
-                "colour_error": colour_error(pictures, asked),
-            }
-        save_json(out / "guided.json", scores)
+        tried = {g: follows(model, public.subset(range(config.eval_samples)), g, config, base) for g in GUIDANCES}
+        best = max(tried, key=lambda g: tried[g]["control_iou"])
+        asked = heldout.subset(range(config.eval_samples))
+        scores = {"guidance": best, "public": {f"{g:g}": found["control_iou"] for g, found in tried.items()}}
+        save_json(out / "guided.json", scores | {str(g): follows(model, asked, g, config, base) for g in {1.0, best}})
     scores = load_json(out / "guided.json")
-    kept = {"control_iou": scores["1"], "control_iou_guided": scores[f"{GUIDANCE:g}"]}
-    colours = {
-        "colour_error": scores["1"]["colour_error"],
-        "colour_error_guided": kept["control_iou_guided"]["colour_error"],
+    plain, best = scores["1.0"], scores[str(scores["guidance"])]
+    return {
+        "control_iou": plain["control_iou"],
+        "control_iou_guided": best["control_iou"],
+        "colour_error": plain["colour_error"],
+        "colour_error_guided": best["colour_error"],
+        "guidance": scores["guidance"],
     }
-    return {name: found["control_iou"] for name, found in kept.items()} | colours
+
+
+def follows(model, asked, control, config, base):
+    """Generate for hints under guidance: how well the whole hints are followed, and the colours that prompts name."""
+    hints = asked_layout(asked.hints, config.defences.layout_noise, control=control)
+    draw = generator(config.seed, "generate")
+    pictures = generate_guided(base, model, asked.prompts, hints, control=control, generator=draw)
+    return {
+        "control_iou": disc_iou(pictures, asked.hints).mean().item(),
+        "colour_error": colour_error(pictures, asked),
+    }
 
 
 def colour_error(pictures, asked):
@@ -175,31 +195,14 @@ def attacked(name, base):
     rows = []
     for attack, options in (ATTACKS | (AGAINST_DISGUISES if disguises(defences) else {})).items():
         found = run_attack(attack, sent, knowledge, generator=generator("attack", attack), options=options)
-        row = shares(found, private, others)
-        if defences.borrowed_colours:  # images come in the sent colours: candidates are compared in them, too
-            places = replace(found, images=discs(found.images, prompts))
-            again = shares(places, replace_images(private, discs(private.images, private.prompts)), others)
-            row = {key: max(value, again[key]) for key, value in row.items()}
+        known = identified_in_disguise(found.images, found.hints, private, prompts, others, defences)
+        row = {f"id_{way}": share.float().mean().item() for way, share in known.items()}
         psnr = psnr_db(found.images, private.images[truth]).mean().item()
         rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": len(truth)})
     rows.sort(key=lambda row: -row["id_worst"])
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_json(path, {"rows": rows})
     return rows
-
-
-def shares(found, private, others):
-    """Share identified by image, hint and both."""
-    scores = {
-        "id_image": identified(found.images, private.images, others),
-        "id_hint": identified(found.hints, private.hints, others),
-        "id_both": identified_by_both(found.images, found.hints, private.images, private.hints, others),
-    }
-    return {key: value.float().mean().item() for key, value in scores.items()}
-
-
-def replace_images(data, images):
-    return SimpleNamespace(images=images, hints=data.hints)
 
 
 def ideal_shares(sent, knowledge, private, hidden, line_up):
@@ -221,14 +224,18 @@ def ideal_shares_disguised(sent, knowledge, private, prompts, line_up):
     """The same where clients disguise themselves: every candidate in the colours that the message's prompt names."""
     seen, base, noise = labelled(sent, knowledge), knowledge.base, knowledge.defences.layout_noise
     view, std = latent_view(seen, knowledge)
-    image = torch.empty(line_up.shape, dtype=torch.float64)
-    for i, (prompt, row) in enumerate(zip(prompts, line_up, strict=True)):
-        asked = [private.prompts[j] for j in row.tolist()]
-        gallery = base.encode(in_colours(private.images[row], asked, [prompt] * len(asked)))
-        image[i] = -(view[i] - gallery).double().square().sum((1, 2, 3)) / (2 * std[i].double().square().item())
+    turns = every_turn if knowledge.defences.turned else lambda pictures: pictures[None]
+    pictures, hints = turns(private.images), turns(private.hints)
+    layouts = layout(hints.flatten(0, 1)).double().unflatten(0, hints.shape[:2])
+    image = torch.empty(*line_up.shape, len(pictures), dtype=torch.float64)
+    for i, (prompt, row) in enumerate(zip(tqdm(prompts, desc="ideal", leave=False), line_up, strict=True)):
+        asked = [private.prompts[j] for j in row.tolist()] * len(pictures)
+        gallery = base.encode(in_colours(pictures[:, row].flatten(0, 1), asked, [prompt] * len(asked)))
+        errors = (view[i] - gallery).double().square().sum((1, 2, 3)).view(len(pictures), -1)
+        image[i] = -errors.T / (2 * std[i].double().square().item())
     shown = sent_layout(base.decode(hint_latents(seen, sent, knowledge)), noise).double()
-    hint = -(shown[:, None] - layout(private.hints).double()[line_up]).square().sum(2) / (2 * noise**2)
-    ways = {"image": image, "hint": hint, "both": image + hint}
+    hint = -(shown[:, None, None] - layouts.transpose(0, 1)[line_up]).square().sum(3) / (2 * noise**2)
+    ways = {way: v.logsumexp(2) for way, v in {"image": image, "hint": hint, "both": image + hint}.items()}
     return {f"id_{k}_ideal": (v[:, 0] > v[:, 1:].max(1).values).float().mean().item() for k, v in ways.items()}
 
 

@@ -43,6 +43,8 @@ class Defences:
             prompt that names those: image and prompt then say nothing of its colours (`splitlab.disguise`).
         layout_noise: once per image, replace its hint by a ring that shows the hint's layout, three numbers in [0, 1],
             under Gaussian noise of that standard deviation (`splitlab.disguise.laid_out`). 0: off.
+        turned: once per image, turn image and hint by one of the eight symmetries of the square, drawn at random: what
+            is sent says no more than up to eight places where something may have been (`splitlab.disguise.turn`).
         symsigmoid: replace the cut-layer sum x by |x| (2 sigmoid(x) - 1) (S1's activation).
         fixed_noise: standard deviation of one Gaussian tensor per client, added to every cut-layer activation; 0: off.
         key_mixing: mix that many samples, which share timestep and noise, by a secret row-stochastic key; 0: off.
@@ -63,6 +65,7 @@ class Defences:
     noise_once: bool = False
     borrowed_colours: bool = False
     layout_noise: float = 0.0
+    turned: bool = False
     symsigmoid: bool = False
     fixed_noise: float = 0.0
     key_mixing: int = 0
@@ -162,8 +165,9 @@ class TrainConfig:
             raise InputError(
                 "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: remove them"
             )
-        if self.scheme == "split_gradients" and (self.defences.layout_noise or self.defences.borrowed_colours):
-            raise InputError("layout_noise and borrowed_colours are for schemes 'split' and 'u_shaped': remove them")
+        own = self.defences
+        if self.scheme == "split_gradients" and (own.layout_noise or own.borrowed_colours or own.turned):
+            raise InputError("layout_noise, borrowed_colours, turned are for schemes 'split', 'u_shaped': remove them")
         if self.defences.key_mixing and self.batch_size % self.defences.key_mixing:
             raise InputError(
                 f"batch_size {self.batch_size} is no multiple of key_mixing {self.defences.key_mixing}: change either"

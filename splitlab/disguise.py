@@ -26,10 +26,13 @@ LEAST_CONTRAST = 0.25 * math.sqrt(3.0)
 
 LEAST_EXTENT = 0.05
 
+SYMMETRIES = 8
+"""Of the square: four quarter turns, and the same in a mirror."""
+
 
 def disguises(defences: Defences) -> bool:
     """Say whether these defences change images or hints before they are encoded."""
-    return defences.borrowed_colours or defences.layout_noise > 0
+    return defences.borrowed_colours or defences.turned or defences.layout_noise > 0
 
 
 def disguised(data: ImageSet, defences: Defences, *, key: object) -> ImageSet:
@@ -37,7 +40,7 @@ def disguised(data: ImageSet, defences: Defences, *, key: object) -> ImageSet:
 
     Args:
         data: the client's own images, hints and prompts.
-        defences: `borrowed_colours` and `layout_noise` count; without either, `data` is returned.
+        defences: `borrowed_colours`, `layout_noise` and `turned` count; without any, `data` is returned.
         key: secret; seeds the draws.
 
     Raises:
@@ -46,8 +49,9 @@ def disguised(data: ImageSet, defences: Defences, *, key: object) -> ImageSet:
     if not disguises(defences):
         return data
     draws = [generator("disguise", key, index) for index in range(len(data))]
-    facts = {"data": data.digest, "key": str(key), "defences": [defences.borrowed_colours, defences.layout_noise]}
-    new: dict[str, Any] = {"digest": digest(facts)}
+    chosen = [defences.borrowed_colours, defences.layout_noise, *([defences.turned] if defences.turned else [])]
+    new: dict[str, Any] = {"digest": digest({"data": data.digest, "key": str(key), "defences": chosen})}
+    hints = data.hints
     if defences.borrowed_colours:
         if not are_shapes(data.prompts):
             raise InputError(
@@ -56,9 +60,24 @@ def disguised(data: ImageSet, defences: Defences, *, key: object) -> ImageSet:
             )
         prompts = tuple(borrowed_prompt(draw) for draw in draws)
         new |= {"images": in_colours(data.images, data.prompts, prompts), "prompts": prompts}
+    if defences.turned:
+        turns = [int(torch.randint(SYMMETRIES, (1,), generator=draw)) for draw in draws]
+        images = new.get("images", data.images)
+        new["images"] = torch.stack([turn(one, by) for one, by in zip(images, turns, strict=True)])
+        new["hints"] = hints = torch.stack([turn(one, by) for one, by in zip(hints, turns, strict=True)])
     if defences.layout_noise:
-        new["hints"] = laid_out(data.hints, defences.layout_noise, draws)
+        new["hints"] = laid_out(hints, defences.layout_noise, draws)
     return replace(data, **new)
+
+
+def turn(pictures: Float[Tensor, "*n h w"], by: int) -> Float[Tensor, "*n h w"]:
+    """Turn square pictures by symmetry `by` of the square: 0 to 3 quarter turns, from 4 on mirrored before."""
+    return (pictures.flip(-1) if by >= SYMMETRIES // 2 else pictures).rot90(by % 4, (-2, -1))
+
+
+def every_turn(pictures: Float[Tensor, "m c h w"]) -> Float[Tensor, "r m c h w"]:
+    """Return square pictures in all `SYMMETRIES`."""
+    return torch.stack([turn(pictures, by) for by in range(SYMMETRIES)])
 
 
 def borrowed_prompt(draw: torch.Generator) -> str:
@@ -124,13 +143,31 @@ def laid_out(
     Args:
         hints: white on black, in [-1, 1].
         noise: standard deviation of Gaussian noise on each of a layout's three numbers.
-        draws: one generator per hint. None: no noise, but drawn in alike: so hints are to be asked for of a ControlNet
-            that was trained on noised layouts.
+        draws: one generator per hint. None: no noise, but drawn in alike.
     """
     numbers = layout(hints)
     if draws:
         numbers = numbers + noise * torch.stack([torch.randn(3, generator=draw) for draw in draws])
     return rings(PRIOR_MEAN + shrinkage(noise) * (numbers - PRIOR_MEAN), hints.shape[-1])
+
+
+def asked_layout(hints: Float[Tensor, "n 3 h w"], noise: float, *, control: float) -> Float[Tensor, "n 3 h w"]:
+    """Return the hints by which a ControlNet that learned from noised layouts is to be asked for these discs.
+
+    It learned p(disc | noised layout y), a Gaussian around the drawn-in layout if layouts are, before noise, of mean μ
+    and variance s². Guidance g along the control (`splitlab.guided`) makes it p(disc) (p(disc | y) / p(disc))^g, of
+    mean x for y = μ + (x - μ) (1 + noise² / (g s²)): so far out a layout is asked for, then drawn in as in training.
+
+    Args:
+        hints: of what is wanted; white on black, in [-1, 1].
+        noise: standard deviation of the noise in training; 0: hints as they are.
+        control: guidance along the control, above 0.
+    """
+    if not noise:
+        return hints
+    further = 1.0 + (noise / PRIOR_STD) ** 2 / max(control, 1.0)
+    numbers = PRIOR_MEAN + shrinkage(noise) * further * (layout(hints) - PRIOR_MEAN)
+    return rings(numbers, hints.shape[-1])
 
 
 def sent_layout(hints: Float[Tensor, "n 3 h w"], noise: float) -> Float[Tensor, "n 3"]:

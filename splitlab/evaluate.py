@@ -19,8 +19,9 @@ from splitlab.base import Base
 from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
+from splitlab.disguise import disguised, disguises
 from splitlab.errors import InputError
-from splitlab.identification import identified_by_both
+from splitlab.identification import identified_by_both, identified_in_disguise
 from splitlab.params import load_split
 from splitlab.seeds import generator
 from splitlab.train import control_scores
@@ -132,8 +133,25 @@ def score_samples(
     if result.prompts is not None:
         pairs = zip(judged.tolist(), own.tolist(), strict=True)
         scores["prompt_exact"] = torch.tensor([result.prompts[i] == private.prompts[j] for i, j in pairs])
+    scores |= _known_in_disguise(saved, known, own, judged, config)
     spread = {name: torch.full((len(indices),), torch.nan) for name in scores}
     return {name: whole.index_copy(0, chosen, scores[name].float()) for name, whole in spread.items()}
+
+
+def _known_in_disguise(
+    saved: SavedReconstruction, known: RunTruth, own: Tensor, judged: Tensor, config: EvaluateConfig
+) -> dict[str, Tensor]:
+    """Identification anew where clients disguise themselves: candidates are compared as they could have been sent."""
+    defences, private = known.config.defences, known.private
+    if not disguises(defences):
+        return {}
+    sent = disguised(private, defences, key=known.config.seed).prompts
+    images, hints = (None if p is None else p[judged] for p in (saved.result.images, saved.result.hints))
+    line_up = _line_up(own, len(private), config)
+    prompts = [sent[i] for i in own.tolist()]
+    found = identified_in_disguise(images, hints, private, prompts, line_up, defences)
+    columns = {"image": "identified", "hint": "hint_identified", "both": "both_identified"}
+    return {columns[way]: share for way, share in found.items()}
 
 
 def best_order(saved: SavedReconstruction, known: RunTruth) -> Tensor:

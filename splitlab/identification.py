@@ -6,6 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from splitlab.config import Defences
+from splitlab.data import ImageSet
+from splitlab.disguise import discs, every_turn
+
 
 def identified_by_both(
     images: Float[Tensor, "n c h w"],
@@ -13,6 +17,8 @@ def identified_by_both(
     image_gallery: Float[Tensor, "m c h w"],
     hint_gallery: Float[Tensor, "m d h w"],
     line_up: Int[Tensor, "n k"],
+    *,
+    turned: bool = False,
 ) -> Bool[Tensor, " n"]:
     """Say whether the first of each line-up is the one nearest to what was found, in image and hint together.
 
@@ -24,12 +30,60 @@ def identified_by_both(
         images, hints: what an attack found.
         image_gallery, hint_gallery: the private images and hints.
         line_up: positions in the galleries, the own one first (`splitlab.metrics.line_ups`).
+        turned: samples were sent turned, nobody knows how: a candidate is compared in all turns; the nearest counts.
     """
-    total = torch.zeros(line_up.shape, dtype=torch.float64)
+    total: Tensor | float = 0.0
     for found, gallery in ((images, image_gallery), (hints, hint_gallery)):
-        errors = torch.cdist(found.flatten(1).double(), gallery.flatten(1).double()).square().gather(1, line_up)
-        total += errors / errors[:, 0].mean().clamp_min(1e-12)
-    return total[:, 0] < total[:, 1:].min(1).values
+        errors = line_up_errors(found, gallery, line_up, turned=turned)
+        total = total + errors / errors[:, :, 0].min(0).values.mean().clamp_min(1e-12)
+    return _first_is_nearest(torch.as_tensor(total))
+
+
+def line_up_errors(
+    found: Float[Tensor, "n c h w"], gallery: Float[Tensor, "m c h w"], line_up: Int[Tensor, "n k"], *, turned: bool
+) -> Float[Tensor, "r n k"]:
+    """Return the squared error of what was found to every candidate of its line-up, in r turns of it (else r = 1)."""
+    flat, variants = found.flatten(1).double(), every_turn(gallery) if turned else gallery[None]
+    squares = (torch.cdist(flat, variant.flatten(1).double()).square() for variant in variants)
+    return torch.stack([square.gather(1, line_up) for square in squares])
+
+
+def _first_is_nearest(errors: Float[Tensor, "r n k"]) -> Bool[Tensor, " n"]:
+    nearest = errors.min(0).values
+    return nearest[:, 0] < nearest[:, 1:].min(1).values
+
+
+def identified_in_disguise(
+    images: Float[Tensor, "n 3 h w"] | None,
+    hints: Float[Tensor, "n 3 h w"] | None,
+    private: ImageSet,
+    prompts: Sequence[str],
+    line_up: Int[Tensor, "n k"],
+    defences: Defences,
+) -> dict[str, Bool[Tensor, " n"]]:
+    """Say who is recognised where clients disguise themselves: every candidate is put in the disguise, too.
+
+    Args:
+        images, hints: what an attack found; None: nothing.
+        private: the clients' data.
+        prompts: what each message's prompt named. Where colours were borrowed, what was found and every candidate are
+            compared as places between ground and disc (`splitlab.disguise.discs`).
+        line_up: positions in `private`, the own one first.
+        defences: where they turn, a candidate is compared in all turns.
+
+    Returns `image`, `hint` and `both`, as far as they were found.
+    """
+    gallery, turned = private.images, defences.turned
+    if images is not None and defences.borrowed_colours:
+        images, gallery = discs(images, prompts), discs(gallery, private.prompts)
+    known = {}
+    if images is not None:
+        known["image"] = _first_is_nearest(line_up_errors(images, gallery, line_up, turned=turned))
+    if hints is not None:
+        known["hint"] = _first_is_nearest(line_up_errors(hints, private.hints, line_up, turned=turned))
+    if images is not None and hints is not None:
+        known["both"] = identified_by_both(images, hints, gallery, private.hints, line_up, turned=turned)
+    return known
 
 
 def identified_by_likelihood(

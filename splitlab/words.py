@@ -52,6 +52,7 @@ DEFENCE_WORDS = {
     "noise_once": "noise drawn once per image",
     "borrowed_colours": "borrowed colours",
     "layout_noise": "noised layout for a hint, std {:g}",
+    "turned": "secretly turned",
     "symsigmoid": "symsigmoid activation",
     "fixed_noise": "fixed noise per client, std {:g}",
     "key_mixing": "{:g} samples mixed by a secret key",

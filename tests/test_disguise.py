@@ -10,10 +10,13 @@ from splitlab.colours import are_shapes
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
 from splitlab.disguise import (
     LEAST_CONTRAST,
+    SYMMETRIES,
+    asked_layout,
     borrowed_prompt,
     colours_of,
     discs,
     disguised,
+    every_turn,
     in_colours,
     laid_out,
     layout,
@@ -22,7 +25,8 @@ from splitlab.disguise import (
 )
 from splitlab.errors import InputError
 from splitlab.guided import generate_guided
-from splitlab.metrics import identified, iou, line_ups, outline_mask
+from splitlab.identification import identified_by_both, identified_in_disguise
+from splitlab.metrics import iou, line_ups, outline_mask
 from splitlab.split import client_send
 from splitlab.train import make_clients
 from splitlab.types import Knowledge
@@ -42,7 +46,7 @@ def test_a_ring_says_its_layout():
 
 
 def test_what_is_asked_for_without_noise_is_the_hints_own_disc():
-    shown = sent_layout(laid_out(DATA.hints, 0.2), 0.2)
+    shown = sent_layout(asked_layout(DATA.hints, 0.2, control=1e9), 0.2)
     again = torch.stack([outline_mask(ring) for ring in rings(shown, 32)])
     own = torch.stack([outline_mask(hint) for hint in DATA.hints])
     assert iou(again, own).mean() > 0.9  # rings that the picture cuts off are taken for smaller ones
@@ -77,6 +81,56 @@ def test_disguises_are_drawn_once_per_image_from_a_secret_key():
     assert torch.equal(disguised(DATA.subset(range(5)), DISGUISE, key=1).images, one.images[:5])
 
 
+def test_guidance_one_asks_for_the_layout_whose_estimate_is_what_is_wanted():
+    asked = layout(asked_layout(DATA.hints, 0.2, control=1.0))
+    wanted = layout(DATA.hints)
+    whole = (wanted[:, 2] > 0.2) & ((wanted[:, :2] - 0.5).abs().max(1).values + wanted[:, 2] / 2 < 0.45)
+    torch.testing.assert_close(asked[whole], wanted[whole], atol=0.01, rtol=0)
+    assert asked_layout(DATA.hints, 0.0, control=4.0) is DATA.hints
+
+
+def test_the_eight_turns_of_a_picture_are_all_there_are():
+    picture = torch.rand(1, 3, 4, 4, generator=tiny.draw())
+    turns = every_turn(picture)
+    assert len(turns) == SYMMETRIES
+    assert len({tuple(one.flatten().tolist()) for one in turns}) == SYMMETRIES
+    for one in turns:  # a group: turned once more, no new one comes about
+        again = every_turn(one)
+        assert all((turns == other).flatten(1).all(1).any() for other in again)
+
+
+def test_image_and_hint_are_turned_alike_once_and_by_a_secret():
+    defences = Defences(turned=True)
+    sent, again, other = (disguised(DATA, defences, key=key) for key in (1, 1, 2))
+    assert sent.prompts == DATA.prompts
+    assert torch.equal(sent.images, again.images)
+    assert not torch.equal(sent.images, other.images)
+    images, hints = every_turn(DATA.images), every_turn(DATA.hints)
+    used = set()
+    for i in range(len(DATA)):
+        alike = [
+            by
+            for by in range(SYMMETRIES)
+            if torch.equal(images[by, i], sent.images[i]) and torch.equal(hints[by, i], sent.hints[i])
+        ]
+        assert alike
+        used |= set(alike)
+    assert used == set(range(SYMMETRIES))
+
+
+def test_turned_samples_are_recognised_in_whatever_turn():
+    defences = Defences(borrowed_colours=True, turned=True)
+    sent = disguised(DATA, defences, key=1)
+    line_up = line_ups(len(DATA), torch.arange(len(DATA)), 20, tiny.draw())
+    known = identified_in_disguise(sent.images, sent.hints, DATA, sent.prompts, line_up, defences)
+    assert set(known) == {"image", "hint", "both"}
+    assert all(share.float().mean() > 0.9 for share in known.values())
+    still = replace(defences, turned=False)
+    assert identified_in_disguise(None, sent.hints, DATA, sent.prompts, line_up, still)["hint"].float().mean() < 0.5
+    noise = torch.rand(DATA.images.shape, generator=tiny.draw()) * 2 - 1
+    assert identified_by_both(noise, noise, DATA.images, DATA.hints, line_up, turned=True).float().mean() < 0.3
+
+
 def test_without_these_defences_nothing_changes():
     defences = Defences(feature_noise=1.0, matched=True, timestep_floor=800, hint_noise=1.0, hide_prompts=True)
     assert disguised(DATA, defences, key=1) is DATA
@@ -106,8 +160,10 @@ def test_contradictions_are_refused(options, message):
 
 
 def test_conventional_split_learning_is_refused():
-    with pytest.raises(InputError, match="schemes 'split' and 'u_shaped'"):
+    with pytest.raises(InputError, match="for schemes 'split', 'u_shaped'"):
         TrainConfig(scheme="split_gradients", defences=Defences(layout_noise=0.1))
+    with pytest.raises(InputError, match="turned"):
+        TrainConfig(scheme="split_gradients", defences=Defences(turned=True))
 
 
 def test_prompts_without_colours_are_refused():
@@ -154,19 +210,22 @@ needs_data = pytest.mark.skipif(
 
 
 @needs_data
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("noise", [0.02, 5.0])
-def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise):
+def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned):
     shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
-    defences = replace(DISGUISE, layout_noise=noise)
+    defences = replace(DISGUISE, layout_noise=noise, turned=turned)
     public = load(ROOT / "data/public/shapes.zip", limit=600)
     (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=64))
     message, truth = client_send(client, 0, 64)
     knowledge = Knowledge(shipped, "split", defences, private.size, public)
     found = run_attack("undisguise", [from_bytes(message)], knowledge, generator=tiny.draw())
     line_up = line_ups(64, truth.indices, 64, tiny.draw())
-    share = identified(torch.as_tensor(found.hints), private.hints, line_up).float().mean()
-    assert (share > 0.5) if noise < 1 else (share < 0.15)
     prompts = disguised(private, defences, key=0).prompts
+    sent = tuple(prompts[i] for i in truth.indices)
+    known = identified_in_disguise(found.images, found.hints, private, sent, line_up, defences)
+    share = known["hint"].float().mean()
+    assert (share > (0.25 if turned else 0.5)) if noise < 1 else (share < 0.15)
     disc, ground = colours_of([prompts[i] for i in truth.indices])
     corner = torch.as_tensor(found.images)[:, :, 0, 0] - ground[..., 0, 0]
     assert corner.abs().max() < (disc - ground).abs().max()  # the borrowed colours are read off exactly

@@ -12,6 +12,7 @@ from splitlab.artefacts import SavedReconstruction, load_reconstruction, save_re
 from splitlab.base import Base
 from splitlab.config import Defences, EvaluateConfig
 from splitlab.data import ImageSet
+from splitlab.disguise import disguised
 from splitlab.errors import InputError
 from splitlab.evaluate import (
     ATTACK_COLUMNS,
@@ -190,3 +191,15 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     save_reconstruction(tmp_path / "x.safetensors", replace(saved("x", torch.zeros(1, 3, 4, 4)), result=result))
     found = load_reconstruction(tmp_path / "x.safetensors").result
     assert (found.images, found.hints, found.prompts, found.n_evals) == (None, None, ("a", "b"), 3)
+
+
+def test_disguised_samples_are_recognised_as_they_were_sent(run: Path, base: Base, private: ImageSet) -> None:
+    known = run_truth(run, base, private)
+    defences = Defences(borrowed_colours=True, turned=True)
+    hidden = replace(known, config=replace(known.config, defences=defences))
+    sent, own = disguised(private, defences, key=known.config.seed), known.truth.indices
+    result = Reconstruction(images=sent.images[own], hints=sent.hints[own])
+    scores = score_samples(replace(saved("x", result.images), result=result), hidden, CONFIG, localise=False)
+    for name in ("identified", "hint_identified", "both_identified"):
+        assert scores[name].mean() > 0.9, name
+    assert scores["psnr_db"].mean() < 20  # in other colours than the private ones

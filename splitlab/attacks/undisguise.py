@@ -1,6 +1,7 @@
 """Which public sample, disguised, would have been sent like this? Bayes over what disguises leave."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,8 +14,10 @@ from splitlab.attacks.imitation import imitate
 from splitlab.attacks.posterior import used_fields
 from splitlab.base import Base, encoded
 from splitlab.colours import COLOURS
-from splitlab.disguise import colours_of, discs, disguised, disguises, layout, sent_layout
+from splitlab.data import ImageSet
+from splitlab.disguise import SYMMETRIES, colours_of, discs, disguised, disguises, every_turn, layout, sent_layout
 from splitlab.errors import InputError
+from splitlab.identification import identified_in_disguise
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
@@ -35,6 +38,8 @@ def undisguise(
 ) -> Reconstruction:
     """Weigh every public sample by how likely its disguise is to have sent each message; answer with the weighted mean.
 
+    Where clients turn their samples, every public sample is weighed in all eight turns; the answer is turned as sent.
+
     The layout is read off the sent hint, exactly but for its noise, which is Gaussian and of known size. The view of
     the latents (`channel.latent_view`) is compared with what each public disc would look like in the colours that the
     sent prompt names: between the latents of two plain pictures, position by position as far as the disc covers it.
@@ -42,7 +47,7 @@ def undisguise(
 
     Args:
         observations: what was sent; needs `timesteps`, `noisy_latents` and, against a layout, `smashed`.
-        knowledge: the threat model; `borrowed_colours` or `layout_noise` are on.
+        knowledge: the threat model; `borrowed_colours`, `layout_noise` or `turned` are on.
         generator: of the rehearsal.
         callback: told of every sharpness tried and the share of rehearsed messages that it recognises.
         sharpness: power to which weights are raised; 0: the one of `SHARPNESS` that recognises most public samples.
@@ -51,10 +56,12 @@ def undisguise(
         InputError: nothing was disguised, a needed field was not sent, or `sharpness` is negative.
     """
     if not disguises(knowledge.defences):
-        raise InputError("undisguise is for clients with borrowed_colours or layout_noise; take nearest_public instead")
+        raise InputError(
+            "undisguise is for clients with borrowed_colours, layout_noise or turned; take nearest_public instead"
+        )
     if not sharpness >= 0:
         raise InputError(f"sharpness is a power above 0 (0: chosen by rehearsal), got {sharpness}")
-    seen, public = labelled(observations, knowledge), knowledge.public
+    seen = labelled(observations, knowledge)
     gallery = _Gallery(knowledge)
     prompts = _prompts(seen, knowledge)
     likelihood = gallery.log_likelihood(seen, observations, prompts)
@@ -64,8 +71,9 @@ def undisguise(
         sharpness = SHARPNESS[objective.index(max(objective))]
     weights = (sharpness * likelihood).softmax(1)
     used = tuple(dict.fromkeys((*used_fields(seen), *(["smashed"] if knowledge.defences.layout_noise else []))))
-    hints = (weights @ public.hints.flatten(1)).view(-1, *public.hints.shape[1:])
-    return Reconstruction(gallery.pictures(weights, prompts), hints, used=used, objective=objective, n_evals=1)
+    return Reconstruction(
+        gallery.pictures(weights, prompts), gallery.drawn(weights), used=used, objective=objective, n_evals=1
+    )
 
 
 def _prompts(seen: Observation, knowledge: Knowledge) -> tuple[str, ...]:
@@ -88,12 +96,12 @@ def _rehearsed(
     data = encoded(knowledge.base, part)
     message, _ = imitate(data, knowledge, len(own), draw, chosen=torch.arange(len(own)))
     likelihood = gallery.log_likelihood(message, [message], part.prompts if defences.borrowed_colours else ())
-    likelihood[torch.arange(len(own)), own] = -torch.inf
+    likelihood.unflatten(1, (-1, len(public)))[torch.arange(len(own)), :, own] = -torch.inf
     line_up = metrics.line_ups(len(public), own, min(LINE_UP, len(public)), draw)
-    hints, scores = public.hints.flatten(1), []
+    scores: list[float] = []
     for tried in SHARPNESS:
-        found = (tried * likelihood).softmax(1) @ hints
-        known = metrics.identified(found.view(len(own), 1, 1, -1), hints.view(len(hints), 1, 1, -1), line_up)
+        found = gallery.drawn((tried * likelihood).softmax(1))
+        known = identified_in_disguise(None, found, public, (), line_up, defences)["hint"]
         scores.append(float(known.float().mean()))
         if callback:
             callback("undisguise", len(scores), len(SHARPNESS), scores[-1])
@@ -101,10 +109,11 @@ def _rehearsed(
 
 
 class _Gallery:
-    """The public samples, as far as a disguise leaves something of them."""
+    """The public samples, in every turn that a client may give them, as far as a disguise leaves something of them."""
 
     def __init__(self, knowledge: Knowledge):
-        self.knowledge, self.public = knowledge, knowledge.public
+        self.knowledge = knowledge
+        self.public = in_every_turn(knowledge.public) if knowledge.defences.turned else knowledge.public
         self.layouts = layout(self.public.hints)
         borrowed = knowledge.defences.borrowed_colours
         self.discs = discs(self.public.images, self.public.prompts) if borrowed else None
@@ -137,6 +146,10 @@ class _Gallery:
         covered = span.square().sum(1).flatten(1) @ share.square().T
         return off.square().sum((1, 2, 3))[:, None] - 2 * crossed + covered
 
+    def drawn(self, weights: Float[Tensor, "n m"]) -> Float[Tensor, "n 3 s s"]:
+        """Return weighted means of public hints."""
+        return (weights @ self.public.hints.flatten(1)).view(-1, *self.public.hints.shape[1:])
+
     def pictures(self, weights: Float[Tensor, "n m"], prompts: Sequence[str]) -> Float[Tensor, "n 3 s s"]:
         """Return weighted means of public images, in the messages' colours where they were borrowed."""
         if self.discs is None:
@@ -144,6 +157,18 @@ class _Gallery:
         disc, ground = colours_of(prompts)
         share = (weights @ self.discs.flatten(1)).view(-1, *self.discs.shape[1:])
         return ground + share * (disc - ground)
+
+
+def in_every_turn(public: ImageSet) -> ImageSet:
+    """Return a data set in all symmetries of the square, one after the other."""
+    return replace(
+        public,
+        images=every_turn(public.images).flatten(0, 1),
+        hints=every_turn(public.hints).flatten(0, 1),
+        prompts=public.prompts * SYMMETRIES,
+        sources=public.sources * SYMMETRIES,
+        digest=f"{public.digest}-turned",
+    )
 
 
 def plain_latents(base: Base, colours: Float[Tensor, "n 3 1 1"], size: int) -> Float[Tensor, "n c h w"]:
