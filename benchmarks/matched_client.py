@@ -41,7 +41,7 @@ from splitlab.disguise import (
     sent_layout,
 )
 from splitlab.guided import generate_guided
-from splitlab.identification import identified_by_likelihood, identified_in_disguise
+from splitlab.identification import identified_as_sent, identified_by_likelihood
 from splitlab.metrics import disc_iou, psnr_db
 from splitlab.recolour import VARIANTS, recolour, recoloured
 from splitlab.seeds import generator
@@ -195,7 +195,7 @@ def attacked(name, base):
     rows = []
     for attack, options in (ATTACKS | (AGAINST_DISGUISES if disguises(defences) else {})).items():
         found = run_attack(attack, sent, knowledge, generator=generator("attack", attack), options=options)
-        known = identified_in_disguise(found.images, found.hints, private, prompts, others, defences)
+        known = identified_as_sent(found.images, found.hints, private, prompts, others, defences)
         row = {f"id_{way}": share.float().mean().item() for way, share in known.items()}
         psnr = psnr_db(found.images, private.images[truth]).mean().item()
         rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": len(truth)})

@@ -136,18 +136,16 @@ def shrinkage(noise: float) -> float:
 
 
 def laid_out(
-    hints: Float[Tensor, "n 3 h w"], noise: float, draws: Sequence[torch.Generator] = ()
+    hints: Float[Tensor, "n 3 h w"], noise: float, draws: Sequence[torch.Generator]
 ) -> Float[Tensor, "n 3 h w"]:
     """Replace each hint by a ring that shows its layout, noised and drawn in (`shrinkage`).
 
     Args:
         hints: white on black, in [-1, 1].
         noise: standard deviation of Gaussian noise on each of a layout's three numbers.
-        draws: one generator per hint. None: no noise, but drawn in alike.
+        draws: one generator per hint.
     """
-    numbers = layout(hints)
-    if draws:
-        numbers = numbers + noise * torch.stack([torch.randn(3, generator=draw) for draw in draws])
+    numbers = layout(hints) + noise * torch.stack([torch.randn(3, generator=draw) for draw in draws])
     return rings(PRIOR_MEAN + shrinkage(noise) * (numbers - PRIOR_MEAN), hints.shape[-1])
 
 
@@ -161,7 +159,7 @@ def asked_layout(hints: Float[Tensor, "n 3 h w"], noise: float, *, control: floa
     Args:
         hints: of what is wanted; white on black, in [-1, 1].
         noise: standard deviation of the noise in training; 0: hints as they are.
-        control: guidance along the control, above 0.
+        control: guidance along the control; below 1 as at 1.
     """
     if not noise:
         return hints

@@ -19,13 +19,13 @@ from splitlab.base import Base
 from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
-from splitlab.disguise import disguised, disguises
+from splitlab.disguise import disguised
 from splitlab.errors import InputError
-from splitlab.identification import identified_by_both, identified_in_disguise
+from splitlab.identification import identified_as_sent
 from splitlab.params import load_split
 from splitlab.seeds import generator
 from splitlab.train import control_scores
-from splitlab.types import Truth
+from splitlab.types import Reconstruction, Truth
 from splitlab.verdicts import ablations, verdicts
 from splitlab.wire import read_truth
 
@@ -118,38 +118,30 @@ def score_samples(
         images, found = private.images[own], result.images[judged]
         scores |= {"mse": metrics.mse(found, images), "psnr_db": metrics.psnr_db(found, images)}
         scores |= {"ssim": metrics.ssim(found, images)}
-        scores["identified"] = _identified(found, own, private.images, config)
     if result.hints is not None:
         hints, found = private.hints[own], result.hints[judged]
         scores["hint_psnr_db"] = metrics.psnr_db(found, hints)
-        scores["hint_identified"] = _identified(found, own, private.hints, config)
         if localise:
             masks = (torch.stack([metrics.outline_mask(hint) for hint in group]) for group in (found, hints))
             scores["hint_iou"] = metrics.iou(*masks)
-    if result.images is not None and result.hints is not None:
-        pictures = result.images[judged], result.hints[judged]
-        line_up = _line_up(own, len(private), config)
-        scores["both_identified"] = identified_by_both(*pictures, private.images, private.hints, line_up)
     if result.prompts is not None:
         pairs = zip(judged.tolist(), own.tolist(), strict=True)
         scores["prompt_exact"] = torch.tensor([result.prompts[i] == private.prompts[j] for i, j in pairs])
-    scores |= _known_in_disguise(saved, known, own, judged, config)
+    scores |= _identified(saved.result, known, own, judged, config)
     spread = {name: torch.full((len(indices),), torch.nan) for name in scores}
     return {name: whole.index_copy(0, chosen, scores[name].float()) for name, whole in spread.items()}
 
 
-def _known_in_disguise(
-    saved: SavedReconstruction, known: RunTruth, own: Tensor, judged: Tensor, config: EvaluateConfig
+def _identified(
+    result: Reconstruction, known: RunTruth, own: Tensor, judged: Tensor, config: EvaluateConfig
 ) -> dict[str, Tensor]:
-    """Identification anew where clients disguise themselves: candidates are compared as they could have been sent."""
+    """Pick each sample's nearest among a line-up of private ones as its client could have sent them."""
     defences, private = known.config.defences, known.private
-    if not disguises(defences):
-        return {}
     sent = disguised(private, defences, key=known.config.seed).prompts
-    images, hints = (None if p is None else p[judged] for p in (saved.result.images, saved.result.hints))
-    line_up = _line_up(own, len(private), config)
+    images, hints = (None if found is None else found[judged] for found in (result.images, result.hints))
     prompts = [sent[i] for i in own.tolist()]
-    found = identified_in_disguise(images, hints, private, prompts, line_up, defences)
+    line_up = _line_up(own, len(private), config)
+    found = identified_as_sent(images, hints, private, prompts, line_up, defences)
     columns = {"image": "identified", "hint": "hint_identified", "both": "both_identified"}
     return {columns[way]: share for way, share in found.items()}
 
@@ -179,12 +171,8 @@ def best_order(saved: SavedReconstruction, known: RunTruth) -> Tensor:
     return order
 
 
-def _identified(found: Tensor, indices: Tensor, gallery: Tensor, config: EvaluateConfig) -> Tensor:
-    """Pick each image's nearest among a line-up of private images, the same line-up for every attack."""
-    return metrics.identified(found, gallery, _line_up(indices, len(gallery), config))
-
-
 def _line_up(indices: Tensor, n: int, config: EvaluateConfig) -> Tensor:
+    """Draw the same line-ups for every attack."""
     return metrics.line_ups(n, indices, min(config.candidates, n), generator("line-up", config.seed))
 
 

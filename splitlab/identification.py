@@ -53,7 +53,7 @@ def _first_is_nearest(errors: Float[Tensor, "r n k"]) -> Bool[Tensor, " n"]:
     return nearest[:, 0] < nearest[:, 1:].min(1).values
 
 
-def identified_in_disguise(
+def identified_as_sent(
     images: Float[Tensor, "n 3 h w"] | None,
     hints: Float[Tensor, "n 3 h w"] | None,
     private: ImageSet,
@@ -61,7 +61,7 @@ def identified_in_disguise(
     line_up: Int[Tensor, "n k"],
     defences: Defences,
 ) -> dict[str, Bool[Tensor, " n"]]:
-    """Say who is recognised where clients disguise themselves: every candidate is put in the disguise, too.
+    """Say who is recognised, every candidate compared as its client could have sent it (`splitlab.disguise`).
 
     Args:
         images, hints: what an attack found; None: nothing.

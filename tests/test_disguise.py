@@ -25,7 +25,7 @@ from splitlab.disguise import (
 )
 from splitlab.errors import InputError
 from splitlab.guided import generate_guided
-from splitlab.identification import identified_by_both, identified_in_disguise
+from splitlab.identification import identified_as_sent, identified_by_both
 from splitlab.metrics import iou, line_ups, outline_mask
 from splitlab.split import client_send
 from splitlab.train import make_clients
@@ -122,11 +122,11 @@ def test_turned_samples_are_recognised_in_whatever_turn():
     defences = Defences(borrowed_colours=True, turned=True)
     sent = disguised(DATA, defences, key=1)
     line_up = line_ups(len(DATA), torch.arange(len(DATA)), 20, tiny.draw())
-    known = identified_in_disguise(sent.images, sent.hints, DATA, sent.prompts, line_up, defences)
+    known = identified_as_sent(sent.images, sent.hints, DATA, sent.prompts, line_up, defences)
     assert set(known) == {"image", "hint", "both"}
     assert all(share.float().mean() > 0.9 for share in known.values())
     still = replace(defences, turned=False)
-    assert identified_in_disguise(None, sent.hints, DATA, sent.prompts, line_up, still)["hint"].float().mean() < 0.5
+    assert identified_as_sent(None, sent.hints, DATA, sent.prompts, line_up, still)["hint"].float().mean() < 0.5
     noise = torch.rand(DATA.images.shape, generator=tiny.draw()) * 2 - 1
     assert identified_by_both(noise, noise, DATA.images, DATA.hints, line_up, turned=True).float().mean() < 0.3
 
@@ -223,7 +223,7 @@ def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned
     line_up = line_ups(64, truth.indices, 64, tiny.draw())
     prompts = disguised(private, defences, key=0).prompts
     sent = tuple(prompts[i] for i in truth.indices)
-    known = identified_in_disguise(found.images, found.hints, private, sent, line_up, defences)
+    known = identified_as_sent(found.images, found.hints, private, sent, line_up, defences)
     share = known["hint"].float().mean()
     assert (share > (0.25 if turned else 0.5)) if noise < 1 else (share < 0.15)
     disc, ground = colours_of([prompts[i] for i in truth.indices])

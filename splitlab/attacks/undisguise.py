@@ -17,7 +17,7 @@ from splitlab.colours import COLOURS
 from splitlab.data import ImageSet
 from splitlab.disguise import SYMMETRIES, colours_of, discs, disguised, disguises, every_turn, layout, sent_layout
 from splitlab.errors import InputError
-from splitlab.identification import identified_in_disguise
+from splitlab.identification import identified_as_sent
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
@@ -101,7 +101,7 @@ def _rehearsed(
     scores: list[float] = []
     for tried in SHARPNESS:
         found = gallery.drawn((tried * likelihood).softmax(1))
-        known = identified_in_disguise(None, found, public, (), line_up, defences)["hint"]
+        known = identified_as_sent(None, found, public, (), line_up, defences)["hint"]
         scores.append(float(known.float().mean()))
         if callback:
             callback("undisguise", len(scores), len(SHARPNESS), scores[-1])
