@@ -1,7 +1,7 @@
 """Run train and attack stages anew and compare every tensor, table and figure with those that are there, by hash.
 
 `python benchmarks/reproducibility.py [run ...]` (default: every run); prints what differs, exits 1 if anything does.
-Seconds and memory (`timing.json`, the three machine columns of training.csv) do not repeat, and are left out.
+Seconds and memory (`*timing.json`, the three machine columns of training.csv) do not repeat, and are left out.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def fingerprints():
     found = {}
     for folder in ("runs", "reconstructions", "scores", "reports/figures", "reports/metrics"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and path.name != "timing.json":
+            if path.is_file() and not path.name.endswith("timing.json"):
                 content = path.read_bytes()
                 if path.name == "training.csv":
                     content = pd.read_csv(path).drop(columns=MACHINE_COLUMNS).to_csv().encode()

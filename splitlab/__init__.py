@@ -9,8 +9,9 @@ _os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 _os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 _logging.getLogger("transformers").setLevel(_logging.ERROR)
 
+from splitlab.abreast import n_workers  # noqa: E402
 from splitlab.artefacts import load_reconstruction, save_reconstruction  # noqa: E402
-from splitlab.attacks import ATTACKS, attack_and_save, attack_transcript  # noqa: E402
+from splitlab.attacks import ATTACKS, attack_all, attack_and_save, attack_transcript  # noqa: E402
 from splitlab.base import Base, encoded, load_base  # noqa: E402
 from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse  # noqa: E402
 from splitlab.data import ImageSet, load  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "Transcript",
     "Truth",
     "UpdateConfig",
+    "attack_all",
     "attack_and_save",
     "attack_gradient",
     "attack_survey",
@@ -63,6 +65,7 @@ __all__ = [
     "load_params",
     "load_reconstruction",
     "load_split",
+    "n_workers",
     "parse",
     "pretrain",
     "read_server",

@@ -22,7 +22,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) 
     Raises:
         InputError: the disk is full or the folder cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes abreast may write the same cache entry
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"meta": json.dumps(meta)})

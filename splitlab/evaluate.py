@@ -265,17 +265,16 @@ def evaluate_run(
         for name, value in scores.items()
     }
     checkpoint.save(out, tensors | {"ceiling_psnr_db": known.ceiling}, {"run": run.name})
-    seconds = _seconds(reconstructions / "timing.json")
+    seconds = _seconds(reconstructions)
     return [row | {"cpu_s": seconds.get(row["attack"])} for row in attack_rows(run.name, known, scored, config)]
 
 
-def _seconds(path: Path) -> dict[str, float]:
-    """Return each attack's CPU seconds, mean over its seeds; nothing if they were not recorded."""
-    if not path.exists():
-        return {}
+def _seconds(reconstructions: Path) -> dict[str, float]:
+    """Return each attack's CPU seconds, mean over its seeds; nothing for those that were not timed."""
     tries: dict[str, list[float]] = {}
-    for name, seconds in checkpoint.load_json(path).items():
-        tries.setdefault(name.rpartition("-")[0], []).append(float(seconds))
+    for path in reconstructions.glob("*.timing.json"):
+        attack = path.name.removesuffix(".timing.json").rpartition("-")[0]
+        tries.setdefault(attack, []).append(float(checkpoint.load_json(path)["cpu_s"]))
     return {attack: sum(own) / len(own) for attack, own in tries.items()}
 
 

@@ -9,13 +9,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from splitlab import checkpoint
+from splitlab.abreast import abreast
 from splitlab.attacks import attack_and_save
 from splitlab.base import Base
 from splitlab.config import AttackSpec, Defences, TrainConfig
 from splitlab.data import ImageSet, digest
 from splitlab.errors import InputError
 from splitlab.train import record, train
-from splitlab.wire import read_transcript
+from splitlab.wire import Transcript, read_transcript
 
 GRIDS = ("default", "full")
 
@@ -109,20 +110,26 @@ def record_survey(
     return list(config.runs())
 
 
-def attack_survey(config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, out: Path, cache: Path) -> None:
+def attack_survey(
+    config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, out: Path, cache: Path, workers: int = 1
+) -> None:
     """Run the catalogue on every transcript below `seen`; of the data, only public splits are read."""
     folders = sorted(path for path in seen.iterdir() if path.is_dir())
     transcripts = {path.name: read_transcript(path / "transcript.safetensors") for path in folders}
-    jobs = [
-        (run, spec, seed)
+    calls = [
+        (transcript, spec, seed, base, load(transcript.header.dataset, "public"), out / run, cache)
         for run, transcript in transcripts.items()
         for spec in catalogue(config, run, transcript.header.defences)
         for seed in range(spec.seeds)
     ]
-    for run, spec, seed in (bar := tqdm(jobs, desc="attack", mininterval=2)):
-        bar.set_postfix_str(f"{run}: {spec.name}", refresh=False)
-        public = load(transcripts[run].header.dataset, "public")
-        attack_and_save(transcripts[run], spec, seed, base, public, out=out / run, cache=cache)
+    for _ in abreast(_attack, calls, desc="attack", workers=workers):
+        pass
+
+
+def _attack(
+    transcript: Transcript, spec: AttackSpec, seed: int, base: Base, public: ImageSet, out: Path, cache: Path
+) -> None:
+    attack_and_save(transcript, spec, seed, base, public, out=out, cache=cache)
 
 
 def catalogue(config: SurveyConfig, run: str, defences: Defences) -> list[AttackSpec]:

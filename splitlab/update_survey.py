@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from splitlab import checkpoint
+from splitlab.abreast import abreast
 from splitlab.base import Base
 from splitlab.controlnet import LatentHintControlNet
 from splitlab.data import ImageSet
@@ -372,32 +373,40 @@ def resized(images: Tensor, size: int) -> Tensor:
     return images if images.shape[-1] == size else F.interpolate(images, size=(size, size), mode="area")
 
 
-def attack_updates(config: UpdateConfig, base: Base, load: LoadSplit, *, recorded: Path, out: Path) -> None:
+def attack_updates(
+    config: UpdateConfig, base: Base, load: LoadSplit, *, recorded: Path, out: Path, workers: int = 1
+) -> None:
     """Run every attack of the grid on the updates below `recorded`/sent; of the data, only public splits are read.
 
     What is there already is kept, so an interrupted call goes on where it was.
     """
-    jobs = [(cell, seed) for cell, _, seeds in config.cells for seed in range(seeds)]
-    for cell, seed in (bar := tqdm(jobs, desc="attack", mininterval=2)):
-        spec = config.models[cell.model]
-        model = public_model(spec, base, seed)
-        updates = [
-            read_update(path, model=model)
-            for path in sorted((recorded / "sent" / cell.name).glob(f"{seed}-*.safetensors"))
-        ]
-        facts, meta = checkpoint.load(recorded / "granted" / cell.name / f"{seed}.safetensors")
-        folder, n = out / cell.name, len(updates) * cell.together
-        public = load(cell.dataset, "public")
-        size = spec.size if spec.kind == "pixel" else public.images.shape[-1]
-        draw = generator("no information", cell.name, seed)
-        blind = guess(public, n, size=size, batch=cell.together, n_timesteps=base.n_timesteps, draw=draw)
-        save_inversion(folder / f"no_information-{seed}.safetensors", blind)
-        for attack in cell.attacks:
-            bar.set_postfix_str(f"{cell.name}: {attack.name}", refresh=False)
-            path = folder / f"{attack.name}-{seed}.safetensors"
-            if not path.exists():
-                known = _knowledge(model, spec, base, attack, facts, int(str(meta["batch_size"])))
-                save_inversion(path, _attack(attack, updates, known, cell, seed))
+    calls = [
+        (config, cell, seed, base, load(cell.dataset, "public"), recorded, out)
+        for cell, _, seeds in config.cells
+        for seed in range(seeds)
+    ]
+    for _ in abreast(_attack_cell, calls, desc="attack", workers=workers):
+        pass
+
+
+def _attack_cell(
+    config: UpdateConfig, cell: Cell, seed: int, base: Base, public: ImageSet, recorded: Path, out: Path
+) -> None:
+    spec = config.models[cell.model]
+    model = public_model(spec, base, seed)
+    sent = sorted((recorded / "sent" / cell.name).glob(f"{seed}-*.safetensors"))
+    updates = [read_update(path, model=model) for path in sent]
+    facts, meta = checkpoint.load(recorded / "granted" / cell.name / f"{seed}.safetensors")
+    folder, n = out / cell.name, len(updates) * cell.together
+    size = spec.size if spec.kind == "pixel" else public.images.shape[-1]
+    draw = generator("no information", cell.name, seed)
+    blind = guess(public, n, size=size, batch=cell.together, n_timesteps=base.n_timesteps, draw=draw)
+    save_inversion(folder / f"no_information-{seed}.safetensors", blind)
+    for attack in cell.attacks:
+        path = folder / f"{attack.name}-{seed}.safetensors"
+        if not path.exists():
+            known = _knowledge(model, spec, base, attack, facts, int(str(meta["batch_size"])))
+            save_inversion(path, _attack(attack, updates, known, cell, seed))
 
 
 def _knowledge(

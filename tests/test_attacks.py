@@ -10,7 +10,15 @@ import torch
 
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import load_reconstruction
-from splitlab.attacks import ATTACKS, NO_INFORMATION, attack_and_save, attack_transcript, make_knowledge, run_attack
+from splitlab.attacks import (
+    ATTACKS,
+    NO_INFORMATION,
+    attack_all,
+    attack_and_save,
+    attack_transcript,
+    make_knowledge,
+    run_attack,
+)
 from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
 from splitlab.attacks.closed_form import estimate_fixed_noise, hint_latents
 from splitlab.base import Base, encoded, load_base
@@ -219,6 +227,30 @@ def test_attacks_leave_their_input_alone_and_repeat_exactly(
         assert first == second, attack
     for observation, tensors in zip(transcript.observations, before, strict=True):
         assert all(torch.equal(observation.tensors[name], value) for name, value in tensors.items())
+
+
+def test_attacks_abreast_leave_the_files_that_attacks_in_turn_leave(
+    shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path
+) -> None:
+    transcript, _ = record(shipped, victims, S1)
+    specs = [AttackSpec("mean_public", seeds=1), AttackSpec("closed_form", seeds=1), AttackSpec("random_public")]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as those abreast have
+    try:
+        for folder, workers in (("turn", 1), ("abreast", 2)):
+            out, cache = tmp_path / folder, tmp_path / f"cache of {folder}"
+            found = attack_all(transcript, specs, shipped, public, out=out, cache=cache, workers=workers)
+            assert list(found) == [
+                ("mean_public", 0),
+                ("closed_form", 0),
+                *(("random_public", seed) for seed in range(3)),
+            ]
+    finally:
+        torch.set_num_threads(before)
+    files = sorted((tmp_path / "turn").glob("*.safetensors"))
+    assert len(files) == 5
+    assert all(path.read_bytes() == (tmp_path / "abreast" / path.name).read_bytes() for path in files)
+    assert len(list((tmp_path / "abreast").glob("*.timing.json"))) == 5
 
 
 def test_saved_reconstructions_carry_their_threat_model(

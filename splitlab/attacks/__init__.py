@@ -7,12 +7,14 @@ the observations, and through `knowledge` public models and public data; no trut
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from splitlab.abreast import abreast
 from splitlab.artefacts import SavedReconstruction, save_reconstruction
 from splitlab.attacks.accumulation import accumulation
 from splitlab.attacks.closed_form import closed_form
@@ -29,7 +31,7 @@ from splitlab.attacks.undisguise import undisguise
 from splitlab.attacks.unmixing import unmixing
 from splitlab.attacks.unsplit import unsplit
 from splitlab.base import Base
-from splitlab.checkpoint import load_json, save_json
+from splitlab.checkpoint import save_json
 from splitlab.config import AttackSpec, Defences
 from splitlab.data import ImageSet
 from splitlab.disguise import disguised
@@ -168,7 +170,7 @@ def attack_and_save(
     cache: Path,
     server: Mapping[str, Tensor] | None = None,
 ) -> SavedReconstruction | None:
-    """Run one attack of a grid; write `<out>/<attack>-<seed>.safetensors`, and its CPU seconds to `timing.json`.
+    """Run one attack of a grid; write `<out>/<attack>-<seed>.safetensors`, and its CPU seconds beside it.
 
     An ablated attack that cannot run without what it is denied leaves `<attack>.refused.json` with the reason
     instead, and None is returned.
@@ -196,7 +198,27 @@ def attack_and_save(
     rows = tuple(knowledge.describe(transcript.observations, result.used))
     saved = SavedReconstruction(result, spec.name, seed, " + ".join(result.used) or "nothing", rows)
     save_reconstruction(out / f"{name}.safetensors", saved)
-    timing = out / "timing.json"
-    known = load_json(timing) if timing.exists() else {}
-    save_json(timing, known | {name: round(result.cpu_s, 3)})
+    save_json(out / f"{name}.timing.json", {"cpu_s": round(result.cpu_s, 3)})
     return saved
+
+
+def attack_all(
+    transcript: Transcript,
+    specs: Sequence[AttackSpec],
+    base: Base,
+    public: ImageSet,
+    *,
+    out: Path,
+    cache: Path,
+    server: Mapping[str, Tensor] | None = None,
+    workers: int = 1,
+) -> dict[tuple[str, int], SavedReconstruction]:
+    """Run every attack of a grid with each of its seeds on one transcript: `attack_and_save`, `workers` abreast.
+
+    Returns (attack, seed) -> what was found, without the attacks that could not run.
+    """
+    tries = [(spec, seed) for spec in specs for seed in range(spec.seeds)]
+    work = partial(attack_and_save, out=out, cache=cache, server=server)
+    calls = [(transcript, spec, seed, base, public) for spec, seed in tries]
+    found = list(abreast(work, calls, desc="attacks", workers=workers))
+    return {(spec.name, seed): one for (spec, seed), one in zip(tries, found, strict=True) if one is not None}

@@ -1,0 +1,45 @@
+"""Calls abreast: in order, one thread each, errors come through; the same attacks with one process and with two."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from splitlab.abreast import abreast, n_workers
+from splitlab.errors import InputError
+
+
+def where(number: int) -> tuple[int, int, int]:
+    time.sleep(0.2 if number == 0 else 0.0)  # the first ends last
+    return number, os.getpid(), torch.get_num_threads()
+
+
+def refuse(number: int) -> int:
+    if number == 1:
+        raise InputError("call 1 cannot be: give another")
+    return number
+
+
+def test_results_come_in_order_from_other_processes_of_one_thread() -> None:
+    found = list(abreast(where, [(n,) for n in range(6)], desc="test", workers=2))
+    assert [number for number, _, _ in found] == list(range(6))
+    assert os.getpid() not in {process for _, process, _ in found}
+    assert {threads for _, _, threads in found} == {1}
+
+
+def test_one_worker_is_this_process_with_its_threads() -> None:
+    found = list(abreast(where, [(n,) for n in range(3)], desc="test"))
+    assert found == [(n, os.getpid(), torch.get_num_threads()) for n in range(3)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_comes_through_as_it_was_raised(workers: int) -> None:
+    with pytest.raises(InputError, match="call 1 cannot be: give another"):
+        list(abreast(refuse, [(n,) for n in range(3)], desc="test", workers=workers))
+
+
+def test_there_is_always_a_worker_and_never_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= n_workers() <= (os.cpu_count() or 1)
+    monkeypatch.setattr("splitlab.abreast.MEMORY_PER_PROCESS", 1 << 60)
+    assert n_workers() == 1
