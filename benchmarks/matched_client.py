@@ -1,9 +1,10 @@
 """What hint protection costs and stops: control after training, identification by image, hint and both.
 
-`python benchmarks/matched_client.py [--steps 900] [--seeds 3] [--only NAME ...] [--attacks-only]` trains every setting
-of `SETTINGS` with S1's split on shapes, once per seed, and attacks one message for each of 100 private images with the
-strongest attacks of the catalogue. Everything is cached below `.cache/matched_client`, so that it can be interrupted
-and repeated; the table goes to `reports/metrics/matched_client.csv`.
+`python benchmarks/matched_client.py [--dataset shapes] [--steps 900] [--seeds 3] [--only NAME ...] [--attacks-only]`
+trains every setting of the data set (`SETTINGS`) with S1's split, once per seed, and attacks one message for each of
+100 private images with the strongest attacks of the catalogue. Everything is cached below `.cache/matched_client`, so
+that it can be interrupted and repeated; the table goes to `reports/metrics/matched_client.csv`, that of photographs to
+`matched_client_photos.csv`.
 
 `id_*`: share identified among the 100, by image, hint and both (`splitlab.identification`), n = 100 x `KEYS` draws of
 all noise. `id_*_ideal`: the same by whoever holds the 100 candidates and weighs them by Bayes, a ceiling for every
@@ -12,6 +13,9 @@ attack. `control_iou` is at control scale 1, `control_iou_amplified` at `AMPLIFI
 `control_iou_guided` under the one of `GUIDANCES` (`splitlab.guided`) that is best for 64 public hints, both against the
 whole hint; `colour_error*` is the mean absolute error of the ground's colour against the prompt, range 2. `*_seeds`:
 seed by seed, for pairing settings.
+
+Photographs: `control_f1*`, agreement of edges (`splitlab.metrics.edge_f1`), always at guidance 1 and at the best for 64
+public hints, beside the rows of no control and of the VAE; `eval_loss`, the denoising loss on held-out photographs.
 """
 
 import argparse
@@ -26,7 +30,6 @@ from splitlab.artefacts import read_table
 from splitlab.attacks import run_attack
 from splitlab.attacks.channel import labelled, latent_view
 from splitlab.attacks.closed_form import hint_latents, public_hints
-from splitlab.base import encoded
 from splitlab.checkpoint import load_json, save_json
 from splitlab.controlnet import LatentHintControlNet, control_pipeline
 from splitlab.data import digest
@@ -40,9 +43,10 @@ from splitlab.disguise import (
     layout,
     sent_layout,
 )
+from splitlab.evaluate import without_control
 from splitlab.guided import generate_guided
 from splitlab.identification import identified_as_sent, identified_by_likelihood
-from splitlab.metrics import disc_iou, psnr_db
+from splitlab.metrics import disc_iou, edge_f1, psnr_db
 from splitlab.recolour import VARIANTS, recolour, recoloured
 from splitlab.seeds import generator
 from splitlab.split import client_send
@@ -80,33 +84,54 @@ SETTINGS = {
     "disguised": (DISGUISED, False),
     "turned": (TURNED, False),
 }
+FINE = replace(HIGH, coarse_hints=6)
+PHOTOS = {name: SETTINGS[name] for name in ("none", "matched-0.3", "matched-1", "naive-0.3", "floor-800")} | {
+    "coarse-1.2": (replace(COARSE, hint_noise=1.2), False),
+    "coarse-1.8": (replace(COARSE, hint_noise=1.8), False),
+    "coarse-2.5": (replace(COARSE, hint_noise=2.5), False),
+    "fine-1.8": (replace(FINE, hint_noise=1.8), False),
+    "turned-1.2": (replace(COARSE, hint_noise=1.2, turned=True), False),
+    "recoloured-1.8": (replace(COARSE, hint_noise=1.8), True),
+    "recoloured-turned-1.2": (replace(COARSE, hint_noise=1.2, turned=True), True),
+}
+DATASETS = {"shapes": (SETTINGS, "control_iou"), "photos": (PHOTOS, "control_f1")}
+"""Data set -> its settings, and how control is measured."""
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
 AGAINST_DISGUISES = {"undisguise": {}}
 N, KEYS = 100, 3
 AMPLIFIED = 3.0
 GUIDANCES = (1.0, 2.0, 4.0, 8.0, 16.0)
 FOLDER = CACHE / "matched_client"
-TABLE = ROOT / "reports/metrics/matched_client.csv"
 
 
-def private_set(hidden):
-    data = load(ROOT / "data/private/shapes.zip")
+def table_path(dataset):
+    return ROOT / f"reports/metrics/matched_client{'' if dataset == 'shapes' else '_' + dataset}.csv"
+
+
+def read(dataset, split):
+    return load(ROOT / f"data/{split}/{dataset}.zip")
+
+
+def private_set(dataset, hidden):
+    data = read(dataset, "private")
     return recoloured(data, key="private") if hidden else data
 
 
-def trained(name, steps, seed, base):
-    """Train one cell, or read what was trained before: control IoU by the way it is asked for."""
-    defences, hidden = SETTINGS[name]
-    config = TrainConfig(defences=defences, steps=steps, seed=seed, record_messages=1)
+def trained(name, dataset, steps, seed, base):
+    """Train one cell, or read what was trained before: how well it is controlled, by the way it is asked for."""
+    defences, hidden = DATASETS[dataset][0][name]
+    config = TrainConfig(dataset=dataset, defences=defences, steps=steps, seed=seed, record_messages=1)
     out = FOLDER / f"{name}-{digest({'config': config, 'base': base.digest, 'hidden': hidden})[:12]}"
+    heldout = read(dataset, "heldout")
     if not (out / "record.json").exists():
-        heldout = load(ROOT / "data/heldout/shapes.zip")
-        train(name, config, base, private_set(hidden), heldout, out=out, cache=CACHE)
+        train(name, config, base, private_set(dataset, hidden), heldout, out=out, cache=CACHE)
+    if dataset != "shapes":
+        return guided(out, config, base) | {"eval_loss": load_json(out / "record.json")["eval_loss"]}
     if disguises(defences):
         return guided(out, config, base)
     if not (out / "amplified.json").exists():
         model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
-        asked = load(ROOT / "data/heldout/shapes.zip").subset(range(config.eval_samples))
+        asked = heldout.subset(range(config.eval_samples))
         with torch.no_grad():
             pictures = control_pipeline(base, model)(
                 prompt=list(asked.prompts),
@@ -126,23 +151,18 @@ def trained(name, steps, seed, base):
 
 def guided(out, config, base):
     """Ask for public hints at every guidance and for held-out ones at the best of these, and at 1."""
+    measure = DATASETS[config.dataset][1]
     if not (out / "guided.json").exists():
-        public, heldout = (load(ROOT / f"data/{split}/shapes.zip") for split in ("public", "heldout"))
+        public, heldout = (read(config.dataset, split) for split in ("public", "heldout"))
         model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
         tried = {g: follows(model, public.subset(range(config.eval_samples)), g, config, base) for g in GUIDANCES}
-        best = max(tried, key=lambda g: tried[g]["control_iou"])
+        best = max(tried, key=lambda g: tried[g][measure])
         asked = heldout.subset(range(config.eval_samples))
-        scores = {"guidance": best, "public": {f"{g:g}": found["control_iou"] for g, found in tried.items()}}
+        scores = {"guidance": best, "public": {f"{g:g}": found[measure] for g, found in tried.items()}}
         save_json(out / "guided.json", scores | {str(g): follows(model, asked, g, config, base) for g in {1.0, best}})
     scores = load_json(out / "guided.json")
     plain, best = scores["1.0"], scores[str(scores["guidance"])]
-    return {
-        "control_iou": plain["control_iou"],
-        "control_iou_guided": best["control_iou"],
-        "colour_error": plain["colour_error"],
-        "colour_error_guided": best["colour_error"],
-        "guidance": scores["guidance"],
-    }
+    return plain | {f"{key}_guided": value for key, value in best.items()} | {"guidance": scores["guidance"]}
 
 
 def follows(model, asked, control, config, base):
@@ -150,6 +170,12 @@ def follows(model, asked, control, config, base):
     hints = asked_layout(asked.hints, config.defences.layout_noise, control=control)
     draw = generator(config.seed, "generate")
     pictures = generate_guided(base, model, asked.prompts, hints, control=control, generator=draw)
+    return score(pictures, asked, config.dataset)
+
+
+def score(pictures, asked, dataset):
+    if dataset != "shapes":
+        return {"control_f1": edge_f1(pictures, asked.hints).mean().item()}
     return {
         "control_iou": disc_iou(pictures, asked.hints).mean().item(),
         "colour_error": colour_error(pictures, asked),
@@ -163,17 +189,18 @@ def colour_error(pictures, asked):
     return (border.median(2).values - ground[..., 0, 0]).abs().mean().item()
 
 
-def attacked(name, base):
+def attacked(name, dataset, base):
     """Attack one message per private image; rows of attacks, strongest first, with the ideal attacker's shares."""
-    defences, hidden = SETTINGS[name]
+    defences, hidden = DATASETS[dataset][0][name]
     facts = {"defences": defences, "hidden": hidden, "base": base.digest, "attacks": ATTACKS, "n": N, "keys": KEYS}
+    facts |= {"dataset": dataset} if dataset != "shapes" else {}
     path = FOLDER / f"attacks-{name}-{digest(facts)[:12]}.json"
     if path.exists():
         return load_json(path)["rows"]
-    private, sent = load(ROOT / "data/private/shapes.zip").subset(range(N)), []
+    private, sent = candidates(dataset), []
     indices, prompts, positions = [], [], []
     for key in range(KEYS):
-        config = TrainConfig(defences=defences, batch_size=N // 2, seed=key)
+        config = TrainConfig(dataset=dataset, defences=defences, batch_size=N // 2, seed=key)
         own = recoloured(private, key=("private", key)) if hidden else private
         (client,) = make_clients(base, own, config, cache=CACHE)
         for step in range(2):
@@ -182,13 +209,13 @@ def attacked(name, base):
             indices.append(truth.indices)
             positions += (truth.indices + key * N).tolist()
         prompts += disguised(own, defences, key=config.seed).prompts
-    public = load(ROOT / "data/public/shapes.zip")
+    public = read(dataset, "public")
     public = recoloured(public, key="public") if hidden else public
     knowledge = Knowledge(base, "split", defences, private.size, public, cache=CACHE)
     truth = torch.cat(indices)
     others = torch.stack([torch.cat([torch.tensor([i]), torch.tensor([j for j in range(N) if j != i])]) for i in truth])
     prompts = tuple(prompts[position] for position in positions)
-    if disguises(defences):
+    if defences.borrowed_colours or defences.layout_noise:
         ideal = ideal_shares_disguised(sent, knowledge, private, prompts, others)
     else:
         ideal = ideal_shares(sent, knowledge, private, hidden, others)
@@ -205,17 +232,32 @@ def attacked(name, base):
     return rows
 
 
+def candidates(dataset):
+    """The private samples whose messages are attacked: shapes stand in random order, photographs by original."""
+    private = read(dataset, "private")
+    chosen = range(N)
+    if dataset != "shapes":
+        chosen = torch.randperm(len(private), generator=generator("candidates", dataset))[:N].tolist()
+    return private.subset(chosen)
+
+
 def ideal_shares(sent, knowledge, private, hidden, line_up):
     """Identification by whoever holds the candidates: by image, hint and both."""
     seen, base = labelled(sent, knowledge), knowledge.base
     view, std = latent_view(seen, knowledge)
-    data = encoded(base, private, cache=CACHE)
-    variants = range(len(VARIANTS)) if hidden else (0,)
-    gallery = torch.stack([base.encode(recolour(private.images, one)) for one in variants], 1)
+    colours = range(len(VARIANTS)) if hidden else (0,)
+    turns = every_turn if knowledge.defences.turned else lambda pictures: pictures[None]
+    own = [
+        (recolour(images, one), drawn)
+        for images, drawn in zip(turns(private.images), turns(private.hints), strict=True)
+        for one in colours
+    ]
+    gallery = torch.stack([base.encode(images) for images, _ in own], 1)
+    drawn = torch.stack([public_hints(base.encode(drawn), knowledge) for _, drawn in own[:: len(colours)]], 1)
     hints = hint_latents(seen, sent, knowledge)
     noise = torch.full((len(hints),), max(knowledge.defences.hint_noise, 0.01))
     image = (view, std.flatten().clamp_min(0.01), gallery)
-    hint = (hints, noise, public_hints(data.hint_latents, knowledge)[:, None])
+    hint = (hints, noise, drawn.repeat_interleave(len(colours), 1))
     ways = {"image": [image], "hint": [hint], "both": [image, hint]}
     return {f"id_{k}_ideal": identified_by_likelihood(v, line_up).float().mean().item() for k, v in ways.items()}
 
@@ -239,36 +281,51 @@ def ideal_shares_disguised(sent, knowledge, private, prompts, line_up):
     return {f"id_{k}_ideal": (v[:, 0] > v[:, 1:].max(1).values).float().mean().item() for k, v in ways.items()}
 
 
-def row_of(name, base, args):
-    defences, hidden = SETTINGS[name]
+def row_of(name, dataset, base, args):
+    (settings, measure), attacks_only = DATASETS[dataset], args.attacks_only
+    defences, hidden = settings[name]
     row = {"setting": name, "defences": str(defences) + (" recoloured" if hidden else ""), "steps": args.steps}
-    ious = [] if args.attacks_only else [trained(name, args.steps, seed, base) for seed in range(args.seeds)]
-    for column in ious[0] if ious else ("control_iou", "control_iou_amplified"):
+    ious = [] if attacks_only else [trained(name, dataset, args.steps, seed, base) for seed in range(args.seeds)]
+    for column in ious[0] if ious else (measure,):
         values = pd.Series([one[column] for one in ious], dtype=float)
         row |= {column: values.mean(), f"{column}_std": values.std(ddof=0)}
-        row |= {f"{column}_seeds": " ".join(f"{value:.4f}" for value in values)} if "iou" in column else {}
-    strongest = attacked(name, base)[0]
+        row |= {f"{column}_seeds": " ".join(f"{value:.4f}" for value in values)} if "control" in column else {}
+    strongest = attacked(name, dataset, base)[0]
     return row | {"n_seeds": len(ious), "id_chance": 1 / N} | strongest
+
+
+def yardsticks(dataset, base):
+    """Rows without any training: no control at all, and the VAE's own reconstruction."""
+    asked = read(dataset, "heldout").subset(range(TrainConfig().eval_samples))
+    return [
+        {"setting": f"({name})", **score(pictures, asked, dataset)}
+        for name, pictures in without_control(base, asked).items()
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=DATASETS, default="shapes")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--only", nargs="*")
     parser.add_argument("--attacks-only", action="store_true")
     args = parser.parse_args()
+    settings, path = DATASETS[args.dataset][0], table_path(args.dataset)
+    if unknown := sorted(set(args.only or ()) - set(settings)):
+        parser.error(f"no setting is called {', '.join(unknown)}; there: {', '.join(settings)}")
     base = load_base(ROOT / "models/base")
-    known = read_table(TABLE).to_dict("records") if TABLE.exists() else []
-    rows = {row["setting"]: row for row in known if row["setting"] in SETTINGS}
-    for name in args.only:
-        new = row_of(name, base, args)
+    known = read_table(path).to_dict("records") if path.exists() else []
+    rows = {row["setting"]: row for row in known if row["setting"] in settings}
+    bounds = yardsticks(args.dataset, base) if args.dataset != "shapes" else []
+    for name in args.only or settings:
+        new = row_of(name, args.dataset, base, args)
         if args.attacks_only and name in rows:
             new |= {key: value for key, value in rows[name].items() if key.startswith("control") or key == "n_seeds"}
         rows[name] = new
-        table = pd.DataFrame([rows[key] for key in SETTINGS if key in rows]).round(4)
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(TABLE, index=False, lineterminator="\n")
+        table = pd.DataFrame([rows[key] for key in settings if key in rows] + bounds).round(4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(path, index=False, lineterminator="\n")
         print(pd.Series(new).to_string(), flush=True)
     print(table.to_string(index=False))
 

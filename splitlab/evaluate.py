@@ -357,6 +357,17 @@ def disjoint(dataset: str, params: Mapping[str, Any]) -> ImageSet:
 def yardsticks(dataset: str, base: Base, heldout: ImageSet, *, samples: int = 64) -> list[dict[str, Any]]:
     """Return training-table rows for no control at all and for the VAE's own reconstruction, on held-out data."""
     asked = heldout.subset(range(min(samples, len(heldout))))
+    return [
+        {"run": f"({name}: {dataset})", "dataset": dataset, "scheme": name, **control_scores(images, asked)}
+        for name, images in without_control(base, asked).items()
+    ]
+
+
+def without_control(base: Base, asked: ImageSet) -> dict[str, Tensor]:
+    """Return "no control", what the base makes of the prompts alone, and "VAE ceiling", the images encoded and decoded.
+
+    Both are `[n, 3, s, s]` in [-1, 1].
+    """
     text, latents = base.encode_prompts(asked.prompts), base.encode(asked.images)
     free = base.pipeline(
         prompt_embeds=text,
@@ -368,11 +379,7 @@ def yardsticks(dataset: str, base: Base, heldout: ImageSet, *, samples: int = 64
         latents=torch.randn(latents.shape, generator=generator("no control")),
         output_type="pt",
     ).images
-    pictures = {"no control": torch.as_tensor(free) * 2.0 - 1.0, "VAE ceiling": base.decode(latents)}
-    return [
-        {"run": f"({name}: {dataset})", "dataset": dataset, "scheme": name, **control_scores(images, asked)}
-        for name, images in pictures.items()
-    ]
+    return {"no control": torch.as_tensor(free) * 2.0 - 1.0, "VAE ceiling": base.decode(latents)}
 
 
 def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:

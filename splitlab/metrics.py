@@ -8,6 +8,7 @@ from skimage.feature import canny
 from skimage.filters import threshold_otsu
 from skimage.metrics import structural_similarity
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 DATA_RANGE = 2.0
 
@@ -85,6 +86,22 @@ def edge_map(image: Float[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
 def edge_ssim(images: Float[Tensor, "n 3 h w"], hints: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
     """Control localisation for photographs: SSIM of each image's Canny map with its hint, per sample."""
     return ssim(torch.stack([edge_map(image) for image in images]), hints)
+
+
+def edge_f1(images: Float[Tensor, "n 3 h w"], hints: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Control localisation for photographs: F1 of each image's Canny edges against its hint, one pixel of tolerance.
+
+    Precision: share of the image's edge pixels with one of the hint in the 3x3 pixels around; recall the other way
+    round (boundary detection's F-measure: Martin et al. 2004). Unlike `edge_ssim`, nothing drawn gives 0.
+    """
+    found = torch.stack([edge_map(image)[:1] for image in images]).gt(0).float()
+    wanted = hints.mean(1, keepdim=True).gt(0).float()
+    near_found, near_wanted = (max_pool2d(edges, 3, stride=1, padding=1) for edges in (found, wanted))
+    precision, recall = (
+        (edges * near).sum((1, 2, 3)) / edges.sum((1, 2, 3)).clamp_min(1.0)
+        for edges, near in ((found, near_wanted), (wanted, near_found))
+    )
+    return 2 * precision * recall / (precision + recall).clamp_min(1e-12)
 
 
 def identified(

@@ -104,6 +104,19 @@ def test_edges_of_an_image_match_the_hint_drawn_from_it():
     assert metrics.edge_ssim(images, hints.roll(1, 0)).mean() < 0.6
 
 
+def test_edges_agree_with_themselves_within_a_pixel_and_nothing_drawn_agrees_with_nothing():
+    picture = torch.full((1, 3, 32, 32), -1.0)
+    picture[:, :, 8:24, 8:24] = 1.0
+    hint = metrics.edge_map(picture[0])[None]
+    assert metrics.edge_f1(picture, hint).item() == 1.0
+    assert metrics.edge_f1(picture.roll(1, 3), hint).item() == 1.0
+    assert metrics.edge_f1(picture.roll(6, 3), hint).item() < 0.7
+    assert metrics.edge_f1(torch.zeros_like(picture), hint).item() == 0.0
+    half = hint.clone()
+    half[..., :16] = -1.0  # half of what is drawn was asked for, all that was asked for is drawn
+    assert 0.6 < metrics.edge_f1(picture, half).item() < 0.75
+
+
 def test_the_truth_identifies_itself_and_noise_is_at_chance():
     draw = tiny.draw()
     n, k = 1000, 10
@@ -149,6 +162,7 @@ def test_inputs_are_not_modified(shapes: ImageSet):
     images, hints = shapes.images.clone(), shapes.hints.clone()
     metrics.disc_iou(images, hints)
     metrics.edge_ssim(images, hints)
+    metrics.edge_f1(images, hints)
     metrics.psnr_db(images, hints)
     assert torch.equal(images, shapes.images)
     assert torch.equal(hints, shapes.hints)
