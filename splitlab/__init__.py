@@ -1,8 +1,10 @@
 """splitlab: what can the other side reconstruct when a diffusion model is trained on private images?"""
 
+import gc as _gc
 import logging as _logging
 import os as _os
 
+_gc.disable()  # until all is imported: looking for garbage among modules took three tenths of the time
 # diffusers and transformers announce optional packages that splitlab does without; errors still come through.
 _os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 _os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,6 +31,9 @@ from splitlab.types import Knowledge, Observation, Reconstruction, Truth  # noqa
 from splitlab.update_scores import evaluate_updates  # noqa: E402
 from splitlab.update_survey import UpdateConfig, attack_updates, record_updates  # noqa: E402
 from splitlab.wire import Transcript, read_server, read_transcript  # noqa: E402
+
+_gc.freeze()
+_gc.enable()
 
 __all__ = [
     "ATTACKS",

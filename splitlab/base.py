@@ -85,7 +85,7 @@ class Base:
         return latents.contiguous()  # as from the cache: the memory layout decides how sums are rounded
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "b c h w"], *, batch: int = 64) -> Float[Tensor, "b 3 s s"]:
+    def decode(self, latents: Float[Tensor, "b c h w"], *, batch: int = 16) -> Float[Tensor, "b 3 s s"]:
         """Decode latents to images, clamped to [-1, 1]."""
         parts = [self.vae.decode(part / self.vae.config.scaling_factor).sample for part in latents.split(batch)]
         return torch.cat(parts).clamp(-1.0, 1.0)

@@ -6,6 +6,7 @@ import torch
 
 from splitlab import ROOT, Defences, TrainConfig, load, load_base
 from splitlab.attacks import run_attack
+from splitlab.base import encoded
 from splitlab.colours import are_shapes
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
 from splitlab.disguise import (
@@ -229,6 +230,22 @@ def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned
     disc, ground = colours_of([prompts[i] for i in truth.indices])
     corner = torch.as_tensor(found.images)[:, :, 0, 0] - ground[..., 0, 0]
     assert corner.abs().max() < (disc - ground).abs().max()  # the borrowed colours are read off exactly
+
+
+@needs_data
+def test_turned_photographs_are_undisguised_also_where_their_plain_encodings_are_cached(tmp_path):
+    shipped, public = load_base(ROOT / "models/base"), load(ROOT / "data/public/photos.zip", limit=64)
+    private = public.subset(range(16))  # so that somebody who weighs them in the right turn knows them
+    encoded(shipped, public, cache=tmp_path)
+    defences = Defences(feature_noise=0.1, matched=True, turned=True)
+    (client,) = make_clients(shipped, private, TrainConfig(dataset="photos", defences=defences, batch_size=16))
+    message, truth = client_send(client, 0, 16)
+    knowledge = Knowledge(shipped, "split", defences, private.size, public, cache=tmp_path)
+    found = run_attack("undisguise", [from_bytes(message)], knowledge, generator=tiny.draw())
+    assert found.images.shape == found.hints.shape == (16, 3, 32, 32)
+    line_up = line_ups(16, truth.indices, 16, tiny.draw())
+    known = identified_as_sent(found.images, found.hints, private, (), line_up, defences)
+    assert known["image"].float().mean() > 0.8
 
 
 @needs_data

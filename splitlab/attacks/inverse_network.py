@@ -210,7 +210,7 @@ def _fit(
         tensors, meta = checkpoint.load(kept)
         network.load_state_dict(tensors)
         return list(meta["losses"])  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps, pct_start=0.1)
     losses = []
     for step in tqdm(range(options.steps), desc="inverse network", mininterval=2, leave=False):

@@ -221,7 +221,7 @@ class _Solver:
         lr: float,
     ) -> list[float]:
         """Train with cross-entropy on public patches, as noisy as the messages' (`std`)."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr, weight_decay=1e-2)
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr, weight_decay=1e-2, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps))
         target = torch.arange(self.public.shape[1]).expand(batch, -1)
         losses = []

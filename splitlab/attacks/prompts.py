@@ -350,7 +350,7 @@ def _fit(
     lr: float,
 ) -> list[float]:
     """Train on public pairs, noised as the messages are."""
-    optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall(step, max(1, steps)))
     wanted = torch.searchsorted(captioner.tokens, ids[:, 1:].contiguous())
     wanted[:, 1:][ids[:, 1:-1] == ids[0, -1]] = -100  # past the end: every row's last token is the end's

@@ -14,7 +14,7 @@ from splitlab.attacks.imitation import imitate
 from splitlab.attacks.posterior import used_fields
 from splitlab.base import Base, encoded
 from splitlab.colours import COLOURS
-from splitlab.data import ImageSet
+from splitlab.data import ImageSet, digest
 from splitlab.disguise import SYMMETRIES, colours_of, discs, disguised, disguises, every_turn, layout, sent_layout
 from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
@@ -167,7 +167,7 @@ def in_every_turn(public: ImageSet) -> ImageSet:
         hints=every_turn(public.hints).flatten(0, 1),
         prompts=public.prompts * SYMMETRIES,
         sources=public.sources * SYMMETRIES,
-        digest=f"{public.digest}-turned",
+        digest=digest({"data": public.digest, "in every turn": SYMMETRIES}),
     )
 
 
