@@ -14,8 +14,9 @@ attack. `control_iou` is at control scale 1, `control_iou_amplified` at `AMPLIFI
 whole hint; `colour_error*` is the mean absolute error of the ground's colour against the prompt, range 2. `*_seeds`:
 seed by seed, for pairing settings.
 
-Photographs: `control_f1*`, agreement of edges (`splitlab.metrics.edge_f1`), always at guidance 1 and at the best for 64
-public hints, beside the rows of no control and of the VAE; `eval_loss`, the denoising loss on held-out photographs.
+Photographs: `control_edges*`, agreement of edges with the own hint above that with other hints
+(`splitlab.metrics.edge_control`), always at guidance 1 and at the best for 64 public hints, beside the rows of no
+control and of the VAE; `eval_loss`, the denoising loss on held-out photographs.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from splitlab.disguise import (
 from splitlab.evaluate import without_control
 from splitlab.guided import generate_guided
 from splitlab.identification import identified_as_sent, identified_by_likelihood
-from splitlab.metrics import disc_iou, edge_f1, psnr_db
+from splitlab.metrics import disc_iou, edge_control, psnr_db
 from splitlab.recolour import VARIANTS, recolour, recoloured
 from splitlab.seeds import generator
 from splitlab.split import client_send
@@ -84,17 +85,15 @@ SETTINGS = {
     "disguised": (DISGUISED, False),
     "turned": (TURNED, False),
 }
-FINE = replace(HIGH, coarse_hints=6)
-PHOTOS = {name: SETTINGS[name] for name in ("none", "matched-0.3", "matched-1", "naive-0.3", "floor-800")} | {
-    "coarse-1.2": (replace(COARSE, hint_noise=1.2), False),
-    "coarse-1.8": (replace(COARSE, hint_noise=1.8), False),
-    "coarse-2.5": (replace(COARSE, hint_noise=2.5), False),
-    "fine-1.8": (replace(FINE, hint_noise=1.8), False),
-    "turned-1.2": (replace(COARSE, hint_noise=1.2, turned=True), False),
-    "recoloured-1.8": (replace(COARSE, hint_noise=1.8), True),
-    "recoloured-turned-1.2": (replace(COARSE, hint_noise=1.2, turned=True), True),
+PHOTOS = {
+    name: SETTINGS[name] for name in ("none", "matched-0.3", "matched-1", "naive-0.3", "floor-800", "coarse-2.5")
+} | {
+    "floor-400": (replace(MATCHED, timestep_floor=400), False),
+    "floor-600": (replace(MATCHED, timestep_floor=600), False),
+    "hint-1": (replace(MATCHED, hint_noise=1.0), False),
+    "hint-2": (replace(MATCHED, hint_noise=2.0), False),
 }
-DATASETS = {"shapes": (SETTINGS, "control_iou"), "photos": (PHOTOS, "control_f1")}
+DATASETS = {"shapes": (SETTINGS, "control_iou"), "photos": (PHOTOS, "control_edges")}
 """Data set -> its settings, and how control is measured."""
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
 AGAINST_DISGUISES = {"undisguise": {}}
@@ -175,7 +174,7 @@ def follows(model, asked, control, config, base):
 
 def score(pictures, asked, dataset):
     if dataset != "shapes":
-        return {"control_f1": edge_f1(pictures, asked.hints).mean().item()}
+        return {"control_edges": edge_control(pictures, asked.hints).mean().item()}
     return {
         "control_iou": disc_iou(pictures, asked.hints).mean().item(),
         "colour_error": colour_error(pictures, asked),

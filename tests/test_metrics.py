@@ -117,6 +117,17 @@ def test_edges_agree_with_themselves_within_a_pixel_and_nothing_drawn_agrees_wit
     assert 0.6 < metrics.edge_f1(picture, half).item() < 0.75
 
 
+def test_whoever_follows_no_hint_agrees_with_all_alike():
+    noise = torch.rand(24, 3, 32, 32, generator=tiny.draw()) * 2 - 1
+    pictures = torch.full((24, 3, 32, 32), -1.0)
+    for i, picture in enumerate(pictures):
+        picture[:, 2 + i // 6 * 6 : 8 + i // 6 * 6, 2 + i % 6 * 4 : 8 + i % 6 * 4] = 1.0
+    hints = torch.stack([metrics.edge_map(picture) for picture in pictures])
+    assert metrics.edge_f1(noise, hints).mean() > 0.1
+    assert metrics.edge_control(noise, hints).abs().mean() < 0.05
+    assert metrics.edge_control(pictures, hints).mean() > 0.5
+
+
 def test_the_truth_identifies_itself_and_noise_is_at_chance():
     draw = tiny.draw()
     n, k = 1000, 10
@@ -162,7 +173,7 @@ def test_inputs_are_not_modified(shapes: ImageSet):
     images, hints = shapes.images.clone(), shapes.hints.clone()
     metrics.disc_iou(images, hints)
     metrics.edge_ssim(images, hints)
-    metrics.edge_f1(images, hints)
+    metrics.edge_control(images, hints, others=1)
     metrics.psnr_db(images, hints)
     assert torch.equal(images, shapes.images)
     assert torch.equal(hints, shapes.hints)
