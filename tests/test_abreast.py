@@ -2,11 +2,14 @@
 
 import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from splitlab.abreast import abreast, n_workers
+from splitlab.base import Base, load_base
 from splitlab.errors import InputError
 
 
@@ -31,6 +34,25 @@ def test_results_come_in_order_from_other_processes_of_one_thread() -> None:
 def test_one_worker_is_this_process_with_its_threads() -> None:
     found = list(abreast(where, [(n,) for n in range(3)], desc="test"))
     assert found == [(n, os.getpid(), torch.get_num_threads()) for n in range(3)]
+
+
+def words(base: Base, ids: list[int]) -> tuple[str, int]:
+    return base.tokenizer.decode(ids, skip_special_tokens=True), id(base)
+
+
+def test_a_base_model_is_the_same_over_there_to_its_tokenizer_and_loaded_once(base_path: Path) -> None:
+    base = load_base(base_path)
+    ids = base.tokenizer("a red circle").input_ids
+    here = base.tokenizer.decode(ids, skip_special_tokens=True)
+    found = list(abreast(words, [(base, ids)] * 6, desc="test", workers=2))
+    assert {said for said, _ in found} == {here}
+    assert len({where for _, where in found}) <= 2
+
+
+def test_a_base_model_that_changed_is_refused(base_path: Path) -> None:
+    other = replace(load_base(base_path), digest="of other weights")
+    with pytest.raises(InputError, match="it changed after it was loaded"):
+        list(abreast(words, [(other, [1])], desc="test", workers=2))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
