@@ -10,11 +10,11 @@ that it can be interrupted and repeated; the table goes to `reports/metrics/matc
 all noise. `id_*_ideal`: the same by whoever holds the 100 candidates and weighs them by Bayes, a ceiling for every
 attack. `control_iou` is at control scale 1, `control_iou_amplified` at `AMPLIFIED`; no control is 0.26 or less, the VAE
 0.97. Disguised clients (`splitlab.disguise`) are asked with layouts: `control_iou` under control guidance 1,
-`control_iou_guided` under the one of `GUIDANCES` (`splitlab.guided`) that is best for 64 public hints, both against the
+`control_iou_guided` under the one (`splitlab.guided`) that is best for 64 public hints, both against the
 whole hint; `colour_error*` is the mean absolute error of the ground's colour against the prompt, range 2. `*_seeds`:
 seed by seed, for pairing settings.
 
-Photographs: `control_edges*`, agreement of edges with the own hint above that with other hints
+Photographs: `control_edges*`, agreement of edges with the hint above that with the hint turned
 (`splitlab.metrics.edge_control`), always at guidance 1 and at the best for 64 public hints, beside the rows of no
 control and of the VAE; `eval_loss`, the denoising loss on held-out photographs.
 """
@@ -93,13 +93,15 @@ PHOTOS = {
     "hint-1": (replace(MATCHED, hint_noise=1.0), False),
     "hint-2": (replace(MATCHED, hint_noise=2.0), False),
 }
-DATASETS = {"shapes": (SETTINGS, "control_iou"), "photos": (PHOTOS, "control_edges")}
-"""Data set -> its settings, and how control is measured."""
+DATASETS = {
+    "shapes": (SETTINGS, "control_iou", (1.0, 2.0, 4.0, 8.0, 16.0)),
+    "photos": (PHOTOS, "control_edges", (1.0, 2.0, 4.0)),
+}
+"""Data set -> its settings, how control is measured, and the guidances along the control that are tried."""
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
 AGAINST_DISGUISES = {"undisguise": {}}
 N, KEYS = 100, 3
 AMPLIFIED = 3.0
-GUIDANCES = (1.0, 2.0, 4.0, 8.0, 16.0)
 FOLDER = CACHE / "matched_client"
 
 
@@ -150,11 +152,11 @@ def trained(name, dataset, steps, seed, base):
 
 def guided(out, config, base):
     """Ask for public hints at every guidance and for held-out ones at the best of these, and at 1."""
-    measure = DATASETS[config.dataset][1]
+    _, measure, guidances = DATASETS[config.dataset]
     if not (out / "guided.json").exists():
         public, heldout = (read(config.dataset, split) for split in ("public", "heldout"))
         model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
-        tried = {g: follows(model, public.subset(range(config.eval_samples)), g, config, base) for g in GUIDANCES}
+        tried = {g: follows(model, public.subset(range(config.eval_samples)), g, config, base) for g in guidances}
         best = max(tried, key=lambda g: tried[g][measure])
         asked = heldout.subset(range(config.eval_samples))
         scores = {"guidance": best, "public": {f"{g:g}": found[measure] for g, found in tried.items()}}
@@ -281,10 +283,10 @@ def ideal_shares_disguised(sent, knowledge, private, prompts, line_up):
 
 
 def row_of(name, dataset, base, args):
-    (settings, measure), attacks_only = DATASETS[dataset], args.attacks_only
+    settings, measure, _ = DATASETS[dataset]
     defences, hidden = settings[name]
     row = {"setting": name, "defences": str(defences) + (" recoloured" if hidden else ""), "steps": args.steps}
-    ious = [] if attacks_only else [trained(name, dataset, args.steps, seed, base) for seed in range(args.seeds)]
+    ious = [] if args.attacks_only else [trained(name, dataset, args.steps, seed, base) for seed in range(args.seeds)]
     for column in ious[0] if ious else (measure,):
         values = pd.Series([one[column] for one in ious], dtype=float)
         row |= {column: values.mean(), f"{column}_std": values.std(ddof=0)}

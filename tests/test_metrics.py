@@ -117,7 +117,7 @@ def test_edges_agree_with_themselves_within_a_pixel_and_nothing_drawn_agrees_wit
     assert 0.6 < metrics.edge_f1(picture, half).item() < 0.75
 
 
-def test_whoever_follows_no_hint_agrees_with_all_alike():
+def test_whoever_follows_no_hint_agrees_with_it_in_every_turn_alike():
     noise = torch.rand(24, 3, 32, 32, generator=tiny.draw()) * 2 - 1
     pictures = torch.full((24, 3, 32, 32), -1.0)
     for i, picture in enumerate(pictures):
@@ -173,7 +173,7 @@ def test_inputs_are_not_modified(shapes: ImageSet):
     images, hints = shapes.images.clone(), shapes.hints.clone()
     metrics.disc_iou(images, hints)
     metrics.edge_ssim(images, hints)
-    metrics.edge_control(images, hints, others=1)
+    metrics.edge_control(images, hints)
     metrics.psnr_db(images, hints)
     assert torch.equal(images, shapes.images)
     assert torch.equal(hints, shapes.hints)
