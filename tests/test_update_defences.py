@@ -113,7 +113,8 @@ def test_clipping_only_rescales_and_only_what_is_too_long(update: Update):
 def test_top_k_keeps_the_largest_values_unchanged(update: Update, fraction: float):
     before, after = flat(update.gradients), flat(protect(update, TopK(fraction), generator=tiny.draw()).gradients)
     kept = after != 0
-    assert int(kept.sum()) == pytest.approx(fraction * len(before), abs=1)
+    nonzero = int((before != 0).sum())  # some processors' kernels leave a handful of exact zeros
+    assert int(kept.sum()) == pytest.approx(min(fraction * len(before), nonzero), abs=1)
     assert torch.equal(after[kept], before[kept])
     assert fraction == 1.0 or before[kept].abs().min() >= before[~kept].abs().max()
 
