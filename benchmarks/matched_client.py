@@ -31,6 +31,7 @@ from splitlab.artefacts import read_table
 from splitlab.attacks import run_attack
 from splitlab.attacks.channel import labelled, latent_view
 from splitlab.attacks.closed_form import hint_latents, public_hints
+from splitlab.base import encoded
 from splitlab.checkpoint import load_json, save_json
 from splitlab.controlnet import LatentHintControlNet, control_pipeline
 from splitlab.data import digest
@@ -216,7 +217,7 @@ def attacked(name, dataset, base):
     truth = torch.cat(indices)
     others = torch.stack([torch.cat([torch.tensor([i]), torch.tensor([j for j in range(N) if j != i])]) for i in truth])
     prompts = tuple(prompts[position] for position in positions)
-    if defences.borrowed_colours or defences.layout_noise:
+    if disguises(defences):
         ideal = ideal_shares_disguised(sent, knowledge, private, prompts, others)
     else:
         ideal = ideal_shares(sent, knowledge, private, hidden, others)
@@ -246,19 +247,13 @@ def ideal_shares(sent, knowledge, private, hidden, line_up):
     """Identification by whoever holds the candidates: by image, hint and both."""
     seen, base = labelled(sent, knowledge), knowledge.base
     view, std = latent_view(seen, knowledge)
-    colours = range(len(VARIANTS)) if hidden else (0,)
-    turns = every_turn if knowledge.defences.turned else lambda pictures: pictures[None]
-    own = [
-        (recolour(images, one), drawn)
-        for images, drawn in zip(turns(private.images), turns(private.hints), strict=True)
-        for one in colours
-    ]
-    gallery = torch.stack([base.encode(images) for images, _ in own], 1)
-    drawn = torch.stack([public_hints(base.encode(drawn), knowledge) for _, drawn in own[:: len(colours)]], 1)
+    data = encoded(base, private, cache=CACHE)
+    variants = range(len(VARIANTS)) if hidden else (0,)
+    gallery = torch.stack([base.encode(recolour(private.images, one)) for one in variants], 1)
     hints = hint_latents(seen, sent, knowledge)
     noise = torch.full((len(hints),), max(knowledge.defences.hint_noise, 0.01))
     image = (view, std.flatten().clamp_min(0.01), gallery)
-    hint = (hints, noise, drawn.repeat_interleave(len(colours), 1))
+    hint = (hints, noise, public_hints(data.hint_latents, knowledge)[:, None])
     ways = {"image": [image], "hint": [hint], "both": [image, hint]}
     return {f"id_{k}_ideal": identified_by_likelihood(v, line_up).float().mean().item() for k, v in ways.items()}
 

@@ -42,7 +42,7 @@ def abreast(work: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, desc: s
     """
     calls = list(calls)
     with parallel_config(backend="loky", inner_max_num_threads=1):
-        parallel = Parallel(n_jobs=workers, return_as="generator", pre_dispatch="n_jobs", batch_size=1)
+        parallel = Parallel(n_jobs=workers, return_as="generator", pre_dispatch="n_jobs", batch_size=1, max_nbytes=None)
         if workers > 1:
             calls = [tuple(_Whereabouts.of(one) if isinstance(one, Base) else one for one in call) for call in calls]
         results = parallel(delayed(_arrived)(work, *call) for call in calls)

@@ -1,4 +1,4 @@
-"""Calls abreast: in order, one thread each, errors come through; the same attacks with one process and with two."""
+"""Calls abreast: in order, one thread each; errors come through, and base models arrive as they are."""
 
 import os
 import time
