@@ -26,7 +26,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from splitlab import CACHE, ROOT, Defences, TrainConfig, load, load_base
+from splitlab import CACHE, ROOT, Defences, TrainConfig, load, load_base, n_workers
+from splitlab.abreast import abreast
 from splitlab.artefacts import read_table
 from splitlab.attacks import run_attack
 from splitlab.attacks.channel import labelled, latent_view
@@ -86,19 +87,19 @@ SETTINGS = {
     "disguised": (DISGUISED, False),
     "turned": (TURNED, False),
 }
-PHOTOS = {
-    name: SETTINGS[name] for name in ("none", "matched-0.3", "matched-1", "naive-0.3", "floor-800", "coarse-2.5")
-} | {
+PHOTOS = {name: SETTINGS[name] for name in ("none", "matched-0.3", "matched-1", "naive-0.3", "coarse-2.5")} | {
     "floor-400": (replace(MATCHED, timestep_floor=400), False),
     "floor-600": (replace(MATCHED, timestep_floor=600), False),
+    "hint-0.5": (replace(MATCHED, hint_noise=0.5), False),
     "hint-1": (replace(MATCHED, hint_noise=1.0), False),
-    "hint-2": (replace(MATCHED, hint_noise=2.0), False),
 }
 DATASETS = {
     "shapes": (SETTINGS, "control_iou", (1.0, 2.0, 4.0, 8.0, 16.0)),
     "photos": (PHOTOS, "control_edges", (1.0, 2.0, 4.0)),
 }
 """Data set -> its settings, how control is measured, and the guidances along the control that are tried."""
+PUBLIC_ONLY = "(public data only)"
+"""Name of the row of a ControlNet that was trained without defence on public data: what private data must add to."""
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
 AGAINST_DISGUISES = {"undisguise": {}}
 N, KEYS = 100, 3
@@ -114,19 +115,19 @@ def read(dataset, split):
     return load(ROOT / f"data/{split}/{dataset}.zip")
 
 
-def private_set(dataset, hidden):
-    data = read(dataset, "private")
+def training_set(name, dataset, hidden):
+    data = read(dataset, "public" if name == PUBLIC_ONLY else "private")
     return recoloured(data, key="private") if hidden else data
 
 
 def trained(name, dataset, steps, seed, base):
     """Train one cell, or read what was trained before: how well it is controlled, by the way it is asked for."""
-    defences, hidden = DATASETS[dataset][0][name]
+    defences, hidden = DATASETS[dataset][0].get(name, (Defences(), False))
     config = TrainConfig(dataset=dataset, defences=defences, steps=steps, seed=seed, record_messages=1)
     out = FOLDER / f"{name}-{digest({'config': config, 'base': base.digest, 'hidden': hidden})[:12]}"
     heldout = read(dataset, "heldout")
     if not (out / "record.json").exists():
-        train(name, config, base, private_set(dataset, hidden), heldout, out=out, cache=CACHE)
+        train(name, config, base, training_set(name, dataset, hidden), heldout, out=out, cache=CACHE)
     if dataset != "shapes":
         return guided(out, config, base) | {"eval_loss": load_json(out / "record.json")["eval_loss"]}
     if disguises(defences):
@@ -278,20 +279,25 @@ def ideal_shares_disguised(sent, knowledge, private, prompts, line_up):
 
 
 def row_of(name, dataset, base, args):
-    settings, measure, _ = DATASETS[dataset]
+    settings, _, _ = DATASETS[dataset]
     defences, hidden = settings[name]
-    row = {"setting": name, "defences": str(defences) + (" recoloured" if hidden else ""), "steps": args.steps}
+    row = {"setting": name, "defences": str(defences) + (" recoloured" if hidden else "")}
+    return row | utility_of(name, dataset, base, args) | {"id_chance": 1 / N} | attacked(name, dataset, base)[0]
+
+
+def utility_of(name, dataset, base, args):
+    """Mean, spread and single values of the control over training seeds."""
     ious = [] if args.attacks_only else [trained(name, dataset, args.steps, seed, base) for seed in range(args.seeds)]
-    for column in ious[0] if ious else (measure,):
+    row = {"steps": args.steps}
+    for column in ious[0] if ious else (DATASETS[dataset][1],):
         values = pd.Series([one[column] for one in ious], dtype=float)
         row |= {column: values.mean(), f"{column}_std": values.std(ddof=0)}
         row |= {f"{column}_seeds": " ".join(f"{value:.4f}" for value in values)} if "control" in column else {}
-    strongest = attacked(name, dataset, base)[0]
-    return row | {"n_seeds": len(ious), "id_chance": 1 / N} | strongest
+    return row | {"n_seeds": len(ious)}
 
 
 def yardsticks(dataset, base):
-    """Rows without any training: no control at all, and the VAE's own reconstruction."""
+    """Rows without any private data: no control at all, and the VAE's own reconstruction."""
     asked = read(dataset, "heldout").subset(range(TrainConfig().eval_samples))
     return [
         {"setting": f"({name})", **score(pictures, asked, dataset)}
@@ -312,14 +318,22 @@ def main():
         parser.error(f"no setting is called {', '.join(unknown)}; there: {', '.join(settings)}")
     base = load_base(ROOT / "models/base")
     known = read_table(path).to_dict("records") if path.exists() else []
-    rows = {row["setting"]: row for row in known if row["setting"] in settings}
-    bounds = yardsticks(args.dataset, base) if args.dataset != "shapes" else []
-    for name in args.only or settings:
+    rows = {row["setting"]: row for row in known}
+    names = args.only or list(settings)
+    if not args.attacks_only:
+        every = [*names, PUBLIC_ONLY]
+        cells = [(name, args.dataset, args.steps, seed, base) for name in every for seed in range(args.seeds)]
+        for _ in abreast(trained, cells, desc="cells trained", workers=n_workers()):
+            pass
+        rows[PUBLIC_ONLY] = {"setting": PUBLIC_ONLY} | utility_of(PUBLIC_ONLY, args.dataset, base, args)
+    rows |= {row["setting"]: row for row in yardsticks(args.dataset, base)}
+    order = [*settings, PUBLIC_ONLY, "(no control)", "(VAE ceiling)"]
+    for name in names:
         new = row_of(name, args.dataset, base, args)
         if args.attacks_only and name in rows:
             new |= {key: value for key, value in rows[name].items() if key.startswith("control") or key == "n_seeds"}
         rows[name] = new
-        table = pd.DataFrame([rows[key] for key in settings if key in rows] + bounds).round(4)
+        table = pd.DataFrame([rows[key] for key in order if key in rows]).round(4)
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index=False, lineterminator="\n")
         print(pd.Series(new).to_string(), flush=True)

@@ -30,7 +30,7 @@ from splitlab.verdicts import ablations, verdicts
 from splitlab.wire import read_truth
 
 TRAINING_COLUMNS = (
-    *("run", "dataset", "scheme", "defences", "n_clients", "steps", "eval_loss", "control_iou", "control_ssim"),
+    *("run", "dataset", "scheme", "defences", "n_clients", "steps", "eval_loss", "control_iou", "control_edges"),
     *("up_bytes_per_sample", "down_bytes_per_sample", "client_s_per_sample", "server_s_per_sample", "peak_rss_mb"),
     "server",
 )
@@ -384,7 +384,7 @@ def without_control(base: Base, asked: ImageSet) -> dict[str, Tensor]:
 
 def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:
     """Boil the tables down to one number per run and attack, for `dvc metrics show` and `diff`."""
-    control = training.dropna(subset=["steps"]).set_index("run")[["eval_loss", "control_iou", "control_ssim"]]
+    control = training.dropna(subset=["steps"]).set_index("run")[["eval_loss", "control_iou", "control_edges"]]
     leaks = attacks.groupby(["run", "attack"])[["psnr_db", "id_top1"]].mean().round(4)
     attacked: dict[str, Any] = {}
     for row in leaks.reset_index().to_dict("records"):

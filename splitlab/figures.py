@@ -300,16 +300,16 @@ def draw_losses(runs: Mapping[str, Path], *, window: int = 50) -> Figure:
 
 
 def control_per_image(run: Path, *, shapes: bool) -> Tensor:
-    """Score each generated image of a run, `[n]`: disc IoU if `shapes`, else SSIM between its edges and the hint."""
+    """Score each generated image of a run, `[n]`: disc IoU if `shapes`, else `metrics.edge_control`."""
     tensors, _ = checkpoint.load(run / "samples.safetensors")
     images, hints = from_uint8(tensors["images"]), from_uint8(tensors["hints"])
-    return metrics.disc_iou(images, hints) if shapes else metrics.edge_ssim(images, hints)
+    return metrics.disc_iou(images, hints) if shapes else metrics.edge_control(images, hints)
 
 
 def draw_control(runs: Mapping[str, Path], trained: pd.DataFrame, yardsticks: pd.DataFrame) -> Figure:
     """Draw how well each run's generated images follow their hints, between no control and the VAE's ceiling."""
     shapes = bool(trained["control_iou"].notna().any())
-    column = "control_iou" if shapes else "control_ssim"
+    column = "control_iou" if shapes else "control_edges"
     figure, axes = subplots(1, 1, size=(9.0, 1.7 + 0.42 * len(runs)))
     axis = axes[0, 0]
     backdrop = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -325,8 +325,9 @@ def draw_control(runs: Mapping[str, Path], trained: pd.DataFrame, yardsticks: pd
         label = f"VAE's own reconstruction: {row[column]:.2f}" if ceiling else f"no control: {row[column]:.2f}"
         axis.axvline(row[column], color=colour, ls="--" if ceiling else ":", lw=1.8, label=label)
     axis.set_yticks(range(len(runs)), list(runs))
-    axis.set(ylim=(len(runs) - 0.5, -0.8), xlim=(0, 1.02))
-    what = "overlap (IoU) of generated and asked-for disc" if shapes else "SSIM of generated edges and hint"
+    axis.set(ylim=(len(runs) - 0.5, -0.8), xlim=(0, 1.02) if shapes else (-0.05, 1.1 * float(yardsticks[column].max())))
+    overlap, edges = "overlap (IoU) of generated and asked-for disc", "F1 of edges, less that with the hint turned"
+    what = overlap if shapes else edges
     axis.set_xlabel(f"{what}; whisker: ± 1 standard error over images")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -83,11 +83,6 @@ def edge_map(image: Float[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
     return torch.from_numpy(np.where(edges, 1.0, -1.0)).float().expand(3, -1, -1)
 
 
-def edge_ssim(images: Float[Tensor, "n 3 h w"], hints: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """Control localisation for photographs: SSIM of each image's Canny map with its hint, per sample."""
-    return ssim(torch.stack([edge_map(image) for image in images]), hints)
-
-
 def edge_f1(images: Float[Tensor, "n 3 h w"], hints: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
     """F1 of each image's Canny edges against a hint, one pixel of tolerance.
 

@@ -20,7 +20,7 @@ from splitlab.wire import Transcript, read_transcript
 
 GRIDS = ("default", "full")
 
-UTILITY_COLUMNS = ("dataset", "setting", "defences", "steps", "seed", "eval_loss", "control_iou", "control_ssim")
+UTILITY_COLUMNS = ("dataset", "setting", "defences", "steps", "seed", "eval_loss", "control_iou", "control_edges")
 
 LoadSplit = Callable[[str, str], ImageSet]
 """`(dataset, split) -> data`."""
@@ -139,28 +139,37 @@ def catalogue(config: SurveyConfig, run: str, defences: Defences) -> list[Attack
     return [spec for spec in config.attacks if not spec.when or getattr(defences, spec.when)]
 
 
-def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path) -> pd.DataFrame:
+def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path, workers: int = 1) -> pd.DataFrame:
     """Train every setting on the first data set, the default grid's on the others; measure how well hints are followed.
 
     What was trained before, with the same parameters, data and base model, is read from `cache`.
 
     Returns a table of `UTILITY_COLUMNS`.
     """
-    rows = []
     cells = [(config.datasets[0], name) for name in config.settings]
     cells += [(dataset, name) for dataset in config.datasets[1:] for name in ("none", *config.default.get(dataset, ()))]
-    for dataset, name in (bar := tqdm(cells, desc="utility")):
-        bar.set_postfix_str(f"{dataset} {name}")
-        for seed in range(config.seeds):
-            one = TrainConfig(**(vars(config.run(dataset, name)) | {"seed": seed, "record_messages": 1}))
-            found = _trained(f"{dataset}-{name}-{seed}", one, base, load, cache=cache)
-            row = {"dataset": dataset, "setting": name, "defences": str(one.defences), "steps": one.steps, "seed": seed}
-            rows.append(row | {key: found[key] for key in ("eval_loss", "control_iou", "control_ssim")})
+    tries = [
+        (dataset, name, TrainConfig(**(vars(config.run(dataset, name)) | {"seed": seed, "record_messages": 1})))
+        for dataset, name in cells
+        for seed in range(config.seeds)
+    ]
+    calls = [
+        (f"{dataset}-{name}-{one.seed}", one, base, load(dataset, "private"), load(dataset, "heldout"), cache)
+        for dataset, name, one in tries
+    ]
+    rows = [
+        {"dataset": dataset, "setting": name, "defences": str(one.defences), "steps": one.steps, "seed": one.seed}
+        | {key: found[key] for key in ("eval_loss", "control_iou", "control_edges")}
+        for (dataset, name, one), found in zip(
+            tries, abreast(_trained, calls, desc="utility", workers=workers), strict=True
+        )
+    ]
     return pd.DataFrame(rows, columns=list(UTILITY_COLUMNS)).round(4)
 
 
-def _trained(name: str, config: TrainConfig, base: Base, load: LoadSplit, *, cache: Path) -> Mapping[str, Any]:
-    private, heldout = load(config.dataset, "private"), load(config.dataset, "heldout")
+def _trained(
+    name: str, config: TrainConfig, base: Base, private: ImageSet, heldout: ImageSet, cache: Path
+) -> Mapping[str, Any]:
     key = digest({"config": config, "base": base.digest, "private": private.digest, "heldout": heldout.digest})[:16]
     folder = cache / "utility" / f"{name}-{key}"
     if not (folder / "record.json").exists():

@@ -5,6 +5,7 @@ attacker who guesses (0) or is always right (1); a model made without private da
 """
 
 import math
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ training seeds. `n`: attacked samples. `left_out`: why a row has no place in the
 IDENTIFICATION, MEMBERSHIP = "identification among {:.0f}", "membership, AUC"
 
 SPLIT, MATCHED, FEDERATED, FEDERATED_DP = "split", "split, matched client", "federated", "federated DP-LDM"
+PUBLIC_DATA = "public data alone"
 DP_LDM, DP_LORA, DP_FULL = "DP-LDM", "DP-LoRA", "DP-SGD on the full U-Net"
 TRAINED = {"attention": DP_LDM, "blocks": DP_LDM, "transformers": DP_LDM, "lora": DP_LORA, "unet": DP_FULL}
+
+
+MATCHED_TABLES = {"matched_client": ("shapes", "control_iou"), "matched_client_photos": ("photos", "control_edges")}
+"""Table of `benchmarks/matched_client.py` -> its data set, and how control is measured there."""
 
 
 def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
@@ -47,13 +53,15 @@ def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
 
     Returns a table of `COLUMNS`.
     """
-    names = ("split_attacks", "utility", "training", "matched_client", "gradient_attacks", "dp", "dp_shares")
+    names = ("split_attacks", "utility", "training", *MATCHED_TABLES, "gradient_attacks", "dp", "dp_shares")
     found = {n: read_table(metrics / f"{n}.csv") for n in names if (metrics / f"{n}.csv").exists()}
     rows = []
     if {"split_attacks", "utility", "training"} <= set(found):
         rows += _surveyed(found["split_attacks"], found["utility"], found["training"], alphas_cumprod)
-    if {"matched_client", "training"} <= set(found):
-        rows += _matched(found["matched_client"], found["training"], alphas_cumprod)
+    for name, (dataset, measure) in MATCHED_TABLES.items():
+        if {name, "training"} <= set(found):
+            floor = _without_control(found["training"], dataset, measure)
+            rows += _matched(found[name], alphas_cumprod, dataset=dataset, measure=measure, floor=floor)
     if {"gradient_attacks", "training"} <= set(found):
         rows += _federated(found["gradient_attacks"], found["training"])
     if "dp" in found:
@@ -119,7 +127,7 @@ def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFra
         dataset, defences = str(own["dataset"].iloc[0]), str(own["defences"].iloc[0])
         of_data = utility[utility["dataset"] == dataset]
         cost = of_data[of_data["defences"] == defences]
-        column = "control_iou" if of_data["control_iou"].notna().any() else "control_ssim"
+        column = "control_iou" if of_data["control_iou"].notna().any() else "control_edges"
         best = max((_strongest(own, name) for name in ("id_top1", "hint_id_top1", "both_id_top1")), key=lambda b: b[0])
         chance = float(own["id_chance"].iloc[0])
         rows.append(
@@ -132,7 +140,7 @@ def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFra
                 "success": best[0],
                 "chance": chance,
                 "image_leak": above_chance(_strongest(own, "id_top1")[0], chance),
-                "utility_of": column.replace("_", " ").replace("iou", "IoU").replace("ssim", "SSIM"),
+                "utility_of": column.replace("_", " ").replace("iou", "IoU"),
                 "utility": cost[column].mean(),
                 "spread": cost[column].std(),
                 "reference": of_data[of_data["defences"] == "none"][column].mean(),
@@ -171,23 +179,19 @@ def _without_control(training: pd.DataFrame, dataset: str, column: str) -> float
     return float(training[(training["dataset"] == dataset) & (training["scheme"] == "no control")][column].mean())
 
 
-def _matched(table: pd.DataFrame, training: pd.DataFrame, alphas: Tensor) -> list[dict]:
+def _matched(table: pd.DataFrame, alphas: Tensor, *, dataset: str, measure: str, floor: float) -> list[dict]:
     """Place the longer trainings of `benchmarks/matched_client.py`; who holds the candidates is their ceiling."""
-    columns = [name for name in table.columns if name.startswith("control_iou") and f"{name}_std" in table.columns]
-    without = table[table["defences"] == "none"]
     rows = []
-    for row in table.to_dict("records"):
-        known = {name: row[name] for name in columns if not pd.isna(row[name])}
-        column = max(known, key=lambda name: known[name]) if known else columns[0]
-        same = without[without["steps"] == row["steps"]]
+    for row in table.dropna(subset=["defences"]).to_dict("records"):
         chance, by = float(row["id_chance"]), {"id_image": "image", "id_hint": "hint", "id_both": "image and hint"}
         best = max(by, key=lambda name: row[name])
         ideal = [row[f"{name}_ideal"] for name in by if not pd.isna(row.get(f"{name}_ideal", math.nan))]
         rows.append(
             _client(str(row["defences"]), alphas)
+            | _controlled(row, table, measure)
             | {
                 "setting": row["setting"],
-                "dataset": "shapes",
+                "dataset": dataset,
                 "attack": f"{attack_label(row['attack'])}, by {by[best]}",
                 "measure": IDENTIFICATION.format(1.0 / chance),
                 "success": float(row["id_worst"]),
@@ -195,16 +199,31 @@ def _matched(table: pd.DataFrame, training: pd.DataFrame, alphas: Tensor) -> lis
                 "image_leak": above_chance(float(row["id_image"]), chance),
                 "ceiling": above_chance(max(ideal), chance) if ideal else math.nan,
                 "ceiling_by": "somebody who holds the candidates, by Bayes" if ideal else "",
-                "utility_of": column.replace("_iou", " IoU").replace("_", ", "),
-                "utility": float(row[column]),
-                "spread": float(row[f"{column}_std"]),
-                "reference": float(same[columns].mean().max()) if len(same) else math.nan,
-                "floor": _without_control(training, "shapes", "control_iou"),
+                "floor": floor,
                 "n": int(row["n"]),
-                "n_seeds": int(row["n_seeds"]),
             }
         )
+    chance = float(table["id_chance"].mean())
+    for row in table[table["setting"] == "(public data only)"].to_dict("records"):
+        found = {"scheme": PUBLIC_DATA, "setting": "ControlNet", "dataset": dataset, "floor": floor, "epsilon": 0.0}
+        found |= {"attack": "nothing private is used", "measure": IDENTIFICATION.format(1.0 / chance), "n": 0}
+        rows.append(found | {"success": chance, "chance": chance} | _controlled(row, table, measure))
     return rows
+
+
+def _controlled(row: Mapping[Hashable, Any], table: pd.DataFrame, measure: str) -> dict[str, Any]:
+    """Say how well a training is controlled, by the way of asking that suits it best, as the undefended one's is."""
+    columns = [name for name in table.columns if name.startswith(measure) and f"{name}_std" in table.columns]
+    known = {name: row[name] for name in columns if not pd.isna(row[name])}
+    column = max(known, key=lambda name: known[name]) if known else columns[0]
+    same = table[table["defences"].eq("none") & table["steps"].eq(row["steps"])]
+    return {
+        "utility_of": column.replace("_iou", " IoU").replace("_edges", " edges").replace("_", ", "),
+        "utility": float(row[column]),
+        "spread": float(row[f"{column}_std"]),
+        "reference": float(same[columns].mean().max()) if len(same) else math.nan,
+        "n_seeds": int(row["n_seeds"]),
+    }
 
 
 def _federated(attacks: pd.DataFrame, training: pd.DataFrame) -> list[dict]:
@@ -299,7 +318,7 @@ def _shared(shares: pd.DataFrame, private: list[dict]) -> list[dict]:
             {name: base[name] for name in ("utility", "spread", "reference", "floor")}
             | {
                 "scheme": FEDERATED_DP,
-                "setting": "share of one image",
+                "setting": "shares of one image",
                 "dataset": "digits",
                 "attack": f"{best['attack']} ({best['knowledge']}), {best['shares']:.0f} share(s) of a client",
                 "measure": IDENTIFICATION.format(1.0 / best["chance"]),

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from splitlab.canvas import subplots
-from splitlab.tradeoff import DP_FULL, DP_LDM, DP_LORA, FEDERATED, FEDERATED_DP, MATCHED, SPLIT, full_name
+from splitlab.tradeoff import DP_FULL, DP_LDM, DP_LORA, FEDERATED, FEDERATED_DP, MATCHED, PUBLIC_DATA, SPLIT, full_name
 
 LOOKS: dict[str, tuple[str, str, str]] = {
     SPLIT: ("o", "#D55E00", "split learning: identification by message"),
@@ -18,6 +18,7 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     FEDERATED_DP: ("P", "#CC79A7", "federated DP-LDM: identification by share"),
     DP_LDM: ("^", "#009E73", "DP-LDM (attention only): membership"),
     DP_LORA: ("v", "#E69F00", "DP-LoRA: membership"),
+    PUBLIC_DATA: ("*", "#1c2430", "trained without private data: nothing to attack"),
     DP_FULL: ("X", "#5b6675", "DP-SGD on the full U-Net: membership"),
 }
 """Scheme -> marker, colour (Okabe & Ito's palette), and words for the legend."""
@@ -29,37 +30,56 @@ _LOW, _HIGH = -0.14, 1.2
 
 
 def draw_tradeoff(points: pd.DataFrame) -> Figure:
-    """Draw what each setting leaves to the strongest attacker and of the use; labels stand beside the axes.
+    """Draw what each setting leaves to the strongest attacker and of the use, photographs apart; labels at the side.
 
     Args:
         points: of `splitlab.tradeoff.COLUMNS`; those that are left out are not drawn, and undefended ones of split and
             federated training only as the corner they make.
     """
     shown = points[points["left_out"].fillna("") == ""]
-    sides = [shown[shown["leak"] < 0.5], shown[(shown["leak"] >= 0.5) & (shown["setting"] != "none")]]
+    photos = shown["dataset"] == "photos"
+    panels = {"drawings and digits": shown[~photos], "photographs": shown[photos]}
+    panels = {title: own for title, own in panels.items() if len(own) or not len(shown)}
+    heights = [_panel_inches(own) for own in panels.values()]
+    figure, grid = subplots(len(panels), 1, size=(13.5, sum(heights) + 1.2 + len(panels)), height_ratios=heights)
+    for axis, height, (title, own) in zip(grid[:, 0], heights, panels.items(), strict=True):
+        _panel(axis, own, height=height)
+        axis.set_title(
+            f"{title}: utility kept (0 as without private data, 1 as without defence)", loc="left", color=_INK
+        )
+    axis.set_xlabel("what the strongest attacker still gets: success above chance (0: guessing, 1: always right)")
+    _explain(axis, shown)
+    marks = {words: mark for axis in grid[:, 0] for mark, words in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=2, fontsize=9.5)
+    return figure
+
+
+def _sides(shown: pd.DataFrame) -> list[pd.DataFrame]:
+    """Split points into those labelled on the left and on the right; the corner of no defence has a label already."""
+    return [shown[shown["leak"] < 0.5], shown[(shown["leak"] >= 0.5) & (shown["setting"] != "none")]]
+
+
+def _panel_inches(shown: pd.DataFrame) -> float:
+    return max(4.4, _ROW_INCHES * max(len(side) for side in _sides(shown)))
+
+
+def _panel(axis: Axes, shown: pd.DataFrame, *, height: float) -> None:
     lowest = min(_LOW, float(shown["kept"].min()) - 0.08) if len(shown) else _LOW
     highest = max(_HIGH, float(shown["kept"].max()) + 0.08) if len(shown) else _HIGH
-    height = max(5.6, _ROW_INCHES * max(len(side) for side in sides))
-    figure, grid = subplots(1, 1, size=(13.5, height + 1.6))
-    axis = grid[0, 0]
     _backdrop(axis)
     for scheme, (marker, colour, words) in LOOKS.items():
         own = shown[shown["scheme"] == scheme]
         if len(own):
             _scatter(axis, own, marker=marker, colour=colour, words=words)
     gap = (highest - lowest) * _ROW_INCHES / height
-    for side, place, align in zip(sides, (-0.06, 1.06), ("right", "left"), strict=True):
-        _label(axis, side.sort_values("kept", kind="stable"), place=place, align=align, gap=gap)
+    for side, place, align in zip(_sides(shown), (-0.06, 1.06), ("right", "left"), strict=True):
+        heights = spread_out(np.sort(side["kept"].to_numpy(float)), gap=gap, lowest=lowest)
+        _label(axis, side.sort_values("kept", kind="stable"), heights, place=place, align=align)
     axis.set(xlim=(-0.035, 1.035), ylim=(lowest, highest))
     axis.set(xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[])
-    axis.set_xlabel("what the strongest attacker still gets: success above chance (0: guessing, 1: always right)")
-    axis.set_title("utility kept: 0 as without private data, 1 as without defence", loc="left", color=_INK)
     for side_name in ("left", "bottom"):
         axis.spines[side_name].set_color(_LINE)
     axis.tick_params(color=_LINE, labelcolor=_SOFT)
-    _explain(axis, shown)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9.5)
-    return figure
 
 
 def _backdrop(axis: Axes) -> None:
@@ -78,7 +98,7 @@ def _backdrop(axis: Axes) -> None:
         (1, 1, "no defence", "right"),
     ):
         axis.scatter([x], [y], marker="*", s=420, color="#d9dee5", zorder=1, linewidths=0)
-        shift = (0.025, -0.03, "top") if align == "left" else (-0.025, 0.03, "bottom")
+        shift = (0.025, -0.03, "top") if align == "left" else (-0.025, 0.07, "bottom")
         axis.text(x + shift[0], y + shift[1], words, ha=align, va=shift[2], fontsize=9, color=_INK, linespacing=1.3)
 
 
@@ -109,9 +129,8 @@ def _scatter(axis: Axes, own: pd.DataFrame, *, marker: str, colour: str, words: 
     axis.scatter(own["leak"], own["kept"], label=words, zorder=4, **look)
 
 
-def _label(axis: Axes, rows: pd.DataFrame, *, place: float, align: str, gap: float) -> None:
-    """Write the labels of one side in a column, none upon another, each led to its point."""
-    heights = spread_out(rows["kept"].to_numpy(float), gap=gap)
+def _label(axis: Axes, rows: pd.DataFrame, heights: np.ndarray, *, place: float, align: str) -> None:
+    """Write the labels of one side in a column at these heights, each led to its point."""
     edge = 0.0 if align == "right" else 1.0
     for (_, row), height in zip(rows.iterrows(), heights, strict=True):
         colour = LOOKS[row["scheme"]][1]
@@ -133,8 +152,10 @@ def _label(axis: Axes, rows: pd.DataFrame, *, place: float, align: str, gap: flo
 def _name(row: pd.Series) -> str:
     if row["scheme"] in (SPLIT, MATCHED, FEDERATED):
         return str(row["setting"])
-    name = full_name(row).replace("DP-SGD on the full U-Net", "full U-Net").removesuffix(", share of one image")
-    return name if row["dataset"] == "digits" else f"{name}, {row['dataset']}"
+    if row["scheme"] == PUBLIC_DATA:
+        return PUBLIC_DATA
+    name = full_name(row).replace("DP-SGD on the full U-Net", "full U-Net").removesuffix(", shares of one image")
+    return name if row["dataset"] in ("digits", "photos") else f"{name}, {row['dataset']}"
 
 
 def _epsilon(row: pd.Series) -> str:
@@ -146,8 +167,8 @@ def _epsilon(row: pd.Series) -> str:
     return why if "ε = ∞" in why else f"no ε: {re.split('[;:]', why)[0].replace(' has no ε', '')}"
 
 
-def spread_out(heights: np.ndarray, *, gap: float) -> np.ndarray:
-    """Move ascending heights apart to at least `gap`, as little as can be (least squares, pooling)."""
+def spread_out(heights: np.ndarray, *, gap: float, lowest: float = -np.inf) -> np.ndarray:
+    """Move ascending heights apart to at least `gap`, as little as can be (least squares, pooling), and to `lowest`."""
     blocks: list[tuple[float, int]] = []
     for place, height in enumerate(heights):
         mean, count = height - place * gap, 1
@@ -156,4 +177,5 @@ def spread_out(heights: np.ndarray, *, gap: float) -> np.ndarray:
             mean, count = (before * size + mean * count) / (size + count), size + count
         blocks.append((mean, count))
     flat = [mean for mean, count in blocks for _ in range(count)]
-    return np.array(flat) + gap * np.arange(len(flat))
+    steps = gap * np.arange(len(flat))
+    return np.maximum(np.array(flat), lowest) + steps

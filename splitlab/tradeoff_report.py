@@ -8,7 +8,7 @@ from IPython.display import HTML, Markdown
 from splitlab.artefacts import read_table
 from splitlab.claims import counted, percent
 from splitlab.report import DASH, Material, figure, lay_out, number
-from splitlab.tradeoff import MEMBERSHIP, SPLIT, full_name
+from splitlab.tradeoff import MEMBERSHIP, PUBLIC_DATA, SPLIT, full_name
 from splitlab.tradeoff_figures import LOOKS
 
 GUESSING, USEFUL = 0.1, 0.75
@@ -28,6 +28,7 @@ def points(material: Material) -> pd.DataFrame:
 def conclusion(table: pd.DataFrame) -> Markdown:
     """Say which settings keep both, and which come nearest."""
     shown = table[table["left_out"] == ""]
+    public, shown = shown[shown["scheme"] == PUBLIC_DATA], shown[shown["scheme"] != PUBLIC_DATA]
     private = shown[(shown["leak"] <= GUESSING) & shown["why_no_epsilon"].ne("no noise, ε = ∞")]
     both = private[private["kept"] >= USEFUL]
     lines = [
@@ -42,6 +43,11 @@ def conclusion(table: pd.DataFrame) -> Markdown:
     if len(messages) and best["measure"] == MEMBERSHIP:
         best = messages.sort_values("kept", kind="stable").iloc[-1]
         lines.append(f"- Among split clients it is {_name(best)}, which keeps {percent(float(best['kept']))}.")
+    lines += [
+        f"- **Public data alone** teach a ControlNet, on {row['dataset']}, {percent(float(row['kept']))} of the same: "
+        "what private data are worth begins above that."
+        for _, row in public.iterrows()
+    ]
     return Markdown("\n".join(lines))
 
 
@@ -51,7 +57,7 @@ def _names(rows: pd.DataFrame) -> str:
 
 def _name(row: pd.Series) -> str:
     privacy = f", ε = {row['epsilon']:.3g}" if not pd.isna(row["epsilon"]) else ""
-    return f"{full_name(row)}{privacy}"
+    return f"{full_name(row)}{privacy}, on {row['dataset']}"
 
 
 def picture(material: Material) -> HTML:
@@ -79,8 +85,7 @@ def table(points: pd.DataFrame) -> HTML:
     }
     absent = points[points["left_out"] != ""]
     reasons = "; ".join(
-        f"{html.escape(', '.join(_name(row) + ' on ' + row['dataset'] for _, row in own.iterrows()))}: "
-        f"{html.escape(str(why))}"
+        f"{html.escape(', '.join(_name(row) for _, row in own.iterrows()))}: {html.escape(str(why))}"
         for why, own in absent.groupby("left_out", sort=False)
     )
     note = (

@@ -264,12 +264,13 @@ def _privacy(config: TrainConfig, base: Base, n: int) -> dict[str, Any]:
 def control_scores(pictures: Tensor, asked: ImageSet) -> dict[str, float | None]:
     """Score generated `pictures` `[n, 3, s, s]` against the hints they were asked to follow.
 
-    `control_iou` is None where the prompts are not shapes prompts.
+    `control_iou` (discs, `metrics.disc_iou`) is None where the prompts are not shapes prompts; `control_edges`
+    (`metrics.edge_control`) is 0 where the hints do not matter.
     """
     shapes = are_shapes(asked.prompts)
     return {
         "control_iou": round(metrics.disc_iou(pictures, asked.hints).mean().item(), 4) if shapes else None,
-        "control_ssim": round(metrics.edge_ssim(pictures, asked.hints).mean().item(), 4),
+        "control_edges": round(metrics.edge_control(pictures, asked.hints).mean().item(), 4),
     }
 
 

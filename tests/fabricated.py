@@ -154,7 +154,7 @@ def _make(root: Path, base_path: Path) -> World:
     folders["metrics"].mkdir(parents=True)
     costs = [
         {"dataset": "tiny", "setting": name, "defences": str(defences), "steps": 2, "seed": 0, "eval_loss": 0.1}
-        | {"control_iou": 0.5, "control_ssim": 0.5}
+        | {"control_iou": 0.5, "control_edges": 0.5}
         for name, defences in survey.settings.items()
     ]
     pd.DataFrame(costs, columns=list(UTILITY_COLUMNS)).to_csv(folders["utility"], index=False)

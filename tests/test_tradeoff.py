@@ -44,7 +44,7 @@ def metrics(tmp_path: Path) -> Path:
         message(DEFENDED, "posterior", 0.109, 0.208, t_low=900),
     ]
     costs = [
-        {"dataset": "shapes", "setting": name, "defences": words, "control_iou": iou, "control_ssim": 0.1}
+        {"dataset": "shapes", "setting": name, "defences": words, "control_iou": iou, "control_edges": 0.1}
         for name, words, iou in (("none", "none", 0.8), ("hidden", DEFENDED, 0.5))
     ]
     training = [
@@ -153,6 +153,8 @@ def test_labels_keep_apart_and_stay_near() -> None:
     assert places[1] == pytest.approx(0.01)  # the middle of three stays where it is
     assert places[3] == 1.0
     assert len(spread_out(np.array([]), gap=0.1)) == 0
+    places = spread_out(np.array([0.0, 0.01, 0.5]), gap=0.1, lowest=0.2)
+    assert places.tolist() == pytest.approx([0.2, 0.3, 0.5])
 
 
 def test_the_picture_has_every_label_and_none_upon_another(points: pd.DataFrame) -> None:
@@ -168,6 +170,37 @@ def test_the_picture_has_every_label_and_none_upon_another(points: pd.DataFrame)
         (words[i], words[j]) for i in range(len(boxes)) for j in range(i) if boxes[i].overlaps(boxes[j])
     ]  # fmt: skip
     assert not overlapping
+
+
+def test_photographs_have_their_own_measure_and_their_own_panel(metrics: Path) -> None:
+    own = {"steps": 900, "n_seeds": 3, "id_chance": 0.01, "attack": "closed_form", "n": 300, "id_image": 0.01}
+    own |= {"control_edges_std": 0.01, "control_edges_guided_std": 0.02}
+    photos = [
+        own | {"setting": "none", "defences": "none", "control_edges": 0.1, "control_edges_guided": 0.2,
+               "id_hint": 1.0, "id_both": 1.0, "id_worst": 1.0},
+        own | {"setting": "coarse", "defences": DEFENDED, "control_edges": 0.08, "control_edges_guided": 0.02,
+               "id_hint": 0.109, "id_both": 0.05, "id_worst": 0.109},
+        {"setting": "(public data only)", "steps": 900, "control_edges": 0.14, "control_edges_guided": 0.125,
+         "control_edges_std": 0.01, "control_edges_guided_std": 0.02, "n_seeds": 3},
+        {"setting": "(VAE ceiling)", "control_edges": 0.4},
+    ]  # fmt: skip
+    free = {"dataset": "photos", "scheme": "no control", "control_edges": 0.05}
+    training = [*pd.read_csv(metrics / "training.csv").to_dict("records"), free]
+    write(metrics, matched_client_photos=photos, training=training)
+    points = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
+    own_points = points[points["dataset"].eq("photos") & points["scheme"].eq(tradeoff.MATCHED)]
+    assert own_points["setting"].tolist() == ["coarse"]
+    assert own_points["kept"].tolist() == pytest.approx([0.2])  # (0.08 - 0.05) / (0.2 - 0.05)
+    assert own_points["leak"].tolist() == pytest.approx([0.1])
+    (public,) = points[points["scheme"] == tradeoff.PUBLIC_DATA].to_dict("records")
+    assert (public["leak"], public["epsilon"]) == (0.0, 0.0)
+    assert public["kept"] == pytest.approx(0.6)  # (0.14 - 0.05) / (0.2 - 0.05)
+    assert (
+        "**Public data alone** teach a ControlNet, on photos, 60\N{NO-BREAK SPACE}%"
+        in tradeoff_report.conclusion(points).data
+    )
+    titles = [axis.get_title(loc="left") for axis in draw_tradeoff(points).axes]
+    assert [title.split(":")[0] for title in titles] == ["drawings and digits", "photographs"]
 
 
 def test_the_table_says_what_stands_behind_each_mark(points: pd.DataFrame) -> None:

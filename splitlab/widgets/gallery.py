@@ -39,7 +39,7 @@ class Gallery(widgets.VBox):
             config = parse(TrainConfig, record["config"], where=f"{folder}/record.json")
             overlap = record.get("control_iou")
             followed = f"disc overlap {overlap:.2f}, " if overlap is not None else ""
-            followed += f"SSIM of edges {record['control_ssim']:.2f}"
+            followed += f"edges where the hints want them {record['control_edges']:+.2f} (0: by chance)"
             self.about.value = markup.rows([*run_rows(config), ("follows the hints", followed)])
             self.first.max = (len(prompts) - 1) // self.shown * self.shown
             self._show()
