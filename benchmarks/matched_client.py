@@ -21,6 +21,7 @@ control and of the VAE; `eval_loss`, the denoising loss on held-out photographs.
 
 import argparse
 from dataclasses import replace
+from functools import cache
 
 import pandas as pd
 import torch
@@ -30,7 +31,7 @@ from splitlab import CACHE, ROOT, Defences, TrainConfig, load, load_base, n_work
 from splitlab.abreast import abreast
 from splitlab.artefacts import read_table
 from splitlab.attacks import run_attack
-from splitlab.attacks.channel import labelled, latent_view
+from splitlab.attacks.channel import averaged, labelled, latent_view
 from splitlab.attacks.closed_form import hint_latents, public_hints
 from splitlab.base import encoded
 from splitlab.checkpoint import load_json, save_json
@@ -86,6 +87,7 @@ SETTINGS = {
     "recoloured-700-2.5": (replace(COARSE, hint_noise=2.5, timestep_floor=700), True),
     "disguised": (DISGUISED, False),
     "turned": (TURNED, False),
+    "turned-once": (replace(TURNED, noise_once=True, feature_noise=6.0, timestep_floor=600, latent_norm=36.0), False),
 }
 PHOTOS = {name: SETTINGS[name] for name in ("none", "matched-0.3", "matched-1", "naive-0.3", "coarse-2.5")} | {
     "floor-400": (replace(MATCHED, timestep_floor=400), False),
@@ -102,6 +104,7 @@ PUBLIC_ONLY = "(public data only)"
 """Name of the row of a ControlNet that was trained without defence on public data: what private data must add to."""
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
 AGAINST_DISGUISES = {"undisguise": {}}
+TOGETHER = {"accumulation": {}}
 N, KEYS = 100, 3
 AMPLIFIED = 3.0
 FOLDER = CACHE / "matched_client"
@@ -192,43 +195,35 @@ def colour_error(pictures, asked):
     return (border.median(2).values - ground[..., 0, 0]).abs().mean().item()
 
 
-def attacked(name, dataset, base):
-    """Attack one message per private image; rows of attacks, strongest first, with the ideal attacker's shares."""
+def attacked(name, dataset, base, messages=1):
+    """Attack so many messages per private image; rows of attacks, strongest first, with the ideal attacker's shares.
+
+    Of several messages, only those attacks that put them together are run: the others do no better than on one.
+    """
     defences, hidden = DATASETS[dataset][0][name]
+    attacks = (ATTACKS if messages == 1 else TOGETHER) | (AGAINST_DISGUISES if disguises(defences) else {})
     facts = {"defences": defences, "hidden": hidden, "base": base.digest, "attacks": ATTACKS, "n": N, "keys": KEYS}
     facts |= {"dataset": dataset} if dataset != "shapes" else {}
+    facts |= {"attacks": attacks, "messages": messages} if messages > 1 else {}
     path = FOLDER / f"attacks-{name}-{digest(facts)[:12]}.json"
     if path.exists():
         return load_json(path)["rows"]
-    private, sent = candidates(dataset), []
-    indices, prompts, positions = [], [], []
-    for key in range(KEYS):
-        config = TrainConfig(dataset=dataset, defences=defences, batch_size=N // 2, seed=key)
-        own = recoloured(private, key=("private", key)) if hidden else private
-        (client,) = make_clients(base, own, config, cache=CACHE)
-        for step in range(2):
-            message, truth = client_send(client, step, N // 2)
-            sent.append(from_bytes(message))
-            indices.append(truth.indices)
-            positions += (truth.indices + key * N).tolist()
-        prompts += disguised(own, defences, key=config.seed).prompts
+    private = candidates(dataset)
+    sent, owners, prompts = sent_by_clients(private, dataset, defences, hidden, base, messages)
     public = read(dataset, "public")
     public = recoloured(public, key="public") if hidden else public
     knowledge = Knowledge(base, "split", defences, private.size, public, cache=CACHE)
-    truth = torch.cat(indices)
-    others = torch.stack([torch.cat([torch.tensor([i]), torch.tensor([j for j in range(N) if j != i])]) for i in truth])
-    prompts = tuple(prompts[position] for position in positions)
     if disguises(defences):
-        ideal = ideal_shares_disguised(sent, knowledge, private, prompts, others)
+        ideal = ideal_shares_disguised(sent, knowledge, private, prompts, owners)
     else:
-        ideal = ideal_shares(sent, knowledge, private, hidden, others)
-    rows = []
-    for attack, options in (ATTACKS | (AGAINST_DISGUISES if disguises(defences) else {})).items():
+        ideal = ideal_shares(sent, knowledge, private, hidden, owners)
+    rows, named = [], tuple(prompts[owner] for owner in owners)
+    for attack, options in attacks.items():
         found = run_attack(attack, sent, knowledge, generator=generator("attack", attack), options=options)
-        known = identified_as_sent(found.images, found.hints, private, prompts, others, defences)
+        known = identified_as_sent(found.images, found.hints, private, named, line_ups()[owners], defences)
         row = {f"id_{way}": share.float().mean().item() for way, share in known.items()}
-        psnr = psnr_db(found.images, private.images[truth]).mean().item()
-        rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": len(truth)})
+        psnr = psnr_db(found.images, private.images[owners % N]).mean().item()
+        rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": KEYS * N})
     rows.sort(key=lambda row: -row["id_worst"])
     FOLDER.mkdir(parents=True, exist_ok=True)
     save_json(path, {"rows": rows})
@@ -244,38 +239,86 @@ def candidates(dataset):
     return private.subset(chosen)
 
 
-def ideal_shares(sent, knowledge, private, hidden, line_up):
-    """Identification by whoever holds the candidates: by image, hint and both."""
-    seen, base = labelled(sent, knowledge), knowledge.base
+def sent_by_clients(private, dataset, defences, hidden, base, messages):
+    """Be `KEYS` clients with other secrets and the same images.
+
+    Returns what they send, in as many messages per image; whose each sample is, owners `[n]` in [0, KEYS x N); and the
+    prompt of every owner.
+    """
+    sent, owners, prompts = [], [], []
+    for key in range(KEYS):
+        config = TrainConfig(dataset=dataset, defences=defences, batch_size=N // 2, seed=key)
+        own = recoloured(private, key=("private", key)) if hidden else private
+        (client,) = make_clients(base, own, config, cache=CACHE)
+        for step in range(2 * messages):
+            message, truth = client_send(client, step, N // 2)
+            sent.append(replace(from_bytes(message), client=key))
+            owners.append(truth.indices + key * N)
+        prompts += disguised(own, defences, key=config.seed).prompts
+    return sent, torch.cat(owners), prompts
+
+
+def line_ups():
+    """The candidates for every owner, the own image first."""
+    order = [torch.cat([torch.tensor([i]), torch.tensor([j for j in range(N) if j != i])]) for i in range(N)]
+    return torch.stack(order * KEYS)
+
+
+def ideal_shares(sent, knowledge, private, hidden, owners):
+    """Identification by who holds the candidates and knows which messages show one image: by image, hint and both."""
+    seen, base, once = labelled(sent, knowledge), knowledge.base, knowledge.defences.noise_once
     view, std = latent_view(seen, knowledge)
     data = encoded(base, private, cache=CACHE)
     variants = range(len(VARIANTS)) if hidden else (0,)
     gallery = torch.stack([base.encode(recolour(private.images, one)) for one in variants], 1)
     hints = hint_latents(seen, sent, knowledge)
-    noise = torch.full((len(hints),), max(knowledge.defences.hint_noise, 0.01))
-    image = (view, std.flatten().clamp_min(0.01), gallery)
-    hint = (hints, noise, public_hints(data.hint_latents, knowledge)[:, None])
+    view, std = averaged(view, std.clamp_min(0.01), owners, once=once)
+    noise = torch.full((len(hints), 1, 1, 1), max(knowledge.defences.hint_noise, 0.01))
+    hints, noise = averaged(hints, noise, owners, once=once)
+    image = (view, std.flatten(), gallery)
+    hint = (hints, noise.flatten(), public_hints(data.hint_latents, knowledge)[:, None])
     ways = {"image": [image], "hint": [hint], "both": [image, hint]}
-    return {f"id_{k}_ideal": identified_by_likelihood(v, line_up).float().mean().item() for k, v in ways.items()}
+    return {f"id_{k}_ideal": identified_by_likelihood(v, line_ups()).float().mean().item() for k, v in ways.items()}
 
 
-def ideal_shares_disguised(sent, knowledge, private, prompts, line_up):
-    """The same where clients disguise themselves: every candidate in the colours that the message's prompt names."""
+def ideal_shares_disguised(sent, knowledge, private, prompts, owners):
+    """The same where clients disguise themselves: every candidate in the colours that the messages' prompt names."""
     seen, base, noise = labelled(sent, knowledge), knowledge.base, knowledge.defences.layout_noise
     view, std = latent_view(seen, knowledge)
-    turns = every_turn if knowledge.defences.turned else lambda pictures: pictures[None]
-    pictures, hints = turns(private.images), turns(private.hints)
-    layouts = layout(hints.flatten(0, 1)).double().unflatten(0, hints.shape[:2])
-    image = torch.empty(*line_up.shape, len(pictures), dtype=torch.float64)
-    for i, (prompt, row) in enumerate(zip(tqdm(prompts, desc="ideal", leave=False), line_up, strict=True)):
-        asked = [private.prompts[j] for j in row.tolist()] * len(pictures)
-        gallery = base.encode(in_colours(pictures[:, row].flatten(0, 1), asked, [prompt] * len(asked)))
-        errors = (view[i] - gallery).double().square().sum((1, 2, 3)).view(len(pictures), -1)
-        image[i] = -errors.T / (2 * std[i].double().square().item())
-    shown = sent_layout(base.decode(hint_latents(seen, sent, knowledge)), noise).double()
+    hints, _ = averaged(hint_latents(seen, sent, knowledge), torch.ones_like(std), owners, once=True)
+    view, std = averaged(view, std, owners, once=knowledge.defences.noise_once)
+    turned, line_up = knowledge.defences.turned, line_ups()
+    layouts = layout(in_turns(private.hints, turned).flatten(0, 1)).double().unflatten(0, (-1, N))
+    gallery = in_disguise(base, private, tuple(prompts), turned)
+    errors = torch.stack([(one - could).square().sum((2, 3, 4)) for one, could in zip(view, gallery, strict=True)])
+    image = -errors.double() / (2 * std.double().square().flatten(1)[..., None])
+    image = image.transpose(1, 2)[torch.arange(len(image))[:, None], line_up]
+    shown = sent_layout(base.decode(hints), noise).double()
     hint = -(shown[:, None, None] - layouts.transpose(0, 1)[line_up]).square().sum(3) / (2 * noise**2)
     ways = {way: v.logsumexp(2) for way, v in {"image": image, "hint": hint, "both": image + hint}.items()}
     return {f"id_{k}_ideal": (v[:, 0] > v[:, 1:].max(1).values).float().mean().item() for k, v in ways.items()}
+
+
+def in_turns(pictures, turned):
+    """Pictures as they are, or in all symmetries of the square: `[r, m, c, h, w]`."""
+    return every_turn(pictures) if turned else pictures[None]
+
+
+@cache
+def galleries():
+    """What `in_disguise` has encoded so far."""
+    return {}
+
+
+def in_disguise(base, private, prompts, turned):
+    """The latents of all candidates, in all turns, in the colours that each prompt names: `[n, r, m, c, h, w]`."""
+    if (prompts, turned) not in galleries():
+        pictures = in_turns(private.images, turned)
+        asked = list(private.prompts) * len(pictures)
+        every = tqdm(prompts, desc="candidates in disguise", leave=False)
+        encoded = [base.encode(in_colours(pictures.flatten(0, 1), asked, [prompt] * len(asked))) for prompt in every]
+        galleries()[prompts, turned] = torch.stack(encoded).unflatten(1, pictures.shape[:2])
+    return galleries()[prompts, turned]
 
 
 def row_of(name, dataset, base, args):

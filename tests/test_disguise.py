@@ -6,6 +6,7 @@ import torch
 
 from splitlab import ROOT, Defences, TrainConfig, load, load_base
 from splitlab.attacks import run_attack
+from splitlab.attacks.undisguise import same_image
 from splitlab.base import encoded
 from splitlab.colours import are_shapes
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
@@ -230,6 +231,40 @@ def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned
     disc, ground = colours_of([prompts[i] for i in truth.indices])
     corner = torch.as_tensor(found.images)[:, :, 0, 0] - ground[..., 0, 0]
     assert corner.abs().max() < (disc - ground).abs().max()  # the borrowed colours are read off exactly
+
+
+@needs_data
+@pytest.mark.parametrize("once", [False, True])
+def test_messages_of_one_disguise_are_put_together(once):
+    shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
+    defences = replace(DISGUISE, turned=True, feature_noise=3.0, timestep_floor=600, noise_once=once)
+    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=32))
+    sent = [client_send(client, step, 32) for step in range(24)]
+    messages, truth = [from_bytes(message) for message, _ in sent], torch.cat([told.indices for _, told in sent])
+    knowledge = Knowledge(shipped, "split", defences, 32, load(ROOT / "data/public/shapes.zip", limit=600))
+    every = run_attack("undisguise", messages, knowledge, generator=tiny.draw(), options={"sharpness": 1.0})
+    first = run_attack("undisguise", messages[:2], knowledge, generator=tiny.draw(), options={"sharpness": 1.0})
+    images, alone = torch.as_tensor(every.images), torch.as_tensor(first.images)
+    for index in range(64):
+        assert torch.equal(*images[(truth == index).nonzero()[:2, 0]])
+    prompts = disguised(private, defences, key=0).prompts
+    seen, shown = discs(images, [prompts[i] for i in truth]), discs(alone, [prompts[i] for i in truth[:64]])
+    gallery = every_turn(discs(private.images, private.prompts))
+
+    def error(found, indices):
+        return (found[None] - gallery[:, indices]).square().mean((2, 3, 4)).min(0).values.mean().item()
+
+    together, apart = error(seen, truth), error(shown, truth[:64])
+    assert (0.99 * apart < together < 1.01 * apart) if once else (together < 0.95 * apart)
+
+
+def test_messages_are_of_one_image_if_client_prompt_and_layout_are():
+    shown = torch.tensor([[0.5, 0.5, 0.3], [0.501, 0.5, 0.3], [0.5, 0.5, 0.4], [0.5, 0.5, 0.3], [0.5, 0.5, 0.3]])
+    prompts = ("red", "red", "red", "blue", "red")
+    first, labels = same_image(shown, prompts, torch.tensor([0, 0, 0, 0, 1]))
+    assert first.tolist() == [0, 2, 3, 4] and labels.tolist() == [0, 0, 1, 2, 3]
+    first, labels = same_image(shown, (), torch.zeros(5, dtype=torch.int64))
+    assert first.tolist() == [0, 2] and labels.tolist() == [0, 0, 1, 0, 0]
 
 
 @needs_data

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from splitlab.attacks.channel import labelled, latent_view
+from splitlab.attacks.channel import averaged, labelled, latent_view, summed
 from splitlab.attacks.closed_form import hint_latents
 from splitlab.attacks.posterior import Calibration, Rehearsal, denoise, principal, used_fields
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
@@ -54,28 +54,21 @@ def accumulation(
     features = Features.of(view, std, raw_hints, rehearsal)
     labels, found = link(features, senders(observations), threshold(rehearsal), callback=callback)
 
-    weights = 1 / std.clamp_min(FLOOR).square()
-    precision = _sums(weights, labels)
-    counts = _sums(torch.ones(len(labels)), labels)
-    once = knowledge.defences.noise_once  # then the views of one image share their noise, and none of it averages out
-    merged = _sums(view * weights, labels) / precision
-    merged_std = (precision / counts[:, None, None, None] if once else precision).rsqrt()
+    counts = summed(torch.ones(len(labels)), labels)
+    once = knowledge.defences.noise_once
+    merged, merged_std = averaged(view, std.clamp_min(FLOOR), labels, once=once)
     merged_std = torch.where(merged_std > FLOOR, merged_std, 0.0)  # exact ones stay exact
     text = seen.encoder_hidden_states
-    text = None if text is None else _sums(text, labels) / counts[:, None, None]
+    text = None if text is None else summed(text, labels) / counts[:, None, None]
     latents = denoise(merged, merged_std, knowledge, text=text, batch=batch)
     latents = _calibrated(latents, merged_std, rehearsal, knowledge, text is not None, generator)
 
     hints, used = None, used_fields(seen)
     if raw_hints is not None:
-        merged_hints = rehearsal.hints(_sums(raw_hints, labels) / counts[:, None, None, None], None if once else counts)
+        mean_hints = summed(raw_hints, labels) / counts[:, None, None, None]
+        merged_hints = rehearsal.hints(mean_hints, None if once else counts)
         hints, used = base.decode(torch.as_tensor(merged_hints))[labels], (*used, "smashed")
     return Reconstruction(base.decode(latents)[labels], hints, used=used, objective=tuple(found), n_evals=1)
-
-
-def _sums(values: Tensor, labels: Tensor) -> Tensor:
-    total = torch.zeros(int(labels.max()) + 1, *values.shape[1:], dtype=values.dtype)
-    return total.index_add_(0, labels, values)
 
 
 def _calibrated(

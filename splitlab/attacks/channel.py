@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from splitlab.defences import feature_scale, label_share, noise_variance, signal_level
@@ -48,6 +48,28 @@ def latent_view(seen: Observation, knowledge: Knowledge) -> tuple[Float[Tensor, 
     else:
         noised = noised - (1 - alphas).sqrt() * seen.noise
     return noised / alphas.sqrt(), ((variance + noise_variance(defences, alphas)) / alphas).sqrt()
+
+
+def averaged(
+    view: Float[Tensor, "n c h w"], std: Float[Tensor, "n 1 1 1"], labels: Int[Tensor, " n"], *, once: bool
+) -> tuple[Float[Tensor, "m c h w"], Float[Tensor, "m 1 1 1"]]:
+    """Average the views of each image, with weights 1 / std² (the least variance among unbiased estimates).
+
+    Args:
+        view, std: latents plus white Gaussian noise, and that noise's standard deviation, above 0.
+        labels: which image, 0 to m - 1, each view is of.
+        once: the views of one image share their noise, and none of it averages out (`Defences.noise_once`).
+    """
+    weights = 1 / std.square()
+    precision = summed(weights, labels)
+    counts = summed(torch.ones_like(weights), labels) if once else 1.0
+    return summed(view * weights, labels) / precision, (precision / counts).rsqrt()
+
+
+def summed(values: Tensor, labels: Int[Tensor, " n"]) -> Tensor:
+    """Add up the rows of `values` that have one label: row i is the sum of those labelled i."""
+    total = torch.zeros(int(labels.max()) + 1, *values.shape[1:], dtype=values.dtype)
+    return total.index_add_(0, labels, values)
 
 
 def matching_timesteps(std: Float[Tensor, "n 1 1 1"], knowledge: Knowledge) -> tuple[Tensor, Float[Tensor, "n 1 1 1"]]:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from splitlab import metrics
-from splitlab.attacks.channel import labelled, latent_view
+from splitlab.attacks.channel import averaged, labelled, latent_view
 from splitlab.attacks.closed_form import hint_latents
 from splitlab.attacks.imitation import imitate
 from splitlab.attacks.posterior import used_fields
@@ -18,10 +18,16 @@ from splitlab.data import ImageSet, digest
 from splitlab.disguise import SYMMETRIES, colours_of, discs, disguised, disguises, every_turn, layout, sent_layout
 from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
 """What the attacker tries: from the mean of all that is likely to the likeliest sample alone."""
+
+LEAST_STD = 0.1
+"""Least standard deviation of a view, for what plain colours leave out of an image."""
+
+SAME_LAYOUT = 0.01
+"""Distance of two layouts, in shares of the picture's side, up to which they are one that was sent twice."""
 
 N_REHEARSED, LINE_UP = 256, 100
 """Public messages on which sharpness is chosen, and among how many public samples each is to be recognised."""
@@ -39,6 +45,8 @@ def undisguise(
     """Weigh every public sample by how likely its disguise is to have sent each message; answer with the weighted mean.
 
     Where clients turn their samples, every public sample is weighed in all eight turns; the answer is turned as sent.
+    Messages of one client that show one layout and name one prompt are of one image (`same_image`): their views are
+    averaged first, since a disguise stays and noise that is drawn anew does not.
 
     The layout is read off the sent hint, exactly but for its noise, which is Gaussian and of known size. The view of
     the latents (`channel.latent_view`) is compared with what each public disc would look like in the colours that the
@@ -122,16 +130,19 @@ class _Gallery:
         self, seen: Observation, observations: Sequence[Observation], prompts: Sequence[str]
     ) -> Float[Tensor, "n m"]:
         """Return how likely each message is, up to a constant, if it were of each public sample."""
+        defences = self.knowledge.defences
         view, std = latent_view(seen, self.knowledge)
-        total = -self._distances(view, prompts) / (2 * std.flatten().clamp_min(0.1).square()[:, None])
-        noise = self.knowledge.defences.layout_noise
-        if not noise:
-            return total
+        if not defences.layout_noise:
+            return -self._distances(view, prompts) / (2 * std.flatten().clamp_min(LEAST_STD).square()[:, None])
         raw = hint_latents(seen, observations, self.knowledge)
         if raw is None:
             raise InputError("the layout is in smashed, which was not sent")
-        shown = sent_layout(self.knowledge.base.decode(torch.as_tensor(raw)), noise)
-        return total - torch.cdist(shown, self.layouts).square() / (2 * noise**2)
+        shown = sent_layout(self.knowledge.base.decode(torch.as_tensor(raw)), defences.layout_noise)
+        first, labels = same_image(shown, prompts, senders(observations))
+        view, std = averaged(view, std.clamp_min(1e-3), labels, once=defences.noise_once)
+        distances = self._distances(view, [prompts[i] for i in first.tolist()] if prompts else ())
+        total = -distances / (2 * std.flatten().clamp_min(LEAST_STD).square()[:, None])
+        return (total - torch.cdist(shown[first], self.layouts).square() / (2 * defences.layout_noise**2))[labels]
 
     def _distances(self, view: Tensor, prompts: Sequence[str]) -> Float[Tensor, "n m"]:
         """Return squared distances of latents to each public sample in the colours of each message."""
@@ -157,6 +168,26 @@ class _Gallery:
         disc, ground = colours_of(prompts)
         share = (weights @ self.discs.flatten(1)).view(-1, *self.discs.shape[1:])
         return ground + share * (disc - ground)
+
+
+def same_image(
+    shown: Float[Tensor, "n 3"], prompts: Sequence[str], owners: Int[Tensor, " n"]
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " n"]]:
+    """Group messages by what a client draws once per image.
+
+    Args:
+        shown: the layouts that were sent.
+        prompts: the borrowed prompts that were named; none: colours were not borrowed.
+        owners: which client sent each.
+
+    Returns the first message of each group, and which group each message is in.
+    """
+    same = (torch.cdist(shown, shown) < SAME_LAYOUT) & (owners[:, None] == owners[None])
+    if prompts:
+        names = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        named = torch.tensor([names[prompt] for prompt in prompts])
+        same &= named[:, None] == named[None]
+    return same.int().argmax(1).unique(return_inverse=True)  # argmax: the first that is the same
 
 
 def in_every_turn(public: ImageSet) -> ImageSet:
