@@ -34,8 +34,8 @@ def main():
     for name in args.only:
         defences, hidden = SETTINGS[name]
         for messages in args.messages:
-            row = {"setting": name, "defences": str(defences) + (" recoloured" if hidden else ""), "messages": messages}
-            row |= {"id_chance": 1 / N} | attacked(name, "shapes", base, messages)[0]
+            row = {"dataset": "shapes", "setting": name, "defences": str(defences) + (" recoloured" if hidden else "")}
+            row |= {"messages": messages, "id_chance": 1 / N} | attacked(name, "shapes", base, messages)[0]
             rows[name, messages] = row
             order = sorted(rows, key=lambda key: (list(SETTINGS).index(key[0]), key[1]))
             pd.DataFrame([rows[key] for key in order]).round(4).to_csv(TABLE, index=False, lineterminator="\n")

@@ -42,6 +42,7 @@ TRAINED = {"attention": DP_LDM, "blocks": DP_LDM, "transformers": DP_LDM, "lora"
 
 MATCHED_TABLES = {"matched_client": ("shapes", "control_iou"), "matched_client_photos": ("photos", "control_edges")}
 """Table of `benchmarks/matched_client.py` -> its data set, and how control is measured there."""
+WAYS = {"id_image": "image", "id_hint": "hint", "id_both": "image and hint"}
 
 
 def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
@@ -53,7 +54,16 @@ def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
 
     Returns a table of `COLUMNS`.
     """
-    names = ("split_attacks", "utility", "training", *MATCHED_TABLES, "gradient_attacks", "dp", "dp_shares")
+    names = (
+        "split_attacks",
+        "utility",
+        "training",
+        *MATCHED_TABLES,
+        "whole_run",
+        "gradient_attacks",
+        "dp",
+        "dp_shares",
+    )
     found = {n: read_table(metrics / f"{n}.csv") for n in names if (metrics / f"{n}.csv").exists()}
     rows = []
     if {"split_attacks", "utility", "training"} <= set(found):
@@ -61,7 +71,9 @@ def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
     for name, (dataset, measure) in MATCHED_TABLES.items():
         if {name, "training"} <= set(found):
             floor = _without_control(found["training"], dataset, measure)
-            rows += _matched(found[name], alphas_cumprod, dataset=dataset, measure=measure, floor=floor)
+            runs = found.get("whole_run", found[name])
+            runs = runs[runs["dataset"] == dataset] if "dataset" in runs else runs[:0]
+            rows += _matched(found[name], runs, alphas_cumprod, dataset=dataset, measure=measure, floor=floor)
     if {"gradient_attacks", "training"} <= set(found):
         rows += _federated(found["gradient_attacks"], found["training"])
     if "dp" in found:
@@ -179,28 +191,35 @@ def _without_control(training: pd.DataFrame, dataset: str, column: str) -> float
     return float(training[(training["dataset"] == dataset) & (training["scheme"] == "no control")][column].mean())
 
 
-def _matched(table: pd.DataFrame, alphas: Tensor, *, dataset: str, measure: str, floor: float) -> list[dict]:
-    """Place the longer trainings of `benchmarks/matched_client.py`; who holds the candidates is their ceiling."""
+def _matched(
+    table: pd.DataFrame, runs: pd.DataFrame, alphas: Tensor, *, dataset: str, measure: str, floor: float
+) -> list[dict]:
+    """Place the longer trainings of `benchmarks/matched_client.py`; who holds the candidates is their ceiling.
+
+    `runs`: what more messages per image tell (`benchmarks/whole_run.py`); of all, the strongest attack counts.
+    """
     rows = []
     for row in table.dropna(subset=["defences"]).to_dict("records"):
-        chance, by = float(row["id_chance"]), {"id_image": "image", "id_hint": "hint", "id_both": "image and hint"}
-        best = max(by, key=lambda name: row[name])
-        ideal = [row[f"{name}_ideal"] for name in by if not pd.isna(row.get(f"{name}_ideal", math.nan))]
+        chance = float(row["id_chance"])
+        messages = [row | {"messages": 1}, *runs[runs["setting"] == row["setting"]].to_dict("records")]
+        best = max(messages, key=lambda one: one["id_worst"])
+        ideals = [(share, one["messages"]) for one in messages for share in _ideals(one)]
+        ceiling, number = max(ideals, default=(math.nan, 1))
         rows.append(
             _client(str(row["defences"]), alphas)
             | _controlled(row, table, measure)
             | {
                 "setting": row["setting"],
                 "dataset": dataset,
-                "attack": f"{attack_label(row['attack'])}, by {by[best]}",
+                "attack": f"{attack_label(best['attack'])}, by {_way(best)}{_from(best['messages'])}",
                 "measure": IDENTIFICATION.format(1.0 / chance),
-                "success": float(row["id_worst"]),
+                "success": float(best["id_worst"]),
                 "chance": chance,
-                "image_leak": above_chance(float(row["id_image"]), chance),
-                "ceiling": above_chance(max(ideal), chance) if ideal else math.nan,
-                "ceiling_by": "somebody who holds the candidates, by Bayes" if ideal else "",
+                "image_leak": above_chance(max(float(one["id_image"]) for one in messages), chance),
+                "ceiling": above_chance(ceiling, chance) if ideals else math.nan,
+                "ceiling_by": f"somebody who holds the candidates, by Bayes{_from(number)}" if ideals else "",
                 "floor": floor,
-                "n": int(row["n"]),
+                "n": int(best["n"]),
             }
         )
     chance = float(table["id_chance"].mean())
@@ -209,6 +228,19 @@ def _matched(table: pd.DataFrame, alphas: Tensor, *, dataset: str, measure: str,
         found |= {"attack": "nothing private is used", "measure": IDENTIFICATION.format(1.0 / chance), "n": 0}
         rows.append(found | {"success": chance, "chance": chance} | _controlled(row, table, measure))
     return rows
+
+
+def _ideals(row: Mapping[Hashable, Any]) -> list[float]:
+    found = [float(row.get(f"{way}_ideal", math.nan)) for way in WAYS]
+    return [share for share in found if not math.isnan(share)]
+
+
+def _way(row: Mapping[Hashable, Any]) -> str:
+    return WAYS[max(WAYS, key=lambda way: row[way])]
+
+
+def _from(messages: int) -> str:
+    return f", from {messages:.0f} messages per image" if messages > 1 else ""
 
 
 def _controlled(row: Mapping[Hashable, Any], table: pd.DataFrame, measure: str) -> dict[str, Any]:

@@ -262,9 +262,11 @@ def test_messages_are_of_one_image_if_client_prompt_and_layout_are():
     shown = torch.tensor([[0.5, 0.5, 0.3], [0.501, 0.5, 0.3], [0.5, 0.5, 0.4], [0.5, 0.5, 0.3], [0.5, 0.5, 0.3]])
     prompts = ("red", "red", "red", "blue", "red")
     first, labels = same_image(shown, prompts, torch.tensor([0, 0, 0, 0, 1]))
-    assert first.tolist() == [0, 2, 3, 4] and labels.tolist() == [0, 0, 1, 2, 3]
+    assert first.tolist() == [0, 2, 3, 4]
+    assert labels.tolist() == [0, 0, 1, 2, 3]
     first, labels = same_image(shown, (), torch.zeros(5, dtype=torch.int64))
-    assert first.tolist() == [0, 2] and labels.tolist() == [0, 0, 1, 0, 0]
+    assert first.tolist() == [0, 2]
+    assert labels.tolist() == [0, 0, 1, 0, 0]
 
 
 @needs_data

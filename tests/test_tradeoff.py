@@ -203,6 +203,23 @@ def test_photographs_have_their_own_measure_and_their_own_panel(metrics: Path) -
     assert [title.split(":")[0] for title in titles] == ["drawings and digits", "photographs"]
 
 
+def test_of_one_message_and_a_whole_run_the_strongest_attack_counts(metrics: Path) -> None:
+    own = {"setting": "high", "defences": DEFENDED, "steps": 900, "n_seeds": 3, "id_chance": 0.01, "n": 300}
+    own |= {"control_iou": 0.6, "control_iou_std": 0.01}
+    one = {"attack": "posterior", "id_image": 0.109, "id_hint": 0.01, "id_both": 0.05, "id_worst": 0.109}
+    one |= {"id_image_ideal": 0.208, "id_hint_ideal": 0.01, "id_both_ideal": 0.1}
+    run = {"dataset": "shapes", "setting": "high", "messages": 29, "n": 300, "attack": "accumulation"}
+    run |= {"id_image": 0.505, "id_hint": 0.01, "id_both": 0.4, "id_worst": 0.505, "id_chance": 0.01}
+    run |= {"id_image_ideal": 0.802, "id_hint_ideal": 0.01, "id_both_ideal": 0.7}
+    none = own | one | {"setting": "none", "defences": "none", "control_iou": 0.9}
+    write(metrics, matched_client=[none, own | one], whole_run=[run])
+    points = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
+    (found,) = points[points["setting"] == "high"].to_dict("records")
+    assert found["attack"].endswith("by image, from 29 messages per image")
+    assert (found["leak"], found["image_leak"], found["ceiling"]) == pytest.approx((0.5, 0.5, 0.8))
+    assert found["ceiling_by"].endswith("by Bayes, from 29 messages per image")
+
+
 def test_the_table_says_what_stands_behind_each_mark(points: pd.DataFrame) -> None:
     text = tradeoff_report.table(points).data
     assert "Left out of the picture" in text
