@@ -63,6 +63,9 @@ HIGH = replace(MATCHED, timestep_floor=800)
 COARSE = replace(HIGH, coarse_hints=3)
 DISGUISED = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, layout_noise=0.2)
 TURNED = replace(DISGUISED, timestep_floor=700, layout_noise=0.12, turned=True)
+TURNED_ONCE = replace(
+    TURNED, noise_once=True, feature_noise=6.0, timestep_floor=500, layout_noise=0.1, latent_norm=36.0
+)
 
 # name -> the client's defences, and whether it recolours its images in secret first
 SETTINGS = {
@@ -87,8 +90,10 @@ SETTINGS = {
     "recoloured-700-2.5": (replace(COARSE, hint_noise=2.5, timestep_floor=700), True),
     "disguised": (DISGUISED, False),
     "turned": (TURNED, False),
-    "turned-once": (replace(TURNED, noise_once=True, feature_noise=6.0, timestep_floor=600, latent_norm=36.0), False),
+    "turned-once": (TURNED_ONCE, False),
 }
+STEPS = {"turned-once": 600}
+"""Other numbers of steps than `--steps`: noise that was drawn once is learned by heart after more."""
 PHOTOS = {name: SETTINGS[name] for name in ("none", "matched-0.3", "matched-1", "naive-0.3", "coarse-2.5")} | {
     "floor-400": (replace(MATCHED, timestep_floor=400), False),
     "floor-600": (replace(MATCHED, timestep_floor=600), False),
@@ -328,10 +333,15 @@ def row_of(name, dataset, base, args):
     return row | utility_of(name, dataset, base, args) | {"id_chance": 1 / N} | attacked(name, dataset, base)[0]
 
 
+def steps_of(name, args):
+    return STEPS.get(name, args.steps)
+
+
 def utility_of(name, dataset, base, args):
     """Mean, spread and single values of the control over training seeds."""
-    ious = [] if args.attacks_only else [trained(name, dataset, args.steps, seed, base) for seed in range(args.seeds)]
-    row = {"steps": args.steps}
+    steps, seeds = steps_of(name, args), range(0 if args.attacks_only else args.seeds)
+    ious = [trained(name, dataset, steps, seed, base) for seed in seeds]
+    row = {"steps": steps}
     for column in ious[0] if ious else (DATASETS[dataset][1],):
         values = pd.Series([one[column] for one in ious], dtype=float)
         row |= {column: values.mean(), f"{column}_std": values.std(ddof=0)}
@@ -365,7 +375,7 @@ def main():
     names = args.only or list(settings)
     if not args.attacks_only:
         every = [*names, PUBLIC_ONLY]
-        cells = [(name, args.dataset, args.steps, seed, base) for name in every for seed in range(args.seeds)]
+        cells = [(name, args.dataset, steps_of(name, args), seed, base) for name in every for seed in range(args.seeds)]
         for _ in abreast(trained, cells, desc="cells trained", workers=n_workers()):
             pass
         rows[PUBLIC_ONLY] = {"setting": PUBLIC_ONLY} | utility_of(PUBLIC_ONLY, args.dataset, base, args)

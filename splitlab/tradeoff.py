@@ -244,11 +244,15 @@ def _from(messages: int) -> str:
 
 
 def _controlled(row: Mapping[Hashable, Any], table: pd.DataFrame, measure: str) -> dict[str, Any]:
-    """Say how well a training is controlled, by the way of asking that suits it best, as the undefended one's is."""
+    """Say how well a training is controlled, by the way of asking that suits it best, as the undefended one's is.
+
+    That is the one of as many steps, or, where there is none, the one that there is.
+    """
     columns = [name for name in table.columns if name.startswith(measure) and f"{name}_std" in table.columns]
     known = {name: row[name] for name in columns if not pd.isna(row[name])}
     column = max(known, key=lambda name: known[name]) if known else columns[0]
-    same = table[table["defences"].eq("none") & table["steps"].eq(row["steps"])]
+    plain = table[table["defences"].eq("none")]
+    same = plain[plain["steps"].eq(row["steps"])] if row["steps"] in set(plain["steps"]) else plain
     return {
         "utility_of": column.replace("_iou", " IoU").replace("_edges", " edges").replace("_", ", "),
         "utility": float(row[column]),

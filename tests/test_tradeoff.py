@@ -212,7 +212,7 @@ def test_of_one_message_and_a_whole_run_the_strongest_attack_counts(metrics: Pat
     run |= {"id_image": 0.505, "id_hint": 0.01, "id_both": 0.4, "id_worst": 0.505, "id_chance": 0.01}
     run |= {"id_image_ideal": 0.802, "id_hint_ideal": 0.01, "id_both_ideal": 0.7}
     none = own | one | {"setting": "none", "defences": "none", "control_iou": 0.9}
-    write(metrics, matched_client=[none, own | one], whole_run=[run])
+    write(metrics, matched_client=[none, own | one | {"steps": 600}], whole_run=[run])
     points = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
     (found,) = points[points["setting"] == "high"].to_dict("records")
     assert found["attack"].endswith("by image, from 29 messages per image")
