@@ -203,10 +203,11 @@ def colour_error(pictures, asked):
 def attacked(name, dataset, base, messages=1):
     """Attack so many messages per private image; rows of attacks, strongest first, with the ideal attacker's shares.
 
-    Of several messages, only those attacks that put them together are run: the others do no better than on one.
+    Of several messages, only the attack that puts them together is run: the others do no better than on one.
     """
     defences, hidden = DATASETS[dataset][0][name]
-    attacks = (ATTACKS if messages == 1 else TOGETHER) | (AGAINST_DISGUISES if disguises(defences) else {})
+    adapted = AGAINST_DISGUISES if disguises(defences) else {}
+    attacks = ATTACKS | adapted if messages == 1 else adapted or TOGETHER
     facts = {"defences": defences, "hidden": hidden, "base": base.digest, "attacks": ATTACKS, "n": N, "keys": KEYS}
     facts |= {"dataset": dataset} if dataset != "shapes" else {}
     facts |= {"attacks": attacks, "messages": messages} if messages > 1 else {}

@@ -1,8 +1,8 @@
-"""What all messages of an image tell together: `python benchmarks/whole_run.py [--messages 1 3 10 29] [--only NAME]`.
+"""What all messages of an image tell together: `python benchmarks/whole_run.py [--messages 3 10 29] [--only NAME]`.
 
 A run of 900 steps of 32 over 1,000 images sends each 29 times. For settings of `matched_client.py`, who is recognised
-among 100, by image, hint and both, from that many messages per image: by those attacks of the catalogue that put
-messages together, which find out for themselves what belongs together, and by the ideal attacker, who holds the
+among 100, by image, hint and both, from that many messages per image: by the attack of the catalogue that puts
+messages together, which finds out for itself what belongs together, and by the ideal attacker, who holds the
 candidates and knows it (n = 100 x `matched_client.KEYS` draws of all noise). The strongest attack on one message is
 that of `matched_client.py`.
 
@@ -23,7 +23,7 @@ MEASURED = ("matched-1", "floor-800", "coarse-1.8", "coarse-1.8-once", "disguise
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--messages", type=int, nargs="*", default=(1, 3, 10, 29))
+    parser.add_argument("--messages", type=int, nargs="*", default=(3, 10, 29))
     parser.add_argument("--only", nargs="*", default=MEASURED)
     args = parser.parse_args()
     if unknown := sorted(set(args.only) - set(SETTINGS)):
