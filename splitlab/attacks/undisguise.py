@@ -72,16 +72,15 @@ def undisguise(
     seen = labelled(observations, knowledge)
     gallery = _Gallery(knowledge)
     prompts = _prompts(seen, knowledge)
-    likelihood = gallery.log_likelihood(seen, observations, prompts)
+    likelihood, first, labels = gallery.log_likelihood(seen, observations, prompts)
     objective: tuple[float, ...] = ()
     if not sharpness:
         objective = _rehearsed(gallery, knowledge, generator, callback)
         sharpness = SHARPNESS[objective.index(max(objective))]
     weights = (sharpness * likelihood).softmax(1)
     used = tuple(dict.fromkeys((*used_fields(seen), *(["smashed"] if knowledge.defences.layout_noise else []))))
-    return Reconstruction(
-        gallery.pictures(weights, prompts), gallery.drawn(weights), used=used, objective=objective, n_evals=1
-    )
+    images = gallery.pictures(weights, [prompts[i] for i in first.tolist()] if prompts else ())
+    return Reconstruction(images[labels], gallery.drawn(weights)[labels], used=used, objective=objective, n_evals=1)
 
 
 def _prompts(seen: Observation, knowledge: Knowledge) -> tuple[str, ...]:
@@ -103,7 +102,9 @@ def _rehearsed(
     part = disguised(public.subset(own.tolist()), defences, key=("rehearsal", int(own[0])))
     data = encoded(knowledge.base, part)
     message, _ = imitate(data, knowledge, len(own), draw, chosen=torch.arange(len(own)))
-    likelihood = gallery.log_likelihood(message, [message], part.prompts if defences.borrowed_colours else ())
+    prompts = part.prompts if defences.borrowed_colours else ()
+    grouped, _, labels = gallery.log_likelihood(message, [message], prompts)
+    likelihood = grouped[labels]
     likelihood.unflatten(1, (-1, len(public)))[torch.arange(len(own)), :, own] = -torch.inf
     line_up = metrics.line_ups(len(public), own, min(LINE_UP, len(public)), draw)
     scores: list[float] = []
@@ -128,24 +129,29 @@ class _Gallery:
 
     def log_likelihood(
         self, seen: Observation, observations: Sequence[Observation], prompts: Sequence[str]
-    ) -> Float[Tensor, "n m"]:
-        """Return how likely each message is, up to a constant, if it were of each public sample."""
+    ) -> tuple[Float[Tensor, "k m"], Int[Tensor, " k"], Int[Tensor, " n"]]:
+        """Return how likely the messages of each image are, up to a constant, if they were of each public sample.
+
+        Beside it, the first message of each image, and which image each message is of: one each where nothing says.
+        """
         defences = self.knowledge.defences
         view, std = latent_view(seen, self.knowledge)
-        if not defences.layout_noise:
-            return -self._distances(view, prompts) / (2 * std.flatten().clamp_min(LEAST_STD).square()[:, None])
-        raw = hint_latents(seen, observations, self.knowledge)
-        if raw is None:
-            raise InputError("the layout is in smashed, which was not sent")
-        shown = sent_layout(self.knowledge.base.decode(torch.as_tensor(raw)), defences.layout_noise)
-        first, labels = same_image(shown, prompts, senders(observations))
-        view, std = averaged(view, std.clamp_min(1e-3), labels, once=defences.noise_once)
+        first = labels = torch.arange(len(view))
+        if defences.layout_noise:
+            raw = hint_latents(seen, observations, self.knowledge)
+            if raw is None:
+                raise InputError("the layout is in smashed, which was not sent")
+            shown = sent_layout(self.knowledge.base.decode(torch.as_tensor(raw)), defences.layout_noise)
+            first, labels = same_image(shown, prompts, senders(observations))
+            view, std = averaged(view, std.clamp_min(1e-3), labels, once=defences.noise_once)
         distances = self._distances(view, [prompts[i] for i in first.tolist()] if prompts else ())
         total = -distances / (2 * std.flatten().clamp_min(LEAST_STD).square()[:, None])
-        return (total - torch.cdist(shown[first], self.layouts).square() / (2 * defences.layout_noise**2))[labels]
+        if defences.layout_noise:
+            total -= torch.cdist(shown[first], self.layouts).square() / (2 * defences.layout_noise**2)
+        return total, first, labels
 
     def _distances(self, view: Tensor, prompts: Sequence[str]) -> Float[Tensor, "n m"]:
-        """Return squared distances of latents to each public sample in the colours of each message."""
+        """Return squared distances of latents to each public sample in the colours of each image."""
         base = self.knowledge.base
         if self.discs is None:
             data = encoded(base, self.public, cache=self.knowledge.cache)
@@ -162,7 +168,7 @@ class _Gallery:
         return (weights @ self.public.hints.flatten(1)).view(-1, *self.public.hints.shape[1:])
 
     def pictures(self, weights: Float[Tensor, "n m"], prompts: Sequence[str]) -> Float[Tensor, "n 3 s s"]:
-        """Return weighted means of public images, in the messages' colours where they were borrowed."""
+        """Return weighted means of public images, in the colours that were borrowed if any were."""
         if self.discs is None:
             return (weights @ self.public.images.flatten(1)).view(-1, *self.public.images.shape[1:])
         disc, ground = colours_of(prompts)
