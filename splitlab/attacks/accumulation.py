@@ -92,7 +92,8 @@ class Features:
     """What samples are compared by: coordinates along the public data's principal directions, and their noise.
 
     Attributes:
-        values: list of `[n, r]` coordinates, one tensor for the views and one for the hints where there are any.
+        values: list of `[n, r]` coordinates, one tensor for the views and one for the hints where there are any;
+            those of hints in units of the noise that rehearsed ones have there, which need not be white.
         variances: list of `[n]` noise variances per coordinate.
         spreads: list of `[r]` variances of the public data.
         caps: how much a likeness may count for at most, in nats. Outlines of different images can be alike, as
@@ -107,16 +108,16 @@ class Features:
     @classmethod
     def of(cls, view: Tensor, std: Tensor, hints: Tensor | None, rehearsal: Rehearsal) -> "Features":
         """Project views, and hints where they were recovered."""
+        mean, directions, spread = principal(rehearsal.data.latents)
+        values, spreads = [(view.flatten(1) - mean) @ directions], [spread]
         variances = [std.flatten().clamp_min(FLOOR).square()]
-        pairs = [(view, rehearsal.data.latents)]
         if hints is not None:
-            variances.append(torch.full((len(hints),), max(rehearsal.hint_std(), FLOOR) ** 2))
-            pairs.append((hints, rehearsal.public_hints))
-        values, spreads = [], []
-        for maps, public in pairs:
-            mean, directions, spread = principal(public)
-            values.append((maps.flatten(1) - mean) @ directions)
-            spreads.append(spread)
+            mean, directions, spread = principal(rehearsal.public_hints)
+            errors = torch.as_tensor(rehearsal.raw_hints) - rehearsal.public_hints[rehearsal.chosen]
+            noise = (errors.flatten(1) @ directions).square().mean(0).clamp_min(FLOOR**2)
+            values.append((hints.flatten(1) - mean) @ directions / noise.sqrt())
+            variances.append(torch.ones(len(hints)))
+            spreads.append(spread / noise)
         return cls(values, variances, spreads, (math.inf, math.log(len(rehearsal.data))))
 
     def __len__(self) -> int:
