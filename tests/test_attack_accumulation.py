@@ -2,9 +2,14 @@
 
 import attacked
 import pytest
+import tiny
 import torch
 
+from splitlab.attacks import make_knowledge
 from splitlab.attacks.accumulation import Features, link, same_image
+from splitlab.attacks.channel import labelled, latent_view
+from splitlab.attacks.closed_form import hint_latents
+from splitlab.attacks.posterior import Rehearsal
 from splitlab.config import Defences
 from splitlab.errors import InputError
 
@@ -57,6 +62,23 @@ def test_the_ratio_is_that_of_gaussians() -> None:
     assert same_image(first, second).item() == pytest.approx(
         float(joint.log_prob(torch.tensor([x, y])) - apart), abs=1e-5
     )
+
+
+def test_ratios_promise_as_many_links_as_there_are_where_noise_is_not_white() -> None:
+    coarse = Defences(timestep_floor=800, feature_noise=1.0, coarse_hints=3, hint_noise=1.8, hide_prompts=True)
+    transcript, truth = epochs(coarse)
+    knowledge = make_knowledge(transcript, attacked.shipped(), attacked.public(), cache=attacked.CACHE)
+    seen = labelled(transcript.observations, knowledge)
+    rehearsal = Rehearsal(seen, transcript.observations, knowledge, tiny.draw())
+    raw = hint_latents(seen, transcript.observations, knowledge)
+    features = Features.of(*latent_view(seen, knowledge), raw, rehearsal)
+    ratios = same_image(features, features)
+    others = ~torch.eye(len(ratios), dtype=torch.bool)
+    same = truth.indices[:, None] == truth.indices[None]
+    assert float(ratios[same & others].median()) > 0.0 > float(ratios[~same].median())
+    odds = (EPOCHS - 1) / (EPOCHS * (IMAGES - 1))  # of two messages being of one image
+    promised = torch.sigmoid(ratios + torch.tensor(odds).log())[others].sum()
+    assert float(promised / (same & others).sum()) == pytest.approx(1.0, abs=0.25)
 
 
 def test_without_repeats_it_is_the_posterior() -> None:
