@@ -335,7 +335,7 @@ def evaluate_all(
     for name, frame in (frames | {"ablations": ablations(attack_table, refused)}).items():
         frame.to_csv(metrics / f"{name}.csv", index=False, lineterminator="\n")
     content = summary(training_table, attack_table)
-    (metrics / "summary.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    (metrics / "summary.json").write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return training_table, attack_table
 
 
@@ -383,13 +383,21 @@ def without_control(base: Base, asked: ImageSet) -> dict[str, Tensor]:
 
 
 def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:
-    """Boil the tables down to one number per run and attack, for `dvc metrics show` and `diff`."""
+    """Boil the tables down to one number per run and attack, for `dvc metrics show` and `diff`.
+
+    What an attack does not answer with, and a data set has no measure for, is left out.
+    """
     control = training.dropna(subset=["steps"]).set_index("run")[["eval_loss", "control_iou", "control_edges"]]
     leaks = attacks.groupby(["run", "attack"])[["psnr_db", "id_top1"]].mean().round(4)
-    attacked: dict[str, Any] = {}
-    for row in leaks.reset_index().to_dict("records"):
-        attacked.setdefault(row["run"], {})[row["attack"]] = {key: row[key] for key in ("psnr_db", "id_top1")}
-    return {"train": json.loads(control.to_json(orient="index")), "attack": attacked}
+    told: dict[str, Any] = {"train": per_row(control), "attack": {}}
+    for run, part in leaks.dropna(how="all").groupby("run"):
+        told["attack"][run] = per_row(part.droplevel("run"))
+    return told
+
+
+def per_row(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return every row as a mapping, by its index, without what is missing."""
+    return {str(name): frame.loc[name].dropna().to_dict() for name in frame.index}
 
 
 def training_row(run: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
@@ -127,9 +128,10 @@ def test_training_rows_and_yardsticks_fill_the_table(run: Path, base: Base, held
     assert list(frame.columns) == list(TRAINING_COLUMNS)
     assert frame.run.tolist() == ["tiny", "(no control: shapes)", "(VAE ceiling: shapes)"]
     assert frame.iloc[0][["eval_loss", "up_bytes_per_sample", "peak_rss_mb"]].notna().all()
-    attacks = pd.DataFrame([{"run": "tiny", "attack": "oracle", "psnr_db": 50.0, "id_top1": 1.0}])
+    found = {"oracle": (50.0, 1.0), "hints only": (np.nan, 0.5), "prompts only": (np.nan, np.nan)}
+    attacks = pd.DataFrame([{"run": "tiny", "attack": k, "psnr_db": a, "id_top1": b} for k, (a, b) in found.items()])
     boiled = summary(frame, attacks)
-    assert boiled["attack"]["tiny"]["oracle"] == {"psnr_db": 50.0, "id_top1": 1.0}
+    assert boiled["attack"]["tiny"] == {"oracle": {"psnr_db": 50.0, "id_top1": 1.0}, "hints only": {"id_top1": 0.5}}
     assert set(boiled["train"]) == {"tiny"}
 
 
