@@ -56,6 +56,8 @@ def guarantee(config: TrainConfig, alphas_cumprod: Float[Tensor, " T"], *, n: in
         return Guarantee(why="fixed noise is one tensor for all messages: it is estimated from them and taken off")
     if not (defences.hide_prompts or defences.borrowed_colours):
         return Guarantee(why="prompts are sent as they are; hide them")
+    if not defences.latent_norm:
+        return Guarantee(why="noise without a bound on what it hides: clip the latents to a norm (latent_norm)")
     try:
         return Guarantee(message_events(defences, alphas_cumprod, messages=messages_per_image(config, n)))
     except InputError as error:

@@ -51,6 +51,7 @@ td li { margin: 0 0 0.35rem; }
 tr.group th { background: #fff; padding-top: 1rem; border-bottom: 1px solid #aab4c0; }
 tr.group th small { color: var(--soft); font-weight: 400; margin-left: 0.8em; }
 td.says { width: 23%; font-weight: 600; }
+td.setting { min-width: 19rem; font-weight: 600; }
 td code { white-space: normal; }
 td small, .note { color: var(--soft); font-size: 0.86em; }
 td small { display: block; margin-top: 0.4rem; font-weight: 400; white-space: normal; max-width: 30em; }

@@ -75,7 +75,7 @@ def picture(material: Material) -> HTML:
 def table(points: pd.DataFrame) -> HTML:
     """Show what stands behind every mark, and what was left out and why."""
     numbers = ("success", "chance", "leak", "at most", "utility", "± seeds", "no private data", "no defence", "kept")
-    columns = {"setting, and its strongest attack": "says"} | dict.fromkeys((*numbers, "n", "seeds"), "number")
+    columns = {"setting, and its strongest attack": "setting"} | dict.fromkeys((*numbers, "n", "seeds"), "number")
     shown = points[points["left_out"] == ""]
     groups = {
         f"{html.escape(str(scheme))} <small>{html.escape(str(own['measure'].iloc[0]))}</small>": [
@@ -89,9 +89,10 @@ def table(points: pd.DataFrame) -> HTML:
         for why, own in absent.groupby("left_out", sort=False)
     )
     note = (
-        "<i>Leak</i>: (success − chance) / (1 − chance), worst timestep bucket, one message per image. <i>At most</i>: "
-        "what no attacker can exceed on that scale: somebody who holds the candidates and weighs them by Bayes, or any "
-        "membership test against the ε printed. <i>Kept</i>: (utility − no private data) / (no defence − no private "
+        "<i>Leak</i>: (success − chance) / (1 − chance), worst timestep bucket; one message per image, or as many as "
+        "stated where the messages of a whole run were put together and told more. <i>At most</i>: what no attacker "
+        "can exceed on that scale: somebody who holds the candidates and weighs them by Bayes, or any membership test "
+        "against the ε printed. <i>Kept</i>: (utility − no private data) / (no defence − no private "
         "data). <i>n</i>: attacked samples; <i>seeds</i>: of training."
     )
     left = f'<p class="note">Left out of the picture: {reasons}.</p>' if reasons else ""
