@@ -45,13 +45,14 @@ td, th { padding: 0.42rem 0.6rem; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
+td.number, th.number { padding-left: 0.4rem; padding-right: 0.4rem; }
 td.name { white-space: nowrap; }
 td ul { margin: 0; padding-left: 1.1em; }
 td li { margin: 0 0 0.35rem; }
 tr.group th { background: #fff; padding-top: 1rem; border-bottom: 1px solid #aab4c0; }
 tr.group th small { color: var(--soft); font-weight: 400; margin-left: 0.8em; }
 td.says { width: 23%; font-weight: 600; }
-td.setting { min-width: 19rem; font-weight: 600; }
+td.setting { min-width: 15.5rem; font-weight: 600; }
 td code { white-space: normal; }
 td small, .note { color: var(--soft); font-size: 0.86em; }
 td small { display: block; margin-top: 0.4rem; font-weight: 400; white-space: normal; max-width: 30em; }

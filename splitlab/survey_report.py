@@ -104,7 +104,7 @@ FAMILIES = (
 
 def verdict_table(material: Material) -> HTML:
     """Answer, defence by defence: does it stop the paper's attackers, does it stop those that adapt, at what cost?"""
-    columns = {"defence, and why": "says", "stops the paper's": "", "stops adaptive": "", "strongest attack": ""}
+    columns = {"defence, and why": "setting", "stops the paper's": "", "stops adaptive": "", "strongest attack": ""}
     columns |= dict.fromkeys(("PSNR, dB", "top-1", "worst bucket", "hint top-1", "both", "control IoU"), "number")
     groups = {html.escape(str(data)): map(_verdict_row, _records(own)) for data, own in _by_dataset(material.verdicts)}
     rule = (
@@ -193,7 +193,7 @@ def families(material: Material) -> HTML:
 
 
 def _family_table(rows: pd.DataFrame, family: Family) -> str:
-    columns = {"transcript": "name", "attack": ""} | dict.fromkeys(
+    columns = {"transcript, and the attack": "setting"} | dict.fromkeys(
         ("PSNR, dB", "± images", "SSIM", "top-1", "hint top-1", "n", "seeds", "evaluations", "CPU s"), "number"
     )
     cells = []
@@ -203,8 +203,8 @@ def _family_table(rows: pd.DataFrame, family: Family) -> str:
         for one in sorted(pooled(own), key=lambda one: family.attacks.index(one["attack"])):
             cells.append(
                 (
-                    html.escape(str(run).removeprefix(SURVEY)),
-                    html.escape(attack_label(one["attack"])),
+                    f"{html.escape(str(run).removeprefix(SURVEY))} "
+                    f"<small>{html.escape(attack_label(one['attack']))}</small>",
                     number(one["psnr_db"], 1),
                     number(spread[one["attack"]], 1),
                     number(one["ssim"], 2),
