@@ -97,6 +97,17 @@ class RunView:
         """Take in a live attempt, in memory."""
         self.attempts.setdefault(attempt.attack, {})[attempt.seed] = attempt
 
+    @property
+    def strongest(self) -> str:
+        """The attack whose images are nearest to the private ones, by mean PSNR; without scores, the last."""
+
+        def psnr_db(attack: str) -> float:
+            scored = [one.scores["psnr_db"] for one in self.attempts[attack].values() if "psnr_db" in one.scores]
+            mean = torch.stack(scored).nanmean() if scored else torch.tensor(math.nan)
+            return -math.inf if mean.isnan() else float(mean)
+
+        return max(reversed(self.attempts), key=psnr_db)
+
 
 class Artefacts:
     """The pipeline's artefacts, read when asked for and kept until their files change.

@@ -62,6 +62,16 @@ def test_only_attacked_runs_are_offered_and_described_in_words(explorer: Explore
         assert words in explorer.about.value
 
 
+def test_the_strongest_attack_by_image_is_shown_first(explorer: Explorer):
+    means = {
+        name: float(torch.stack([one.scores["psnr_db"] for one in tries.values()]).nanmean())
+        for name, tries in explorer.view.attempts.items()
+        if all("psnr_db" in one.scores for one in tries.values())
+    }
+    assert len(means) > 1
+    assert explorer.attack.value == max(means, key=means.get)
+
+
 def test_moving_the_sample_slider_shows_the_next_sample(explorer: Explorer):
     view, before = explorer.view, (explorer.position, explorer.pictures.value)
     explorer.sample.value += 1

@@ -113,7 +113,7 @@ class Explorer(widgets.VBox):
         attempts = self.view.attempts
         with self._quietly():
             self.attack.options = [(attack_title(next(iter(tries.values()))), name) for name, tries in attempts.items()]
-            self.attack.value = wanted if wanted in attempts else list(attempts)[-1]
+            self.attack.value = wanted if wanted in attempts else self.view.strongest
         self._list_seeds()
 
     def _list_seeds(self) -> None:
