@@ -29,9 +29,9 @@ data: setup ## the shipped data and base model
 	dvc pull data.dvc pretrain
 
 report: data ## run the pipeline, then render reports/index.html
-	@echo "== training, runs side by side (a quarter of an hour on 2 cores; interrupt and repeat as you like)"
+	@echo "== training, runs side by side (5 to 10 minutes on 2 cores; interrupt and repeat as you like)"
 	dvc stage list --name-only | grep '^train@' | xargs -P "$$(nproc)" -n 1 dvc --wait-for-lock repro --single-item
-	@echo "== running the rest of the pipeline (about half an hour on 2 cores)"
+	@echo "== running the rest of the pipeline (about 20 minutes on 2 cores)"
 	dvc repro
 	@echo "== rendering the report"
 	python -m splitlab.report
