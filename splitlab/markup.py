@@ -140,6 +140,27 @@ def bars(content: Sequence[Mapping[str, Any]], *, chosen: str, guess: float, cei
     return block(f"<table>{head}{''.join(lines)}</table>{legend}")
 
 
+def settings(content: Sequence[Mapping[str, Any]]) -> str:
+    """Compare settings: a bar for the share identified, with a rule where an ideal attacker stands.
+
+    Args:
+        content: rows of `label`, `share` and `ideal` (0 to 1; NaN: not measured), `control`, and whether `chosen`.
+    """
+    lines = []
+    for row in content:
+        bar = f'<div class="bar" style="width:{99 * row["share"]:.2f}%"></div>'
+        ideal = "" if math.isnan(row["ideal"]) else f'<div class="rule" style="left:{99 * row["ideal"]:.2f}%"></div>'
+        lines.append(
+            f'<tr class="{"chosen" if row["chosen"] else ""}"><td class="wrap">{escape(row["label"])}</td>'
+            f'<td class="plot">{bar}{ideal}</td><td class="number">&nbsp;{100 * row["share"]:.0f}%</td>'
+            f'<td class="number">{number(100 * row["ideal"], 0, "%")}</td>'
+            f'<td class="number">{number(row["control"], 2)}</td></tr>'
+        )
+    head = "<tr><th>setting</th><th></th><th>identified</th><th>ideal</th><th>control</th></tr>"
+    legend = '<span class="dim"><span class="key"></span>ideal: somebody who holds the candidates, by Bayes</span>'
+    return block(f"<table>{head}{''.join(lines)}</table>{legend}")
+
+
 def picture(data: bytes, caption: str) -> str:
     """Show one picture with its caption."""
     shown = f'<div class="sl-pictures">{image(data, caption)}</div>'

@@ -9,12 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from splitlab.artefacts import read_table
 from splitlab.config import Defences, read_defences
 from splitlab.errors import InputError
+from splitlab.paths import resolve
 from splitlab.privacy import composed_mu, gdp_epsilon, message_events
 
 IDENTIFICATION = ("id_top1", "hint_id_top1", "id_image", "id_hint", "id_both", "both_id_top1")
 """Columns that say which share of samples an attack identified, by image, hint or both, in the tables there are."""
+
+CONTROL = tuple(f"control_{of}{asked}" for of in ("iou", "edges") for asked in ("", "_amplified", "_guided"))
+"""Columns of control, IoU of shapes or agreement of edges of photographs, by each way of asking for it."""
+
+IDEAL = ("id_image_ideal", "id_hint_ideal", "id_both_ideal")
+"""Columns of what somebody recognises who holds the candidates."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,9 @@ class Setting:
         identification: the largest share identified, over attacks, timestep buckets, image, hint and both.
         attack: the attack that did.
         psnr_db: the largest mean PSNR of recovered images, over attacks and buckets; NaN where none was measured.
-        control_iou: control after training; NaN where it was not measured.
+        control_iou: control after training (for photographs, agreement of edges); NaN where it was not measured.
+        messages: from up to how many messages per image it was attacked.
+        ideal: the largest share that somebody recognises who holds the candidates, by Bayes; NaN where not measured.
     """
 
     defences: Defences
@@ -34,6 +44,8 @@ class Setting:
     attack: str
     psnr_db: float
     control_iou: float
+    messages: int = 1
+    ideal: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -60,15 +72,17 @@ class Plan:
     def __str__(self) -> str:
         """Say it in words that claim no more than was measured and proved."""
         one, defences = self.setting, self.setting.defences
-        control = "" if math.isnan(one.control_iou) else f" Control IoU {one.control_iou:.2f}."
+        control = "" if math.isnan(one.control_iou) else f" Control {one.control_iou:.2f}."
+        ideal = "" if math.isnan(one.ideal) else f", somebody who holds the candidates {one.ideal:.0%}"
         prompt = (
             ""
             if defences.hide_prompts or defences.borrowed_colours
             else " The prompt is sent as it is and covered by neither."
         )
+        of = "one message" if one.messages == 1 else f"up to {one.messages} messages per image"
         return (
-            f"{defences}: the strongest attack measured ({one.attack}) identifies {one.identification:.0%} from one "
-            f"message.{control} As differential privacy, for replacing an image and its hint, of norm up to "
+            f"{defences}: the strongest attack measured ({one.attack}) identifies {one.identification:.0%} from {of}"
+            f"{ideal}.{control} As differential privacy, for replacing an image and its hint, of norm up to "
             f"{defences.latent_norm:g}: per message μ = {self.mu_message:.1f}, ε = {self.epsilon_message:.4g}; per run "
             f"of {self.messages} messages per image μ = {self.mu_run:.1f}, ε = {self.epsilon_run:.4g} "
             f"(δ = {self.delta:g}). Beyond the attacks measured, nothing but that ε is guaranteed.{prompt}"
@@ -79,7 +93,8 @@ def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list
     """Gather per setting the strongest attack over all rows of a table.
 
     Args:
-        attacks: `split_attacks.csv`, a row per attack and timestep bucket, or `matched_client.csv`; of one data set.
+        attacks: `split_attacks.csv`, a row per attack and timestep bucket, or `matched_client.csv`, with rows of
+            `whole_run.csv` below it where they are to count; of one data set.
         utility: `utility.csv`, for control where the table has none.
 
     Raises:
@@ -99,17 +114,40 @@ def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list
             continue
         place = int(worst.argmax())
         psnr = rows["psnr_db"].max() if "psnr_db" in rows else math.nan
-        found.append(
-            Setting(defences, float(worst.iloc[place]), str(rows["attack"].iloc[place]), float(psnr), _control(rows))
-        )
+        attack, messages = str(rows["attack"].iloc[place]), int(rows["messages"].max()) if "messages" in rows else 1
+        best = (_best(rows, CONTROL), messages, _best(rows, IDEAL))
+        found.append(Setting(defences, float(worst.iloc[place]), attack, float(psnr), *best))
     if utility is None:
         return found
     control = utility.groupby("defences")["control_iou"].mean().to_dict()
     return [replace(one, control_iou=float(control.get(str(one.defences), one.control_iou))) for one in found]
 
 
-def _control(rows: pd.DataFrame) -> float:
-    return float(rows["control_iou"].max()) if "control_iou" in rows else math.nan
+def _best(rows: pd.DataFrame, names: Sequence[str]) -> float:
+    """Return the largest number in the columns there are; NaN where there is none."""
+    return float(rows[[name for name in names if name in rows]].max().max())
+
+
+def shipped(dataset: str = "shapes", *, messages: int = 1) -> list[Setting]:
+    """Gather what this project measured about matched clients, trained for 900 steps: the tables in `reports/metrics`.
+
+    Args:
+        dataset: "shapes" or "photos".
+        messages: how often a run sends each image. Above 1, only settings whose whole runs were attacked are there.
+
+    Raises:
+        InputError: a table is missing, or no run of so many messages was attacked.
+    """
+    folder = resolve("reports/metrics")
+    of = "" if dataset == "shapes" else f"_{dataset}"
+    table = read_table(folder / f"matched_client{of}.csv").dropna(subset=["defences"]).assign(messages=1)
+    if messages > 1:
+        runs = read_table(folder / "whole_run.csv")
+        runs = runs[runs["dataset"].eq(dataset) & runs["messages"].le(messages)]
+        if runs.empty:
+            raise InputError(f"no run on {dataset} of up to {messages} messages was attacked: ask for 1 message")
+        table = pd.concat([table[table["defences"].isin(runs["defences"])], runs])
+    return measured(table)
 
 
 def plan(

@@ -39,6 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Path:
     root = fabricate.project(tmp_path_factory.mktemp("browser") / "project", base_path)
     (root / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / "explore.ipynb", root / "notebooks")
+    shutil.copytree(ROOT / "reports" / "metrics", root / "reports" / "metrics", dirs_exist_ok=True)
     return root
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ from splitlab.artefacts import read_table
 from splitlab.config import Defences, read_defences
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
-from splitlab.planner import Setting, measured, plan, public_norm
+from splitlab.planner import Setting, measured, plan, public_norm, shipped
 from splitlab.privacy import gdp_delta
 
 HIDDEN = Defences(
@@ -109,7 +110,8 @@ def test_the_strongest_attack_counts_whatever_it_identifies_by():
     ]
     utility = pd.DataFrame({"defences": ["none", "none", str(BARE)], "control_iou": [0.8, 0.9, 0.6]})
     bare, none = measured(pd.DataFrame(rows, columns=columns), utility)
-    assert bare == Setting(BARE, 1.0, "closed_form", 12.0, 0.6)
+    assert replace(bare, ideal=0.0) == Setting(BARE, 1.0, "closed_form", 12.0, 0.6, ideal=0.0)
+    assert math.isnan(bare.ideal)
     assert (none.identification, none.control_iou) == (1.0, pytest.approx(0.85))
     with pytest.raises(InputError, match="identifies nobody"):
         measured(pd.DataFrame({"defences": ["none"]}))
@@ -120,6 +122,34 @@ def test_the_projects_own_table_is_read():
     found = measured(table[table["run"].str.startswith("survey-shapes")])
     assert {one.defences: one.identification for one in found}[Defences()] == 1.0
     assert all(0 <= one.identification <= 1 for one in found)
+
+
+def test_control_counts_as_it_is_best_asked_for():
+    row = {"defences": str(BARE), "attack": "a", "id_image": 0.1, "id_both_ideal": 0.2}
+    row |= {"control_iou": 0.4, "control_iou_std": 0.9, "control_iou_guided": 0.6, "messages": 3}
+    assert measured(pd.DataFrame([row])) == [Setting(BARE, 0.1, "a", math.nan, 0.6, 3, 0.2)]
+
+
+@pytest.mark.skipif(not (ROOT / "reports/metrics/whole_run.csv").exists(), reason="the tables are not shipped")
+def test_what_is_private_for_one_message_need_not_be_for_a_run():
+    one, run = (
+        plan(shipped(messages=n), tiny.ALPHAS, norm=36.0, delta=1e-5, messages=n, identification=0.1) for n in (1, 29)
+    )
+    assert not one.setting.defences.noise_once
+    assert run.setting.defences.noise_once
+    assert "from one message" in str(one)
+    assert "from up to 29 messages per image, somebody who holds the candidates" in str(run)
+    assert one.setting.control_iou > run.setting.control_iou > 0.5
+    worst = {setting.defences: setting.identification for setting in shipped(messages=29)}
+    assert worst[replace(one.setting.defences, latent_norm=0.0)] > 0.3
+
+
+def test_photographs_have_no_run_that_was_attacked():
+    assert len(shipped("photos")) > 5
+    with pytest.raises(InputError, match="no run on photos of up to 29 messages was attacked"):
+        shipped("photos", messages=29)
+    with pytest.raises(InputError, match=r"matched_client_digits.csv"):
+        shipped("digits")
 
 
 def test_the_public_norm_is_the_largest():

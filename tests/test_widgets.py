@@ -17,7 +17,7 @@ from splitlab.config import Defences
 from splitlab.explore import Artefacts
 from splitlab.paths import ROOT
 from splitlab.playground import Playground
-from splitlab.widgets import AttackPanel, Explorer, Gallery, PlaygroundPanel
+from splitlab.widgets import AttackPanel, Explorer, Gallery, PlannerPanel, PlaygroundPanel
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +344,34 @@ def test_the_playground_says_when_data_or_base_are_missing(project: Path):
     remove("data/public")(project)
     panel = PlaygroundPanel(opened(project))
     assert "dvc pull" in panel.message.value
+
+
+def test_the_planner_proposes_for_one_message_what_it_does_not_for_a_run(project: Path):
+    shutil.copytree(ROOT / "reports/metrics", project / "reports/metrics", dirs_exist_ok=True)
+    panel = PlannerPanel(opened(project))
+    assert panel.message.value == ""
+    assert "secretly turned" in panel.proposal.value
+    assert "noise drawn once" not in panel.proposal.value
+    assert "turned: true" in panel.proposal.value
+    panel.messages.value = 29
+    assert "noise drawn once" in panel.proposal.value
+    assert panel.settings.value.count('<tr class="chosen">') == 1
+
+
+def test_the_planner_says_which_target_nothing_meets_and_still_shows_what_there_is(project: Path):
+    shutil.copytree(ROOT / "reports/metrics", project / "reports/metrics", dirs_exist_ok=True)
+    panel = PlannerPanel(opened(project))
+    panel.target.value = 0.05
+    assert "no setting measured meets identification" in panel.message.value
+    assert panel.proposal.value == ""
+    assert "secretly turned" in panel.settings.value
+    assert "chosen" not in panel.settings.value
+
+
+def test_the_planner_says_where_its_tables_are(project: Path):
+    panel = PlannerPanel(opened(project))
+    assert "matched_client.csv" in panel.message.value
+    assert panel.settings.value == panel.proposal.value == ""
 
 
 def test_a_picture_is_blown_up_pixel_by_pixel():
