@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -128,17 +129,18 @@ def _best(rows: pd.DataFrame, names: Sequence[str]) -> float:
     return float(rows[[name for name in names if name in rows]].max().max())
 
 
-def shipped(dataset: str = "shapes", *, messages: int = 1) -> list[Setting]:
+def shipped(dataset: str = "shapes", *, messages: int = 1, metrics: str | Path = "reports/metrics") -> list[Setting]:
     """Gather what this project measured about matched clients, trained for 900 steps: the tables in `reports/metrics`.
 
     Args:
         dataset: "shapes" or "photos".
         messages: how often a run sends each image. Above 1, only settings whose whole runs were attacked are there.
+        metrics: folder of the tables.
 
     Raises:
         InputError: a table is missing, or no run of so many messages was attacked.
     """
-    folder = resolve("reports/metrics")
+    folder = resolve(metrics)
     of = "" if dataset == "shapes" else f"_{dataset}"
     table = read_table(folder / f"matched_client{of}.csv").dropna(subset=["defences"]).assign(messages=1)
     if messages > 1:

@@ -347,7 +347,6 @@ def test_the_playground_says_when_data_or_base_are_missing(project: Path):
 
 
 def test_the_planner_proposes_for_one_message_what_it_does_not_for_a_run(project: Path):
-    shutil.copytree(ROOT / "reports/metrics", project / "reports/metrics", dirs_exist_ok=True)
     panel = PlannerPanel(opened(project))
     assert panel.message.value == ""
     assert "secretly turned" in panel.proposal.value
@@ -359,7 +358,6 @@ def test_the_planner_proposes_for_one_message_what_it_does_not_for_a_run(project
 
 
 def test_the_planner_says_which_target_nothing_meets_and_still_shows_what_there_is(project: Path):
-    shutil.copytree(ROOT / "reports/metrics", project / "reports/metrics", dirs_exist_ok=True)
     panel = PlannerPanel(opened(project))
     panel.target.value = 0.05
     assert "no setting measured meets identification" in panel.message.value
@@ -369,7 +367,7 @@ def test_the_planner_says_which_target_nothing_meets_and_still_shows_what_there_
 
 
 def test_the_planner_says_where_its_tables_are(project: Path):
-    panel = PlannerPanel(opened(project))
+    panel = PlannerPanel(opened(project), metrics=project)
     assert "matched_client.csv" in panel.message.value
     assert panel.settings.value == panel.proposal.value == ""
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import ipywidgets as widgets
 
@@ -26,9 +27,9 @@ TABLES = "The tables are in the repository: <code>git checkout reports/metrics</
 class PlannerPanel(widgets.VBox):
     """Choose how many may be identified and how often an image is sent; see which setting keeps most control."""
 
-    def __init__(self, artefacts: Artefacts, *, n_images: int = 640):
+    def __init__(self, artefacts: Artefacts, *, metrics: str | Path = "reports/metrics", n_images: int = 640):
         super().__init__()
-        self.artefacts, self.n_images = artefacts, n_images
+        self.artefacts, self.metrics, self.n_images = artefacts, metrics, n_images
         self.norms: dict[str, float] = {}
         self.dataset = dropdown("data", ("shapes", "photos"))
         self.messages = dropdown("sent", (("once per image", 1), ("29 times per image, a run of 900 steps", 29)))
@@ -58,7 +59,7 @@ class PlannerPanel(widgets.VBox):
     def _show(self) -> None:
         self.proposal.value = self.settings.value = ""
         with reported(self.message, make_it=TABLES):
-            known = shipped(self.dataset.value, messages=self.messages.value)
+            known = shipped(self.dataset.value, messages=self.messages.value, metrics=self.metrics)
             self.settings.value = table(known, None)
             found = plan(
                 known,
