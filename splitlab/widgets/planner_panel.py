@@ -47,13 +47,13 @@ class PlannerPanel(widgets.VBox):
         self._show()
 
     def _norm(self) -> float:
-        """Return the norm that bounds public latents: a client may clip to it at no cost."""
+        """Return the norm that bounds public latents, rounded up: a client may clip to it at no cost."""
         name = self.dataset.value
         if name not in self.norms:
             root = resolve(self.artefacts.params["data"]["root"])
             images = load(locate(name, "public", root=root), limit=self.n_images)
             data = encoded(self.artefacts.base, images, cache=self.artefacts.cache)
-            self.norms[name] = public_norm(data.latents, data.hint_latents)
+            self.norms[name] = math.ceil(10 * public_norm(data.latents, data.hint_latents)) / 10
         return self.norms[name]
 
     def _show(self) -> None:
