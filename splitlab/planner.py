@@ -130,7 +130,7 @@ def _best(rows: pd.DataFrame, names: Sequence[str]) -> float:
 
 
 def shipped(dataset: str = "shapes", *, messages: int = 1, metrics: str | Path = "reports/metrics") -> list[Setting]:
-    """Gather what this project measured about matched clients, trained for 900 steps: the tables in `reports/metrics`.
+    """Gather what this project measured about matched clients, trained for 600 or 900 steps (`reports/metrics`).
 
     Args:
         dataset: "shapes" or "photos".

@@ -130,7 +130,6 @@ def test_control_counts_as_it_is_best_asked_for():
     assert measured(pd.DataFrame([row])) == [Setting(BARE, 0.1, "a", math.nan, 0.6, 3, 0.2)]
 
 
-@pytest.mark.skipif(not (ROOT / "reports/metrics/whole_run.csv").exists(), reason="the tables are not shipped")
 def test_what_is_private_for_one_message_need_not_be_for_a_run():
     one, run = (
         plan(shipped(messages=n), tiny.ALPHAS, norm=36.0, delta=1e-5, messages=n, identification=0.1) for n in (1, 29)

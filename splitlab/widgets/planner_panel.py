@@ -1,7 +1,7 @@
 """Name a target and get the most useful setting that met it in measured attacks."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -105,7 +105,6 @@ def epsilon(value: float) -> str:
 
 def table(known: list[Setting], found: Plan | None) -> str:
     """Show all settings measured, most control first."""
-    chosen = None if found is None else (found.setting.attack, found.setting.identification, found.setting.control_iou)
     order = sorted(known, key=lambda one: -1.0 if math.isnan(one.control_iou) else one.control_iou, reverse=True)
     rows = [
         {
@@ -113,8 +112,14 @@ def table(known: list[Setting], found: Plan | None) -> str:
             "share": one.identification,
             "ideal": one.ideal,
             "control": one.control_iou,
-            "chosen": (one.attack, one.identification, one.control_iou) == chosen,
+            "chosen": found is not None and proposes(found, one),
         }
         for one in order
     ]
     return markup.settings(rows)
+
+
+def proposes(found: Plan, one: Setting) -> bool:
+    """Tell whether a setting is the proposed one, which may have got a norm that it was measured without."""
+    proposed = found.setting.defences
+    return replace(one.defences, latent_norm=proposed.latent_norm) == proposed
