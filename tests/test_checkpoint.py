@@ -1,3 +1,5 @@
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def test_a_damaged_file_says_so(tmp_path: Path, keep: int):
     path = tmp_path / "x.safetensors"
     checkpoint.save(path, TENSORS, {})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match=r"x\.safetensors: damaged .*delete it"):
+    with pytest.raises(InputError, match=r"x\.safetensors: damaged, or not safetensors .*it is"):
         checkpoint.load(path)
 
 
@@ -92,3 +94,24 @@ def test_training_state_is_a_copy():
     checkpoint.restore_training_state(state, {"net": net}, {"adam": optimizer})
     train(net, optimizer, range(1, 3))  # must not train the saved tensors in place either
     assert all(torch.equal(before[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize(("private", "mode"), [(False, 0o640), (True, 0o600)])
+def test_private_files_are_their_owners_alone_and_others_follow_the_umask(tmp_path: Path, private: bool, mode: int):
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "x.safetensors", TENSORS, {}, private=private)
+        checkpoint.save_json(tmp_path / "x.json", {"a": 1}, private=private)
+        with checkpoint.whole_folder(tmp_path / "folder", private=private) as folder:
+            checkpoint.save_json(folder / "x.json", {})
+    finally:
+        os.umask(before)
+    files = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("x.safetensors", "x.json")]
+    assert files == [mode, mode]
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == (0o700 if private else 0o750)
+
+
+def test_a_private_file_is_closed_to_others_while_it_is_written(tmp_path: Path):
+    with checkpoint.whole_file(tmp_path / "x", private=True) as partial:
+        assert stat.S_IMODE(partial.stat().st_mode) == 0o600
+        partial.write_text("secret")
