@@ -1,5 +1,7 @@
 """One frozen dataclass per section of params.yaml. An unknown key is an error that names it."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -7,6 +9,9 @@ from typing import Any, TypeVar, get_type_hints
 from splitlab.errors import InputError
 
 T = TypeVar("T")
+
+NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
+"""A decimal number as YAML 1.2 writes it."""
 
 SCHEMES = ("central", "federated", "split_gradients", "split", "u_shaped")
 
@@ -191,8 +196,8 @@ class TrainConfig:
                 f"{self.steps} steps are no whole number of rounds of {self.n_clients} clients with {self.local_steps} "
                 f"local steps each, and the rest would be lost; give a multiple of {a_round} steps"
             )
-        if not self.lr > 0:
-            raise InputError(f"lr must be positive, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr must be positive and finite, got {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -255,30 +260,62 @@ def parse(kind: type[T], values: object, *, where: str) -> T:
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: expected keys and values, got {values!r}")
     hints = get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(map(str, set(values) - set(hints)))
     if unknown:
         raise InputError(f"{where}: unknown key {', '.join(unknown)}; known keys: {', '.join(hints)}")
     needed = (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)  # type: ignore[arg-type]
     missing = [name for name in needed if name not in values]
     if missing:
         raise InputError(f"{where}: key {', '.join(missing)} is missing; give it a value")
-    return kind(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    arguments = {key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return kind(**arguments)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return parse(hint, value, where=where)  # type: ignore[arg-type]
     origin = getattr(hint, "__origin__", None)
-    if origin is dict and hint.__args__[1] is not Any and isinstance(value, Mapping):
+    if origin is dict and isinstance(value, Mapping):
+        if other := [key for key in value if not isinstance(key, str)]:
+            raise InputError(f"{where}: the key {other[0]!r} is no text; put it in quotes")
         return {key: _coerce(hint.__args__[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_coerce(hint.__args__[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is tuple or (origin is dict and not isinstance(value, dict)):
+    if origin in (tuple, dict):
         raise InputError(f"{where}: expected {'a list' if origin is tuple else 'keys and values'}, got {value!r}")
-    accepted: Any = {int: int, float: (int, float), bool: bool, str: str}.get(hint)
-    if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool)):
-        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return float(value) if hint is float else value
+    if hint not in (int, float, bool, str):
+        return value
+    found = _number(hint, value) if hint in (int, float) else value
+    if not isinstance(found, hint):
+        raise InputError(f"{where}: expected {hint.__name__}, got {value!r}{_advice(hint, value)}")
+    return found
+
+
+def _number(kind: type, value: Any) -> int | float | None:
+    """Return `value` as an int or a float if nothing is lost by it, else None. YAML 1.1 reads 1e-4 as text."""
+    if isinstance(value, str) and NUMBER.fullmatch(value) and math.isfinite(float(value)):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return None
+    if isinstance(value, int):
+        return kind(value) if abs(value) < 2**63 else None
+    return value if kind is float else int(value) if abs(value) < 2**53 and value.is_integer() else None
+
+
+def _advice(hint: type, value: Any) -> str:
+    """Say how a value is written that YAML takes for something else."""
+    if hint is str:
+        return '; leave the key out, or write "" for nothing' if value is None else "; put it in quotes"
+    if value is None:
+        return "; leave the key out for its default"
+    if hint is float and str(value).lower().lstrip("+-") in ("inf", "infinity"):
+        return "; write .inf for infinity"
+    return (
+        "; write true or false" if hint is bool else "; write a number such as 0.0001 or 1e-4" if hint is float else ""
+    )
 
 
 def read_defences(text: str) -> Defences:

@@ -193,29 +193,6 @@ def _hub_rows(name: str) -> Iterator[Row]:
         yield image, hint, row["text"], ""
 
 
-def locate(name: str, split: str, *, root: Path) -> str:
-    """Return where the `split` ("public", "heldout", "private") of a data set is, as `load` takes it.
-
-    Args:
-        name: a data set below `root`: `<root>/<split>/<name>.zip` or a folder `<root>/<split>/<name>`; or `hub:<name>`.
-        split: which part.
-        root: the data folder.
-
-    Raises:
-        InputError: `root` holds no such data set.
-    """
-    if name.startswith("hub:"):
-        return f"{name}@{split}"
-    for path in (root / split / f"{name}.zip", root / split / name):
-        if path.exists():
-            return str(path)
-    known = sorted({p.stem for p in (root / split).glob("*")})
-    raise InputError(
-        f"no {split} split of data set {name!r} in {root / split}; there: {', '.join(known) or 'nothing'}. "
-        "`dvc pull` fetches the shipped ones"
-    )
-
-
 def partition(n: int, n_clients: int) -> list[range]:
     """Split n samples among clients into contiguous, near-equal shares.
 

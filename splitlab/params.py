@@ -4,34 +4,57 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
 
-from splitlab.data import ImageSet, load, locate
+from splitlab.datasets import load_split as load_split
 from splitlab.errors import InputError
 from splitlab.paths import resolve
 
-SECTIONS = ("base", "data", "pretrain", "runs", "attacks", "survey", "updates", "dp", "evaluate")
+SECTIONS = ("base", "datasets", "pretrain", "runs", "attacks", "survey", "updates", "dp", "evaluate")
 
 
 def load_params(path: str | Path = "params.yaml") -> dict[str, Any]:
-    """Read a parameter file (relative to the project root).
+    """Read a parameter file (relative to the project root) by the same reader as DVC, which follows YAML 1.2.
+
+    So 1e-4 and .inf are numbers, 010 is ten, and yes, no, on and off are words.
 
     Raises:
-        InputError: it is missing, not YAML, or has an unknown section.
+        InputError: it is missing, not YAML, gives a key twice, or has an unknown section.
     """
     path = resolve(path)
     try:
-        params = yaml.safe_load(path.read_text())
+        params = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such parameter file") from None
-    except yaml.YAMLError as error:
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1
+        raise InputError(f"{path}, line {line}: {error.problem}; a key may be given once: remove either") from None
+    except YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({error})") from None
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        RecursionError,
+    ) as error:  # unreadable, not UTF-8, no date, nested without end
+        raise InputError(f"{path}: cannot be read ({error}); it must be YAML in UTF-8") from None
     if not isinstance(params, dict):
         raise InputError(f"{path}: expected sections, got {params!r}")
-    unknown, missing = sorted(set(params) - set(SECTIONS)), sorted(set(SECTIONS) - set(params))
+    unknown, missing = (
+        sorted(map(str, set(one) - set(other))) for one, other in ((params, SECTIONS), (SECTIONS, params))
+    )
     if unknown or missing:
         problem = f"unknown section {', '.join(unknown)}" if unknown else f"no section {', '.join(missing)}"
         raise InputError(f"{path}: {problem}; the sections are {', '.join(SECTIONS)}")
+    for name, entries in params.items():
+        if not isinstance(entries, dict):
+            raise InputError(
+                f"{path}, section {name}: expected names and values, got {entries!r}; {{}} is an empty one"
+            )
+        if other := [key for key in entries if not isinstance(key, str)]:
+            raise InputError(f"{path}, section {name}: the name {other[0]!r} is no text; put it in quotes")
     return params
 
 
@@ -45,8 +68,3 @@ def section(params: Mapping[str, Any], name: str, key: str) -> Any:
     if key not in entries:
         raise InputError(f"params.yaml: nothing called {key!r} in {name}; there: {', '.join(entries)}")
     return entries[key]
-
-
-def load_split(dataset: str, split: str, params: Mapping[str, Any]) -> ImageSet:
-    """Load the `split` ("public", "heldout", "private") of a data set below the params' data root."""
-    return load(locate(dataset, split, root=resolve(params["data"]["root"])))

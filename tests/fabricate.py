@@ -11,6 +11,7 @@ from splitlab.attacks import attack_and_save
 from splitlab.base import load_base
 from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
 from splitlab.data import load
+from splitlab.datasets import SPLITS
 from splitlab.evaluate import evaluate_run
 from splitlab.train import train
 from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
@@ -42,7 +43,7 @@ def project(root: Path, base_path: Path) -> Path:
     """Fabricate a project below `root`, in the places that params.yaml and the notebooks name."""
     params = {
         "base": {"source": "models/base"},
-        "data": {"root": "data"},
+        "datasets": {"shapes": {split: f"data/{split}/shapes.zip" for split in SPLITS}},
         "pretrain": {},
         "runs": RUNS,
         "attacks": dict.fromkeys(("plain", "guarded"), ATTACKS),

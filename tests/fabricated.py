@@ -12,6 +12,7 @@ from splitlab.attacks import attack_and_save
 from splitlab.base import Base, load_base
 from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
+from splitlab.datasets import SPLITS
 from splitlab.dp.figures import draw_dp_figures
 from splitlab.dp.finetune import DPConfig
 from splitlab.dp.survey import DPCell, DPSurveyConfig, dp_survey
@@ -99,7 +100,7 @@ def _make(root: Path, base_path: Path) -> World:
     """Train, attack and evaluate tiny runs below `root`."""
     params = {
         "base": {"source": str(base_path)},
-        "data": {"root": str(root / "data")},
+        "datasets": {"tiny": {split: str(root / "data" / split / "tiny.zip") for split in SPLITS}},
         "runs": {
             "central": _FEW | {"scheme": "central"},
             "federated": _FEW | {"scheme": "federated"},

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from splitlab import generate
-from splitlab.data import ImageSet, image_set, load, locate, partition
+from splitlab.data import ImageSet, image_set, load, partition
 from splitlab.errors import InputError
 
 
@@ -282,25 +282,6 @@ def test_image_hashes_find_a_shared_image_and_only_that():
 
 def pixels(data: ImageSet) -> np.ndarray:
     return ((data.images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def test_locate_prefers_the_zip_and_takes_a_folder(zipped: Path):
-    root = zipped.parent.parent
-    assert locate("tiny", "private", root=root) == str(zipped)
-    zipped.unlink()
-    (root / "private" / "tiny").mkdir()
-    assert locate("tiny", "private", root=root) == str(root / "private" / "tiny")
-
-
-def test_locate_names_what_is_there_instead(zipped: Path):
-    with pytest.raises(InputError, match=r"no private split of data set 'tinny' in .*; there: tiny\."):
-        locate("tinny", "private", root=zipped.parent.parent)
-    with pytest.raises(InputError, match="there: nothing"):
-        locate("tiny", "public", root=zipped.parent.parent)
-
-
-def test_locate_hands_hub_names_on_with_their_split(tmp_path: Path):
-    assert locate("hub:a/b", "public", root=tmp_path) == "hub:a/b@public"
 
 
 @pytest.mark.parametrize(("n", "n_clients"), [(1, 1), (10, 3), (12, 12), (1000, 7), (17, 4)])

@@ -181,7 +181,8 @@ def test_public_data_that_hold_private_images_are_refused(tmp_path: Path) -> Non
     drawn = tiny.samples(6)
     for split, chosen in {"private": drawn[:3], "public": drawn[2:], "clean": drawn[3:]}.items():
         write_split(tmp_path / split / "tiny.zip", chosen)
-    params = {"data": {"root": str(tmp_path)}}
+    sources = {split: str(tmp_path / split / "tiny.zip") for split in ("private", "public", "heldout")}
+    params = {"datasets": {"tiny": sources}}
     with pytest.raises(InputError, match="1 of the public images are private ones"):
         disjoint("tiny", params)
     (tmp_path / "clean" / "tiny.zip").replace(tmp_path / "public" / "tiny.zip")

@@ -117,8 +117,8 @@ def test_every_section_of_the_parameter_file_parses() -> None:
     [
         ("[1]", "expected sections"),
         ("a: [", "not valid YAML"),
-        ("{base: 1, data: 1, pretrain: 1, runs: 1, attacks: 1, evaluate: 1, sweep: 1}", "unknown section sweep"),
-        ("{base: 1}", "no section attacks, data"),
+        ("{base: 1, datasets: 1, pretrain: 1, runs: 1, attacks: 1, evaluate: 1, sweep: 1}", "unknown section sweep"),
+        ("{base: 1}", "no section attacks, datasets"),
     ],
 )
 def test_a_bad_parameter_file_is_one_clear_error(tmp_path: Path, content: str, says: str) -> None:
@@ -134,7 +134,7 @@ def test_a_run_that_is_not_there_names_those_that_are() -> None:
     params = load_params()
     with pytest.raises(InputError, match="nothing called 'shapes-s9' in runs; there: shapes-central"):
         section(params, "runs", "shapes-s9")
-    with pytest.raises(InputError, match="no public split of data set 'faces'"):
+    with pytest.raises(InputError, match="no data set 'faces'"):
         load_split("faces", "public", params)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from splitlab import checkpoint, explore, markup, metrics
 from splitlab.artefacts import to_uint8
 from splitlab.config import Defences
+from splitlab.datasets import SPLITS
 from splitlab.explore import Artefacts
 from splitlab.paths import ROOT
 from splitlab.playground import Playground
@@ -42,7 +43,8 @@ def explorer(artefacts: Artefacts) -> Explorer:
 
 def opened(project: Path) -> Artefacts:
     params = yaml.safe_load((project / "params.yaml").read_text())
-    params["base"]["source"], params["data"]["root"] = str(project / "models/base"), str(project / "data")
+    params["base"]["source"] = str(project / "models/base")
+    params["datasets"] = {"shapes": {split: str(project / "data" / split / "shapes.zip") for split in SPLITS}}
     folders = {name: project / name for name in ("runs", "reconstructions", "scores", "survey")}
     return Artefacts(params, cache=project / ".cache", **folders)
 

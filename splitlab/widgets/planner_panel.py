@@ -9,9 +9,8 @@ import ipywidgets as widgets
 from splitlab import markup
 from splitlab.base import encoded
 from splitlab.config import Defences
-from splitlab.data import load, locate
+from splitlab.datasets import load_split
 from splitlab.explore import Artefacts, attack_label, defences_label
-from splitlab.paths import resolve
 from splitlab.planner import Plan, Setting, plan, public_norm, shipped
 from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported
 
@@ -50,8 +49,7 @@ class PlannerPanel(widgets.VBox):
         """Return the norm that bounds public latents, rounded up: a client may clip to it at no cost."""
         name = self.dataset.value
         if name not in self.norms:
-            root = resolve(self.artefacts.params["data"]["root"])
-            images = load(locate(name, "public", root=root), limit=self.n_images)
+            images = load_split(name, "public", self.artefacts.params, limit=self.n_images)
             data = encoded(self.artefacts.base, images, cache=self.artefacts.cache)
             self.norms[name] = math.ceil(10 * public_norm(data.latents, data.hint_latents)) / 10
         return self.norms[name]

@@ -4,9 +4,9 @@ import ipywidgets as widgets
 
 from splitlab import markup
 from splitlab.config import Defences
-from splitlab.data import ImageSet, load, locate
+from splitlab.data import ImageSet
+from splitlab.datasets import load_split
 from splitlab.explore import Artefacts
-from splitlab.paths import resolve
 from splitlab.playground import Playground
 from splitlab.widgets.parts import DESCRIBED, WIDE, checkbox, dropdown, htmls, reported, row
 
@@ -29,8 +29,7 @@ class PlaygroundPanel(widgets.VBox):
             description="seen so far", options=(1, 4, 16, 64, 128), value=16, style=DESCRIBED, continuous_update=False
         )
         self.pictures, self.scores, self.message = htmls(3)
-        public = resolve(artefacts.params["data"]["root"]) / "public"
-        names = sorted({path.stem for path in public.glob("*")})
+        names = sorted(artefacts.params["datasets"])
         self.dataset = dropdown("data", names)
         if dataset in names:
             self.dataset.value = dataset
@@ -54,8 +53,7 @@ class PlaygroundPanel(widgets.VBox):
         self._load()
 
     def _images(self) -> ImageSet:
-        root = resolve(self.artefacts.params["data"]["root"])
-        return load(locate(self.dataset.value or "shapes", "public", root=root), limit=self.n_images)
+        return load_split(self.dataset.value or "shapes", "public", self.artefacts.params, limit=self.n_images)
 
     def _load(self) -> None:
         self.playground = None

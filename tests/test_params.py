@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+from dvc.utils.serialize import load_yaml
+
+from splitlab.config import TrainConfig, parse
+from splitlab.errors import InputError
+from splitlab.params import SECTIONS, load_params
+from splitlab.paths import ROOT
+
+EMPTY = "".join(f"{name}: {{}}\n" for name in SECTIONS if name != "runs")
+
+
+def written(folder: Path, runs: str) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(EMPTY + f"runs:\n  mine: {runs}\n", encoding="utf-8")
+    return path
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path):
+    run = load_params(written(tmp_path, "{lr: 1e-4, steps: 1e3, seed: 010, samples: 0o10}"))["runs"]["mine"]
+    built = parse(TrainConfig, run, where="runs.mine")
+    assert (built.lr, built.steps, built.seed, built.samples) == (1e-4, 1000, 10, 8)
+
+
+@pytest.mark.parametrize(
+    "runs", ["{lr: 1e-4}", "{a: 1e3, b: .inf, c: 010, d: yes, e: on, f: 1:30, g: ~, h: 1_000}", "{a: &x {b: 1}, c: *x}"]
+)
+def test_dvc_reads_the_same(tmp_path: Path, runs: str):
+    path = written(tmp_path, runs)
+    assert load_params(path) == load_yaml(path)
+
+
+def test_dvc_reads_the_same_of_the_shipped_file():
+    assert load_params() == load_yaml(ROOT / "params.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_section(tmp_path: Path):
+    path = written(tmp_path, "{}")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_params(path)["runs"] == {"mine": {}}
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ("{lr: 1, steps: 2, lr: 3}", r'line 10: found duplicate key "lr".*; a key may be given once'),
+        ("{a: 1}\n  mine: {a: 2}", r'line 11: found duplicate key "mine"'),
+        ("{a: 1}\nruns: {}", r'line 11: found duplicate key "runs"'),
+        ("{a: [}", "not valid YAML"),
+        ("!!python/object:os.system x", "not valid YAML"),
+        ("2001-99-99", "cannot be read .*month must be"),
+        ("!!int abc", "cannot be read"),
+        ("!!bool 3", "cannot be read"),
+        ("[" * 5000, "cannot be read"),
+        ("1\n---\nb: 1", "(?s)not valid YAML .*but found another document"),
+        ("1\n\x07", "not valid YAML"),
+        ("1\n1: 2", "unknown section 1;"),
+        ("1\nevaluate: 3", "duplicate"),
+    ],
+)
+def test_what_cannot_be_read_is_one_error(tmp_path: Path, runs: str, says: str):
+    with pytest.raises(InputError, match=says):
+        load_params(written(tmp_path, runs))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfea\x00:\x00", b"a: \xe4", b""])
+def test_a_file_that_is_no_text_is_one_error(tmp_path: Path, content: bytes):
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"params\.yaml: (cannot be read|expected sections)"):
+        load_params(tmp_path / "params.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [("runs: null", "section runs: expected names"), ("runs: {1: {}}", "section runs: the name 1 .* put it in quotes")],
+)
+def test_sections_map_names_to_settings(tmp_path: Path, section: str, says: str):
+    (tmp_path / "params.yaml").write_text(EMPTY + section)
+    with pytest.raises(InputError, match=says):
+        load_params(tmp_path / "params.yaml")
