@@ -5,7 +5,7 @@ Truth and reconstruction stand side by side here for the eye; numbers are those 
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,84 +29,10 @@ from splitlab.errors import InputError
 from splitlab.evaluate import RunTruth, score_samples
 from splitlab.params import load_split
 from splitlab.paths import CACHE, resolve
+from splitlab.run_view import Attempt, RunView, in_order, knowledge_label
 from splitlab.types import Callback, Observation, stack
-from splitlab.wire import Transcript, read_server, read_transcript, read_truth
-from splitlab.words import DEFENCE_WORDS, FIELD_WORDS, SCHEME_WORDS, attack_label
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attacker's reconstruction of a run, ready to show.
-
-    Attributes:
-        attack: name of the attack with its ablation, as in `AttackSpec.name`; a live one begins with "live: ".
-        seed: the attacker's seed.
-        knowledge: the sent fields it used, joined by " + ", or "nothing".
-        threat_model: (what, value) rows.
-        images, hints: `[n, 3, h, w]` uint8; None where the attack does not try.
-        scores: name -> `[n]`, as `evaluate.score_samples` returns them; empty before the evaluation.
-        prompts: n texts; None where the attack does not try.
-    """
-
-    attack: str
-    seed: int
-    knowledge: str
-    threat_model: tuple[tuple[str, str], ...]
-    images: Tensor | None
-    hints: Tensor | None
-    scores: Mapping[str, Tensor]
-    prompts: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class RunView:
-    """An attacked run.
-
-    Attributes:
-        name: of the run.
-        transcript: what the server received.
-        seen: the same, all samples stacked.
-        known: configuration, truth and private data; its `ceiling` is NaN before the evaluation.
-        attempts: attack -> attempts by seed; live attacks are added here.
-        scored: whether there are scores of this transcript.
-    """
-
-    name: str
-    transcript: Transcript
-    seen: Observation
-    known: RunTruth
-    attempts: dict[str, dict[int, Attempt]]
-    scored: bool
-
-    @property
-    def timesteps(self) -> Tensor:
-        """`[n]` timestep of every recorded sample."""
-        return self.known.truth.timesteps
-
-    def within(self, low: int, high: int) -> list[int]:
-        """Return the samples with low <= t <= high, by rising timestep."""
-        order = self.timesteps.argsort(stable=True)
-        chosen = self.timesteps[order]
-        return order[(chosen >= low) & (chosen <= high)].tolist()
-
-    def prompt(self, sample: int) -> str:
-        """Return a sample's prompt."""
-        return self.known.private.prompts[int(self.known.truth.indices[sample])]
-
-    def add(self, attempt: Attempt) -> None:
-        """Take in a live attempt, in memory."""
-        self.attempts.setdefault(attempt.attack, {})[attempt.seed] = attempt
-
-    @property
-    def strongest(self) -> str:
-        """The attack whose images are nearest to the private ones, by mean PSNR; without scores, the last."""
-
-        def psnr_db(attack: str) -> float:
-            scored = [one.scores["psnr_db"] for one in self.attempts[attack].values() if "psnr_db" in one.scores]
-            mean = torch.stack(scored).nanmean() if scored else torch.tensor(math.nan)
-            return -math.inf if mean.isnan() else float(mean)
-
-        return max(reversed(self.attempts), key=psnr_db)
+from splitlab.wire import read_server, read_transcript, read_truth
+from splitlab.words import DEFENCE_WORDS, SCHEME_WORDS, attack_label
 
 
 class Artefacts:
@@ -278,22 +204,6 @@ def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor]) -> Attempt
     return Attempt(*own, images, hints, scores, result.prompts)
 
 
-def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Sort names by the place in `order` of what stands before "-without-"; unknown ones last."""
-
-    def place(name: str) -> tuple[int, int, str]:
-        plain = name.partition("-without-")[0]
-        return (order.index(plain) if plain in order else len(order), name == plain, name)
-
-    return sorted(names, key=place)
-
-
-def knowledge_label(knowledge: str) -> str:
-    """Say in words which fields an attack used; the timestep, which all use, goes unsaid."""
-    used = [name for name in in_order(knowledge.split(" + "), list(FIELD_WORDS)) if name != "timesteps"]
-    return " + ".join(FIELD_WORDS.get(name, name) for name in used) or "timestep"
-
-
 def attack_title(one: Attempt) -> str:
     """Label an attempt for a menu: the attack and what it uses."""
     return f"{attack_label(one.attack)} — uses {knowledge_label(one.knowledge)}"
@@ -385,25 +295,3 @@ def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Group
             [Picture("image", picture, missing), Picture("hint", found, missing)],
         ),
     ]
-
-
-def sample_scores(view: RunView, one: Attempt, sample: int) -> dict[str, float]:
-    """Return one sample's scores, with `ceiling_psnr_db` and `no_info_psnr_db`; NaN where there are none."""
-    scores = {name: float(value[sample]) for name, value in one.scores.items()}
-    guesses = [
-        guess.scores["psnr_db"][sample] for guess in view.attempts.get("mean_public", {}).values() if guess.scores
-    ]
-    guess = float(torch.stack(guesses).mean()) if guesses else math.nan
-    return scores | {"ceiling_psnr_db": float(view.known.ceiling[sample]), "no_info_psnr_db": guess}
-
-
-def comparison(view: RunView, sample: int) -> list[dict[str, Any]]:
-    """Return one row per scored attack on this very sample: label, knowledge and scores by seed."""
-    rows = []
-    for attack, tries in view.attempts.items():
-        scored = [one.scores for one in tries.values() if "psnr_db" in one.scores]
-        if scored:
-            columns = {key: [float(one[key][sample]) for one in scored] for key in ("psnr_db", "ssim", "identified")}
-            uses = knowledge_label(next(iter(tries.values())).knowledge)
-            rows.append({"attack": attack, "label": attack_label(attack), "uses": uses, **columns})
-    return rows

@@ -69,9 +69,23 @@ def message(text: object, *, hint: str = "") -> str:
     return block(f'<div class="sl-message">{escape(text)}{" " + hint if hint else ""}</div>')
 
 
-def number(value: float, digits: int = 1, unit: str = "") -> str:
-    """Write a number; a dash where there is none."""
-    return "–" if math.isnan(value) else f"{value:.{digits}f}{unit}"
+NOT_SCORED, NOT_MEASURED = "not scored", "not measured"
+
+
+def number(value: float, digits: int = 1, unit: str = "", *, missing: str = NOT_SCORED) -> str:
+    """Write a number; `missing` where there is none (NaN)."""
+    return missing if math.isnan(value) else f"{value:.{digits}f}{unit}"
+
+
+def verdict(values: Sequence[float]) -> str:
+    """Say whether a sample was recognised: of one seed yes or no, of several in how many; NaN was not scored."""
+    scored = [value for value in values if not math.isnan(value)]
+    if not scored:
+        return NOT_SCORED
+    if len(values) == 1:
+        return "yes" if scored[0] > 0.5 else "no"
+    absent = f", {len(values) - len(scored)} {NOT_SCORED}" if len(scored) < len(values) else ""
+    return f"{sum(value > 0.5 for value in scored)} of {len(scored)}{absent}"
 
 
 def groups(content: Sequence[tuple[str, str, Sequence[Any]]]) -> str:
@@ -109,12 +123,13 @@ def bars(content: Sequence[Mapping[str, Any]], *, chosen: str, guess: float, cei
     """Compare attacks on one sample: a PSNR bar each (the seeds' mean), with the two reference lines through all.
 
     Args:
-        content: rows of `label`, `uses`, `attack` and, by seed, `psnr_db`, `ssim`, `identified`.
+        content: rows of `label`, `uses`, `attack` and, by seed, `psnr_db`, `ssim`, `identified`; NaN: not scored.
         chosen: the attack to set off.
         guess: PSNR without information, dB.
         ceiling: PSNR of the VAE, dB.
     """
-    most = 1.08 * max([1.0, *(v for v in (guess, ceiling) if not math.isnan(v)), *(max(r["psnr_db"]) for r in content)])
+    shown = [guess, ceiling, *(value for row in content for value in row["psnr_db"])]
+    most = 1.08 * max([1.0, *(value for value in shown if not math.isnan(value))])
 
     def rule(value: float, kind: str) -> str:
         return "" if math.isnan(value) else f'<div class="rule {kind}" style="left:{100 * value / most:.2f}%"></div>'
@@ -122,20 +137,18 @@ def bars(content: Sequence[Mapping[str, Any]], *, chosen: str, guess: float, cei
     lines = []
     for row in content:
         psnr, ssim = (sum(row[name]) / len(row[name]) for name in ("psnr_db", "ssim"))
-        bar = f'<div class="bar" style="width:{100 * max(psnr, 0) / most:.2f}%"></div>'
-        found = sum(value > 0.5 for value in row["identified"])
-        verdict = ("yes" if found else "no") if len(row["identified"]) == 1 else f"{found} of {len(row['identified'])}"
+        bar = "" if math.isnan(psnr) else f'<div class="bar" style="width:{100 * max(psnr, 0) / most:.2f}%"></div>'
         lines.append(
             f'<tr class="{"chosen" if row["attack"] == chosen else ""}"><td>{escape(row["label"])}</td>'
             f'<td class="dim">{escape(row["uses"])}</td>'
             f'<td class="plot">{bar}{rule(guess, "guess")}{rule(ceiling, "")}</td>'
             f'<td class="number">&nbsp;{number(psnr)}</td><td class="number">{number(ssim, 2)}</td>'
-            f"<td>{verdict}</td></tr>"
+            f"<td>{verdict(row['identified'])}</td></tr>"
         )
     head = "<tr><th>attack</th><th>uses</th><th></th><th>PSNR, dB</th><th>SSIM</th><th>identified</th></tr>"
     legend = (
-        f'<span class="dim"><span class="key guess"></span>no information {number(guess)} dB &emsp; '
-        f'<span class="key"></span>VAE ceiling {number(ceiling)} dB</span>'
+        f'<span class="dim"><span class="key guess"></span>no information {number(guess, unit=" dB")} &emsp; '
+        f'<span class="key"></span>VAE ceiling {number(ceiling, unit=" dB")}</span>'
     )
     return block(f"<table>{head}{''.join(lines)}</table>{legend}")
 
@@ -144,18 +157,22 @@ def settings(content: Sequence[Mapping[str, Any]]) -> str:
     """Compare settings: a bar for the share identified, with a rule where an ideal attacker stands.
 
     Args:
-        content: rows of `label`, `share` and `ideal` (0 to 1; NaN: not measured), `control`, and whether `chosen`.
+        content: rows of `label`, `share` and `ideal` (0 to 1), `control`, and whether `chosen`; NaN: not measured.
     """
-    lines = []
-    for row in content:
-        bar = f'<div class="bar" style="width:{99 * row["share"]:.2f}%"></div>'
-        ideal = "" if math.isnan(row["ideal"]) else f'<div class="rule" style="left:{99 * row["ideal"]:.2f}%"></div>'
-        lines.append(
-            f'<tr class="{"chosen" if row["chosen"] else ""}"><td class="wrap">{escape(row["label"])}</td>'
-            f'<td class="plot">{bar}{ideal}</td><td class="number">&nbsp;{100 * row["share"]:.0f}%</td>'
-            f'<td class="number">{number(100 * row["ideal"], 0, "%")}</td>'
-            f'<td class="number">{number(row["control"], 2)}</td></tr>'
-        )
+
+    def percent(value: float) -> str:
+        return number(100 * value, 0, "%", missing=NOT_MEASURED)
+
+    def mark(kind: str, side: str, value: float) -> str:
+        return "" if math.isnan(value) else f'<div class="{kind}" style="{side}:{99 * value:.2f}%"></div>'
+
+    lines = [
+        f'<tr class="{"chosen" if row["chosen"] else ""}"><td class="wrap">{escape(row["label"])}</td>'
+        f'<td class="plot">{mark("bar", "width", row["share"])}{mark("rule", "left", row["ideal"])}</td>'
+        f'<td class="number">&nbsp;{percent(row["share"])}</td><td class="number">{percent(row["ideal"])}</td>'
+        f'<td class="number">{number(row["control"], 2, missing=NOT_MEASURED)}</td></tr>'
+        for row in content
+    ]
     head = "<tr><th>setting</th><th></th><th>identified</th><th>ideal</th><th>control</th></tr>"
     legend = '<span class="dim"><span class="key"></span>ideal: somebody who holds the candidates, by Bayes</span>'
     return block(f"<table>{head}{''.join(lines)}</table>{legend}")

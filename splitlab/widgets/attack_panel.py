@@ -9,7 +9,7 @@ import ipywidgets as widgets
 
 from splitlab import markup
 from splitlab.attacks import ATTACKS
-from splitlab.explore import RunView
+from splitlab.run_view import RunView
 from splitlab.widgets.explorer import Explorer
 from splitlab.widgets.parts import DESCRIBED, checkbox, dropdown, reported, row
 from splitlab.words import FIELD_WORDS, attack_label

@@ -1,23 +1,15 @@
 """Browse the attacked runs."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ipywidgets as widgets
 
 from splitlab import markup
-from splitlab.explore import (
-    Artefacts,
-    Attempt,
-    RunView,
-    attack_title,
-    comparison,
-    defences_label,
-    run_label,
-    sample_groups,
-    sample_scores,
-)
-from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported, row
+from splitlab.explore import Artefacts, attack_title, sample_groups
+from splitlab.run_view import Attempt, RunView, comparison, sample_scores
+from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported, row, run_rows
 
 
 class Explorer(widgets.VBox):
@@ -94,19 +86,14 @@ class Explorer(widgets.VBox):
         self.view, self._body.layout.display = None, "none"  # until it is loaded there is nothing to show
         self.view = self.artefacts.view(self.run.value)
         self._body.layout.display = ""
-        config = self.view.known.config
-        self.about.value = markup.rows(
-            [
-                ("run", run_label(config)),
-                ("defences", defences_label(config.defences)),
-                (
-                    "recorded",
-                    f"{len(self.view.timesteps)} samples in {len(self.view.transcript.observations)} messages",
-                ),
-            ]
-        )
+        self._describe(self.view)
         self._set_samples(None)
         self._list_attacks(self.attack.value)
+
+    def _describe(self, view: RunView) -> None:
+        recorded = f"{len(view.timesteps)} samples in {len(view.transcript.observations)} messages"
+        rows = [("recorded", recorded), ("strongest attack", view.compared())]
+        self.about.value = markup.rows([*run_rows(view.known.config), *rows])
 
     def _list_attacks(self, wanted: str | None) -> None:
         assert self.view is not None, "a run is loaded first"
@@ -136,13 +123,21 @@ class Explorer(widgets.VBox):
         self._samples = self.view.within(*self.timesteps.value)
         with self._quietly():
             self.sample.max = max(0, len(self._samples) - 1)
-            self.sample.value = self._samples.index(kept) if kept in self._samples else len(self._samples) // 2
+            self.sample.value = self._samples.index(kept) if kept in self._samples else self._middle()
             self.sample.disabled = not self._samples
+
+    def _middle(self) -> int:
+        """Return the place in the slider nearest to its middle whose sample was scored; the middle where none was."""
+        assert self.view is not None, "a run is loaded first"
+        middle, scored = len(self._samples) // 2, self.view.scored_samples
+        places = [place for place, sample in enumerate(self._samples) if scored[sample]]
+        return min(places, key=lambda place: abs(place - middle), default=middle)
 
     def add(self, attempt: Attempt, view: RunView) -> None:
         """Take in a live attempt and show it, if its run is still the one shown."""
         view.add(attempt)
         if view is self.view:
+            self._describe(view)
             self._list_attacks(attempt.attack)
 
     def _show(self) -> None:
@@ -175,14 +170,22 @@ class Explorer(widgets.VBox):
             shown = {
                 "PSNR": markup.number(scores["psnr_db"], 1, " dB"),
                 "SSIM": markup.number(scores["ssim"], 2),
-                f"identified among {candidates}": "yes" if scores["identified"] > 0.5 else "no",
+                f"identified among {candidates}": markup.verdict([scores["identified"]]),
                 "VAE ceiling": markup.number(scores["ceiling_psnr_db"], 1, " dB"),
                 "no information": markup.number(scores["no_info_psnr_db"], 1, " dB"),
             }
         if "hint_psnr_db" in scores:
             shown["hint PSNR"] = markup.number(scores["hint_psnr_db"], 1, " dB")
-            shown["identified by the hint"] = "yes" if scores["hint_identified"] > 0.5 else "no"
+            shown["identified by the hint"] = markup.verdict([scores["hint_identified"]])
+        if "both_identified" in scores:
+            shown["identified by both"] = markup.verdict([scores["both_identified"]])
         if "prompt_exact" in scores:
-            shown["prompt exact"] = "yes" if scores["prompt_exact"] > 0.5 else "no"
+            shown["prompt exact"] = markup.verdict([scores["prompt_exact"]])
         reference = {"guess": scores["no_info_psnr_db"], "ceiling": scores["ceiling_psnr_db"]}
-        return markup.chips(shown), markup.bars(comparison(view, sample), chosen=one.attack, **reference)
+        chips = markup.chips(shown)
+        if all(math.isnan(scores[name]) for name in one.scores):
+            first = self.artefacts.config.samples
+            chips += markup.message(
+                f"This sample was not scored: the evaluation scores the first {first} of each timestep bucket."
+            )
+        return chips, markup.bars(comparison(view, sample), chosen=one.attack, **reference)

@@ -37,9 +37,10 @@ class Gallery(widgets.VBox):
             prompts: list[str] = meta["prompts"]  # type: ignore[assignment]
             self._samples = tensors["hints"], tensors["images"], prompts
             config = parse(TrainConfig, record["config"], where=f"{folder}/record.json")
-            overlap = record.get("control_iou")
+            overlap, edges = (record.get(f"control_{what}") for what in ("iou", "edges"))
             followed = f"disc overlap {overlap:.2f}, " if overlap is not None else ""
-            followed += f"edges where the hints want them {record['control_edges']:+.2f} (0: by chance)"
+            where = markup.NOT_MEASURED if edges is None else f"{edges:+.2f} (0: by chance)"
+            followed += f"edges where the hints want them {where}"
             self.about.value = markup.rows([*run_rows(config), ("follows the hints", followed)])
             self.first.max = (len(prompts) - 1) // self.shown * self.shown
             self._show()
