@@ -31,6 +31,7 @@ RUN = DPConfig(
     delta=1e-3,
     physical_batch=64,
     checkpoint_every=50,
+    published_key=0,
 )
 """Full fine-tuning on few images for many steps: what forgets privacy the most. δ is below 1 / n for n = 50."""
 

@@ -3,7 +3,8 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from types import UnionType
 from typing import Any, TypeVar, get_type_hints
 
 from splitlab.errors import InputError
@@ -134,7 +135,9 @@ class TrainConfig:
         record_from: the step whose message is the first that the transcript keeps.
         eval_samples: held-out hints to generate images for.
         checkpoint_every: steps between checkpoints.
-        seed: of every draw of the run.
+        seed: of what is public: initial weights, a malicious server, and the samples generated in the end.
+        published_key: seed of a published key that the clients' draws follow from, so that others can repeat the run;
+            nothing that the clients claim is then more than a simulation. None: a secret, as the system's entropy.
     """
 
     dataset: str = "shapes"
@@ -152,6 +155,7 @@ class TrainConfig:
     eval_samples: int = 64
     checkpoint_every: int = 200
     seed: int = 0
+    published_key: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse contradictions at construction."""
@@ -275,6 +279,8 @@ def parse(kind: type[T], values: object, *, where: str) -> T:
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, UnionType):  # `int | None`, as in `published_key`
+        return None if value is None else _coerce(hint.__args__[0], value, where)
     if is_dataclass(hint):
         return parse(hint, value, where=where)  # type: ignore[arg-type]
     origin = getattr(hint, "__origin__", None)
@@ -316,6 +322,13 @@ def _advice(hint: type, value: Any) -> str:
     return (
         "; write true or false" if hint is bool else "; write a number such as 0.0001 or 1e-4" if hint is float else ""
     )
+
+
+def reseeded(config: T, seed: int) -> T:
+    """Return a run's configuration with another seed, and with a published key that differs by as much, if any."""
+    before: Any = config
+    key = before.published_key
+    return replace(before, seed=seed, published_key=None if key is None else key + seed - before.seed)
 
 
 def read_defences(text: str) -> Defences:

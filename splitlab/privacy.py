@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,9 +17,13 @@ from splitlab.config import Defences
 from splitlab.defences import sent_timesteps, signal_level
 from splitlab.disguise import LAYOUT_SENSITIVITY
 from splitlab.errors import InputError
+from splitlab.seeds import SECRET
 from splitlab.types import PrivacyEvent
 
 ACCOUNTANTS = ("prv", "rdp")
+
+SIMULATED = "simulated: ε holds for the same run with secret draws"
+"""What is said of an ε whose draws follow from a published key: whoever knows the key can take the noise off."""
 
 ADJACENCIES = {"add_remove_one": 1.0, "replace_one": 2.0}
 """Neighbouring data sets -> sensitivity of a sum of vectors of norm 1 at most."""
@@ -73,6 +78,38 @@ def epsilon(events: Sequence[PrivacyEvent], delta: float, *, accountant: str = "
         history.append((1 / mu, 1.0, 1))
     upper = _rdp(history, delta)
     return upper if accountant == "rdp" or upper > PRV_LIMIT else _prv(history, delta, upper)
+
+
+def epsilon_entry(value: float | None, randomness: str) -> dict[str, Any]:
+    """Return the entries that state an ε in a record: `epsilon`, or `epsilon_simulated` where draws are published.
+
+    Args:
+        value: ε; infinite or None where nothing is claimed, which no key changes.
+        randomness: `splitlab.seeds.SECRET` or `PUBLISHED`: the kind of key that the draws which ε rests on follow from.
+    """
+    if value is None or math.isinf(value) or randomness == SECRET:
+        return {"epsilon": value}
+    return {"epsilon_simulated": value, "note": SIMULATED}
+
+
+def recorded_epsilon(record: Mapping[str, Any]) -> float | None:
+    """Return the ε that a record states, be it a simulation's; None where it claims nothing."""
+    value: float | None = record["epsilon"] if "epsilon" in record else record["epsilon_simulated"]
+    return value
+
+
+def epsilon_words(value: float, randomness: str, *, digits: str = ".3g") -> str:
+    """Say what ε is, and that it is a simulation's where it rests on published draws.
+
+    Args:
+        value: ε.
+        randomness: as for `epsilon_entry`.
+        digits: format of a finite value.
+    """
+    if math.isinf(value):
+        return "ε = ∞"
+    words = f"ε = {value:{digits}}"
+    return words if randomness == SECRET else f"{words} ({SIMULATED})"
 
 
 def noise_multiplier_for(

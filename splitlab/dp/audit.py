@@ -21,7 +21,7 @@ from splitlab.controlnet import symsigmoid_inverse
 from splitlab.defences import bounded, feature_scale, noise_variance, signal_level
 from splitlab.dp.engine import Gradients, poisson_sample, private_gradient
 from splitlab.errors import InputError
-from splitlab.seeds import generator
+from splitlab.seeds import Key, generator, source
 from splitlab.split import Client, client_send
 from splitlab.wire import from_bytes
 
@@ -81,6 +81,7 @@ def audit(
     steps: int,
     delta: float,
     seed: int = 0,
+    key: Key | None = None,
     n_canaries: int = 1000,
     multiplicity: int = 1,
     scale: float = 10.0,
@@ -101,7 +102,8 @@ def audit(
         sample_rate: Poisson sampling rate.
         steps: number of steps.
         delta: δ of the claim.
-        seed: of all draws.
+        seed: of all draws; an audit's are no secret, its canaries are nobody's data.
+        key: of the mechanism's draws, to audit another kind of them; None: the published key of `seed`.
         n_canaries: m; of `GUESSES`, those up to m are tried.
         multiplicity: K, draws per sample.
         scale: gradient norm of a canary before clipping; the clip norm is 1.
@@ -114,12 +116,12 @@ def audit(
     Raises:
         InputError: too few canaries.
     """
-    model = Canaries(n_canaries, scale=scale, inner=inner)
+    model, key = Canaries(n_canaries, scale=scale, inner=inner), key or Key.published(seed)
     included = torch.rand(n_canaries, generator=generator(seed, "audit", "included")) < 0.5
     members = included.nonzero()[:, 0]
     scores = torch.zeros(n_canaries, dtype=torch.float64)
     for number in range(steps):
-        batch = sampler(len(members), sample_rate, generator=generator(seed, "audit", "batch", number))
+        batch = sampler(len(members), sample_rate, generator=source(key, "audit", "batch", number))
         rows = members[batch].repeat_interleave(multiplicity)
         marks = torch.zeros(len(rows), n_canaries)
         marks[torch.arange(len(rows)), rows] = 1.0
@@ -131,7 +133,7 @@ def audit(
             expected_batch=max(sample_rate * len(members), 1.0),
             multiplicity=multiplicity,
             physical_batch=256,
-            generator=generator(seed, "audit", "noise", number),
+            generator=source(key, "audit", "noise", number),
         )
         scores += released["weights.weight"][0].double()
     tried = [count for count in GUESSES if count <= n_canaries]

@@ -18,7 +18,9 @@ from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from splitlab.draws import noised, uniform
 from splitlab.errors import InputError
+from splitlab.seeds import Source
 
 Gradients = dict[str, Tensor]
 """Parameter name -> gradient; of per-sample gradients, the first axis is the sample."""
@@ -202,11 +204,11 @@ def chunks(rows: int, multiplicity: int, physical_batch: int) -> Iterator[slice]
         yield slice(start, min(start + size, rows))
 
 
-def add_noise(total: Mapping[str, Tensor], *, std: float, generator: torch.Generator) -> Gradients:
+def add_noise(total: Mapping[str, Tensor], *, std: float, generator: Source) -> Gradients:
     """Add independent Gaussian noise of standard deviation `std` to every entry."""
     if std == 0:
         return dict(total)
-    return {n: g + std * torch.randn(g.shape, generator=generator, dtype=g.dtype) for n, g in total.items()}
+    return {name: noised(gradient, std, generator) for name, gradient in total.items()}
 
 
 def private_gradient(
@@ -216,7 +218,7 @@ def private_gradient(
     max_grad_norm: float,
     noise_multiplier: float,
     expected_batch: float,
-    generator: torch.Generator,
+    generator: Source,
     multiplicity: int = 1,
     physical_batch: int = 64,
 ) -> Gradients:
@@ -231,7 +233,8 @@ def private_gradient(
         max_grad_norm: C.
         noise_multiplier: σ; 0 adds no noise and gives no guarantee.
         expected_batch: sampling rate times number of samples.
-        generator: of the noise. Whoever knows its seed can take the noise off again.
+        generator: of the noise. Whoever can repeat it can take the noise off again: a guarantee needs a secret key's
+            (`splitlab.seeds.source`).
         multiplicity, physical_batch: see `clipped_sum`.
 
     Raises:
@@ -254,7 +257,7 @@ def release(
     noise_multiplier: float,
     *,
     expected_batch: float,
-    generator: torch.Generator,
+    generator: Source,
 ) -> Gradients:
     """Noise a sum of clipped gradients and scale it: the mechanism's last two steps."""
     std = noise_multiplier * max_grad_norm if noise_multiplier else 0.0
@@ -280,9 +283,9 @@ def plain_gradient(
     return total, torch.cat(losses or [torch.zeros(0)])
 
 
-def poisson_sample(n: int, rate: float, *, generator: torch.Generator) -> Int[Tensor, " b"]:
+def poisson_sample(n: int, rate: float, *, generator: Source) -> Int[Tensor, " b"]:
     """Draw every one of n samples independently with probability `rate`: what the accountant takes for granted."""
-    return (torch.rand(n, generator=generator, dtype=torch.float64) < rate).nonzero()[:, 0]
+    return (uniform((n,), generator, dtype=torch.float64) < rate).nonzero()[:, 0]
 
 
 def step(optimizer: torch.optim.Optimizer, model: nn.Module, gradient: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable
 
-import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +12,7 @@ from splitlab.dp.conditioning import Denoiser
 from splitlab.dp.engine import private_gradient
 from splitlab.dp.trainable import mark_trainable
 from splitlab.errors import InputError
+from splitlab.seeds import Source
 from splitlab.update_defences import PerExample, described
 from splitlab.updates import Update, UpdateTruth, model_digest
 
@@ -32,7 +32,7 @@ def private_update(
     alphas_cumprod: Float[Tensor, " T"],
     max_grad_norm: float,
     noise_multiplier: float,
-    generator: torch.Generator,
+    generator: Source,
     trainable: str = "attention",
     from_block: int = 0,
     trust: str = "local",
@@ -47,7 +47,7 @@ def private_update(
         alphas_cumprod: ᾱ of the noise schedule.
         max_grad_norm: C, the bound on each image's gradient norm.
         noise_multiplier: σ of the mechanism as a whole; the guarantee is that of the sum where clients trust in it.
-        generator: of the client's noise; each client needs its own.
+        generator: of the client's noise; each client needs its own, from a key that the server does not know.
         trainable, from_block: see `splitlab.dp.trainable.mark_trainable`; not "lora", whose adapters the server lacks.
         trust: a key of `NOISE_SHARES`.
         n_clients: clients in the sum.

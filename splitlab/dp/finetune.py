@@ -3,10 +3,11 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,10 +27,11 @@ from splitlab.dp.engine import (
 )
 from splitlab.dp.sample import Tuned
 from splitlab.dp.trainable import TRAINABLE, check_optimizer, count_trainable, mark_trainable, merge_lora
+from splitlab.draws import end_run, integers, normal, run_key
 from splitlab.errors import InputError
 from splitlab.privacy import epsilon as epsilon_of
-from splitlab.privacy import noise_multiplier_for
-from splitlab.seeds import generator
+from splitlab.privacy import epsilon_entry, noise_multiplier_for
+from splitlab.seeds import PUBLISHED, Key, source
 from splitlab.types import Callback, PrivacyEvent
 
 ADJACENCY = "add_remove_one"
@@ -67,7 +69,9 @@ class DPConfig:
         lr: learning rate of Adam, after a warm-up of 10 steps.
         ema_decay: of the averaged weights, which are the ones kept; 0: keep the last ones.
         checkpoint_every: steps between checkpoints.
-        seed: of every draw of the run.
+        seed: of the adapters' initial weights, which are public.
+        published_key: seed of a published key that batches, timesteps and noise follow from, so that others can repeat
+            the run; its ε is then a simulation's. None: they follow from a secret of the operating system's entropy.
     """
 
     dataset: str = "digits"
@@ -91,6 +95,7 @@ class DPConfig:
     ema_decay: float = 0.95
     checkpoint_every: int = 50
     seed: int = 0
+    published_key: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse contradictions at construction."""
@@ -178,6 +183,7 @@ class State:
     model: Denoiser
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]
+    key: Key = field(default_factory=Key.secret)
     steps: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -212,8 +218,11 @@ def finetune(
 
     An interrupted call goes on from its last checkpoint when repeated, and ends with the same bits. Its guarantee
     covers every step ever taken; one that is taken again draws the same batch and noise, so it releases nothing new.
-    The record has no losses: those of private samples are not covered by the guarantee. All draws follow from
-    `config.seed`, so that runs repeat; the guarantee holds against whoever does not know it.
+    The record has no losses: those of private samples are not covered by the guarantee.
+
+    Batches, timesteps and noise follow from a secret that is drawn at the start, kept beside the checkpoint while the
+    run lasts, and then erased: a further call is a further release, with `history` to say so. With
+    `config.published_key` the run repeats instead, and its ε is stated as a simulation's.
 
     Args:
         name: the run's name; its checkpoint has it too.
@@ -223,7 +232,7 @@ def finetune(
         out: folder to write; it is made.
         cache: folder for encoded data and the checkpoint.
         start: a fine-tuned model of the base to go on from, of the same conditioning; None: the base itself.
-        history: what was spent on these data before, where `base` or `start` was trained on them.
+        history: what was spent on these data before, where `base` or `start` was trained on them, with secret draws.
         callback: `(what, done, total, loss)`.
 
     Returns the record, as written.
@@ -244,9 +253,12 @@ def finetune(
     settings = _settings(config, how, base, private, history) | {"start": digest(start.record) if start else None}
     if path.exists():
         _resume(state, path, settings, config.steps)
+    state.key = run_key(path, config.published_key, bound_to=digest(settings))
     _run(state, config, how, (data.latents, conditioning.conditions), path, settings, base.n_timesteps, callback)
 
     events = (*history, *how.events(state.steps))
+    spent = epsilon_of(events, config.delta, accountant=config.accountant) if how.noise_multiplier else math.inf
+    randomness = _randomness(state.key, start)
     record = {
         "run": name,
         "config": asdict(config),
@@ -256,14 +268,21 @@ def finetune(
         "sample_rate": how.sample_rate,
         "noise_multiplier": how.noise_multiplier,
         "events": [asdict(event) for event in events],
-        "epsilon": epsilon_of(events, config.delta, accountant=config.accountant) if how.noise_multiplier else math.inf,
+        "randomness": randomness,
+        **epsilon_entry(spent, randomness),
         "delta": config.delta,
         "n_trainable": count_trainable(state.model),
         "trainable_share": round(count_trainable(state.model) / sum(p.numel() for p in base.unet.parameters()), 6),
     }
     _write(state, out, record)
-    path.unlink(missing_ok=True)
+    end_run(path)
     return record
+
+
+def _randomness(key: Key, start: Tuned | None) -> str:
+    """Say what the guarantee rests on: published randomness, if that of a private start was."""
+    simulated = start and start.record.get("events") and start.record.get("randomness") == PUBLISHED
+    return PUBLISHED if simulated else key.kind
 
 
 def _settings(
@@ -272,7 +291,8 @@ def _settings(
     """Return all that a checkpoint's steps depend on, as JSON gives it back."""
     settings = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | asdict(how)
     settings |= {"history": [asdict(event) for event in history], "classes": list(config.classes)}
-    return settings | {"base": base.digest, "data": private.digest, "torch": torch.__version__}
+    libraries = {"torch": torch.__version__, "numpy": np.__version__}
+    return settings | {"base": base.digest, "data": private.digest} | libraries
 
 
 def _put(model: Denoiser, start: Tuned, config: DPConfig, base: Base) -> None:
@@ -317,7 +337,7 @@ def _resume(state: State, path: Path, settings: dict[str, Any], steps: int) -> N
         changes = ", ".join(f"{name} was {before.get(name)!r} and is now {settings[name]!r}" for name in other)
         raise InputError(
             f"{path}: {done} steps were taken with other settings ({changes}), and they have been spent; "
-            "restore the settings to go on, or delete the file to give those steps up and begin anew"
+            "restore the settings to go on, or give the run another name to begin anew"
         )
     if done > steps:
         raise InputError(f"{path}: {done} steps were taken already, more than the {steps} asked for; ask for as many")
@@ -338,33 +358,37 @@ def _run(
     label = f"DP-LDM, σ {how.noise_multiplier:.3g}" if how.noise_multiplier else "fine-tuning, not private"
     bar = tqdm(range(state.steps, config.steps), desc=label, initial=state.steps, total=config.steps, mininterval=2)
     for number in bar:
-        inputs = draw_inputs(data, config, how, number, n_timesteps)
+        inputs = draw_inputs(data, config, how, state.key, number, n_timesteps)
         losses = _step(state, inputs, config, how, number)
         if len(losses) and not torch.isfinite(losses).any():
             raise InputError(f"no sample's loss is finite at step {number}; lower lr (now {config.lr:g})")
         loss = losses.nanmean().item()
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if not how.noise_multiplier:  # the guarantee does not cover losses, and what is shown may be kept in a log
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if state.steps % config.checkpoint_every == 0:
-            checkpoint.save(path, state.tensors(), {"steps": state.steps, "settings": settings})
+            checkpoint.save(path, state.tensors(), {"steps": state.steps, "settings": settings}, private=True)
         if callback:
             callback("finetune", state.steps, config.steps, loss)
 
 
-def draw_inputs(data: tuple[Tensor, Tensor], config: DPConfig, how: Mechanism, number: int, n_timesteps: int) -> Inputs:
+def draw_inputs(
+    data: tuple[Tensor, Tensor], config: DPConfig, how: Mechanism, key: Key, number: int, n_timesteps: int
+) -> Inputs:
     """Draw step `number`'s Poisson batch, K rows per image: latents, conditions, timesteps and noise.
 
     Args:
         data: latents `[n, c, h, w]` and conditions `[n, ...]` of the private samples.
         config: the run.
         how: its sampling rate.
-        number: which step; the draws are a function of it and of the run's seed.
+        key: the run's.
+        number: which step; the draws are a function of it and of the key.
         n_timesteps: T.
     """
-    chosen = poisson_sample(how.n, how.sample_rate, generator=generator(config.seed, "dp batch", number))
+    chosen = poisson_sample(how.n, how.sample_rate, generator=source(key, "dp batch", number))
     rows = chosen.repeat_interleave(config.multiplicity)
-    draw = generator(config.seed, "dp draws", number)
-    timesteps = torch.randint(n_timesteps, (len(rows),), generator=draw)
-    noise = torch.randn((len(rows), *data[0].shape[1:]), generator=draw)
+    draw = source(key, "dp draws", number)
+    timesteps = integers(0, n_timesteps, (len(rows),), draw)
+    noise = normal((len(rows), *data[0].shape[1:]), draw)
     return data[0][rows], data[1][rows], timesteps, noise
 
 
@@ -379,7 +403,7 @@ def _step(state: State, inputs: Inputs, config: DPConfig, how: Mechanism, number
                 config.max_grad_norm,
                 how.noise_multiplier,
                 expected_batch=how.expected_batch,
-                generator=generator(config.seed, "dp noise", number),
+                generator=source(state.key, "dp noise", number),
             ),
             clipped.losses,
         )

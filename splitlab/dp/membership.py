@@ -18,6 +18,7 @@ from torch import Tensor
 
 from splitlab import checkpoint
 from splitlab.base import Base
+from splitlab.config import reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.sample import Tuned, hidden_states, load_tuned, untuned
@@ -277,7 +278,7 @@ def shadow_losses(
     member = halves(len(pool), models, seed=config.seed)
     found = []
     for number, chosen in enumerate(member):
-        run = replace(config, seed=config.seed * 1000 + number)
+        run = reseeded(config, config.seed * 1000 + number)
         data = pool.subset(chosen.nonzero()[:, 0].tolist())
         key = digest({"run": run, "base": base.digest, "data": data.digest, "pool": pool.digest, "draws": draws})[:16]
         path = folder / f"losses-{key}.safetensors"

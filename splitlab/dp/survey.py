@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from splitlab import checkpoint
 from splitlab.base import Base
+from splitlab.config import reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.dp.audit import audit
 from splitlab.dp.conditioning import labels_of
@@ -26,13 +27,14 @@ from splitlab.dp.membership import membership_auc
 from splitlab.dp.public import warped_copies
 from splitlab.dp.sample import Tuned, load_tuned, sample, untuned
 from splitlab.errors import InputError
+from splitlab.privacy import recorded_epsilon
 from splitlab.seeds import generator
 from splitlab.survey import GRIDS
 
 COLUMNS = (
-    *("dataset", "trainable", "n_trainable", "epsilon", "delta", "noise_multiplier", "max_grad_norm", "sample_rate"),
-    *("steps", "multiplicity", "seed", "downstream_acc", "frechet", "features", "mia_auc", "audit_epsilon_lb"),
-    *("step_s", "peak_rss_mb", "conditioning", "n", "n_test", "n_samples"),
+    *("dataset", "trainable", "n_trainable", "epsilon", "randomness", "delta", "noise_multiplier", "max_grad_norm"),
+    *("sample_rate", "steps", "multiplicity", "seed", "downstream_acc", "frechet", "features", "mia_auc"),
+    *("audit_epsilon_lb", "step_s", "peak_rss_mb", "conditioning", "n", "n_test", "n_samples"),
 )
 
 PUBLIC, START, REAL = "public base", "public start", "real images"
@@ -112,8 +114,9 @@ class DPSurveyConfig:
         found = {}
         for cell in (cell for cell in self.cells if self.grid in cell.grids):
             for epsilon, seed in product(cell.epsilons, range(self.seeds)):
-                own: dict[str, Any] = {"trainable": cell.trainable, "epsilon": float(epsilon), "seed": seed}
-                found[f"{cell.trainable}-{epsilon:g}-{seed}"] = replace(self.common, **(own | cell.options))
+                own: dict[str, Any] = {"trainable": cell.trainable, "epsilon": float(epsilon)}
+                run = replace(reseeded(self.common, seed), **(own | cell.options))
+                found[f"{cell.trainable}-{epsilon:g}-{seed}"] = run
         return found
 
 
@@ -198,8 +201,9 @@ def make_judge(config: DPSurveyConfig, base: Base, load: LoadSplit, *, cache: Pa
 
 
 def public_start(config: DPSurveyConfig, base: Base, public: ImageSet, *, cache: Path) -> Tuned:
-    """Fine-tune the base on warped public images, or load what an earlier call made of it."""
-    run = replace(config.common, **({"trainable": "unet"} | config.start))
+    """Fine-tune the base on warped public images, or load what an earlier call made of it; nothing in it is secret."""
+    options: dict[str, Any] = {"trainable": "unet", "published_key": config.common.seed}
+    run = replace(config.common, **(options | config.start))
     data = warped_copies(public, config.warps, std=config.warp_std)
     folder = cache / "dp" / f"start-{digest({'run': run, 'base': base.digest, 'data': data.digest})[:16]}"
     if not (folder / "record.json").exists():
@@ -241,8 +245,9 @@ def _one(run: DPConfig, judge: Judge, folder: Path) -> tuple[dict[str, Any], Ten
     images = _generate(judge, tuned, run.seed, folder)
     done = folder / f"row-{judge.key}.json"
     if not done.exists():
-        kept = ("n_trainable", "epsilon", "sample_rate", "noise_multiplier")
+        kept = ("n_trainable", "randomness", "sample_rate", "noise_multiplier")
         row = _row(judge, run, run.trainable) | {key: tuned.record[key] for key in kept}
+        row["epsilon"] = recorded_epsilon(tuned.record)
         row |= _judged(judge, images, run.seed) | checkpoint.load_json(folder / "cost.json")
         row |= {"mia_auc": _membership(judge, tuned), "audit_epsilon_lb": _audited(run, tuned.record)}
         checkpoint.save_json(done, row)
