@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from splitlab import checkpoint
+from splitlab.config import parse
 from splitlab.errors import InputError
 from splitlab.types import Reconstruction
 
@@ -67,17 +68,41 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     Raises:
         InputError: the file is missing or damaged.
     """
-    tensors, meta = checkpoint.load(path)
-    fields: dict[str, Any] = dict(meta)
-    images, hints = (from_uint8(tensors[name]) if name in tensors else None for name in ("images", "hints"))
-    if "prompts" not in fields:
-        raise InputError(f"{path}: made by an older version; attack again (`dvc repro`)")
-    used = tuple(fields["used"])
-    objective = tuple(tensors["objective"].tolist())
-    prompts = None if fields["prompts"] is None else tuple(fields["prompts"])
-    result = Reconstruction(images, hints, prompts, used, objective, fields["n_evals"])
-    rows = tuple((what, value) for what, value in fields["threat_model"])
-    return SavedReconstruction(result, fields["attack"], fields["seed"], fields["knowledge"], rows)
+    tensors, content = checkpoint.load(path)
+    meta = parse(_Meta, content, where=f"{path}: what it says of itself")
+    prompts = None if meta.prompts is None else tuple(map(str, meta.prompts))
+    images, hints = (pictures(tensors, n, 4, path) if n in tensors else None for n in ("images", "hints"))
+    if len({len(part) for part in (images, hints, prompts) if part is not None}) > 1:
+        raise InputError(f"{path}: its images, hints and prompts differ in number; attack again (`dvc repro`)")
+    if any(len(row) != 2 for row in meta.threat_model):
+        raise InputError(f"{path}: its threat model has no rows of (what, value); attack again (`dvc repro`)")
+    objective = tuple(checkpoint.field(tensors, "objective", 1, (torch.float32,), path, finite=False).tolist())
+    result = Reconstruction(images, hints, prompts, meta.used, objective, meta.n_evals)
+    rows = tuple((what, value) for what, value in meta.threat_model)
+    return SavedReconstruction(result, meta.attack, meta.seed, meta.knowledge, rows)
+
+
+@dataclass(frozen=True)
+class _Meta:
+    attack: str
+    seed: int
+    knowledge: str
+    threat_model: tuple[tuple[str, ...], ...]
+    used: tuple[str, ...]
+    n_evals: int
+    prompts: Any
+
+
+def pictures(tensors: dict[str, Tensor], name: str, axes: int, where: Path) -> Tensor:
+    """Return saved images in [-1, 1] float32: `[..., 3, h, w]` of that many axes, none of size 0 but the first.
+
+    Raises:
+        InputError: they are missing, or no such images.
+    """
+    saved = checkpoint.field(tensors, name, axes, (torch.uint8,), where)
+    if saved.shape[-3] != 3 or 0 in saved.shape[-2:]:
+        raise InputError(f"{where}: {name} is of shape {tuple(saved.shape)}; expected RGB images; make the file again")
+    return from_uint8(saved)
 
 
 def read_table(path: Path, *, empty: bool = False) -> pd.DataFrame:
@@ -90,10 +115,10 @@ def read_table(path: Path, *, empty: bool = False) -> pd.DataFrame:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # the defences "none" are a word
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run `dvc repro` first, which makes it") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-        raise InputError(f"{path}: damaged ({error}); run `dvc repro` to make it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}); {checkpoint.REMADE}") from None
     if table.empty and not empty:
-        raise InputError(f"{path}: it has no rows; run `dvc repro` to make it again")
+        raise InputError(f"{path}: it has no rows; {checkpoint.REMADE}")
     return table
 
 

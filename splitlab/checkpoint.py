@@ -1,14 +1,7 @@
 """Atomic safetensors checkpoints: a file is either whole and of the state asked for, or absent."""
 
-import contextlib
-import errno
 import json
-import os
-import re
-import secrets
-import shutil
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +12,11 @@ from torch import Tensor, nn
 
 from splitlab.errors import InputError
 from splitlab.formats import describe_file
+from splitlab.storage import whole_file
 
-
-@contextlib.contextmanager
-def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """Give a file to write that takes the place of `path` only once the block has ended without an error.
-
-    Args:
-        path: what is to appear, whole or not at all; an earlier file stays until then.
-        private: only its owner may read it (mode 0600), from its first byte on.
-
-    Raises:
-        InputError: the disk is full, or the folder cannot be written; what was at `path` is still there.
-    """
-    partial = path.parent / f".partial-{secrets.token_hex(8)}"  # of one length, whatever the name; of one process
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
-        mode = stat.S_IMODE(partial.stat().st_mode)
-        yield partial
-        partial.chmod(mode)  # some writers replace the file by one of their own mode
-        _to_disk(partial)
-        os.replace(partial, path)
-        _to_disk(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); {_remedy(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Have the system write a file's or folder's content out before the next step relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some disk space and run again",
-    errno.EDQUOT: "the quota is used up: free some disk space and run again",
-    errno.EFBIG: "a file may not be that large here: name a place on another disk, or raise the limit",
-    errno.EROFS: "the disk is read-only: name another place",
-    errno.EACCES: "permission is missing: name a place that you may write to",
-    errno.EPERM: "permission is missing: name a place that you may write to",
-    errno.ENAMETOOLONG: "the name is too long: give a shorter one",
-    errno.ENOTDIR: "a part of its path is a file: name another place",
-    errno.EEXIST: "a part of its path is a file: name another place",
-    errno.EISDIR: "there is a folder of that name: give another name",
-}
-
-
-def _remedy(error: Exception) -> str:
-    """Say what to do about a failed write; the safetensors library gives the system's number in its words only."""
-    told = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else 0
-    words = REMEDIES.get(number or 0, "check that place and run again")
-    return f"{words}; earlier checkpoints and outputs are intact"
+MAX_JSON_BYTES = 64 * 2**20
+OTHER = "name a file that splitlab wrote"
+REMADE = "move it aside and run the stage that makes it (`dvc repro`)"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object], *, private: bool = False) -> None:
@@ -102,43 +41,32 @@ def save_json(path: Path, content: Mapping[str, object], *, private: bool = Fals
         partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run the stage that makes it (`dvc repro`)") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: damaged ({error}); run the stage that makes it again") from None
-    return content
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """Give a folder to fill that takes the place of `path` only once the block has ended without an error.
+def load_json(path: Path, *needed: str) -> dict[str, Any]:
+    """Read a JSON file that splitlab wrote: keys and values.
 
     Args:
-        path: the folder.
-        private: only its owner may open it (mode 0700).
+        path: the file.
+        needed: keys that it must have.
 
     Raises:
-        InputError: the disk is full or the folder cannot be written; what was at `path` is still there.
+        InputError: it is missing, damaged, larger than any that splitlab writes, or lacks a key.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, mode=0o700 if private else 0o777)
-        yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); free some disk space and run again") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        content = None if len(text) > MAX_JSON_BYTES else json.loads(text.decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run the stage that makes it (`dvc repro`)") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: damaged ({error}); {REMADE}") from None
+    if len(text) > MAX_JSON_BYTES:
+        raise InputError(f"{path}: more than the {MAX_JSON_BYTES} bytes that splitlab ever writes; {REMADE}")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values, got {type(content).__name__}; {REMADE}")
+    missing = [name for name in needed if name not in content]
+    if missing:
+        raise InputError(f"{path}: it lacks {', '.join(missing)}; {REMADE}")
+    return content
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -150,11 +78,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (not a dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
+    if not isinstance(meta, dict):
+        raise InputError(f"{path}: what it says of itself is {type(meta).__name__}, not keys and values; {OTHER}")
+    return tensors, meta
 
 
 def unreadable(path: Path, error: Exception) -> InputError:
@@ -163,6 +94,41 @@ def unreadable(path: Path, error: Exception) -> InputError:
         return InputError(f"{path}: damaged, or not safetensors ({error}): it is {describe_file(path)}")
     except OSError:
         return InputError(f"{path}: cannot be read ({error}); check its permissions and its disk")
+
+
+def field(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    axes: int,
+    dtypes: Sequence[torch.dtype],
+    where: object,
+    *,
+    finite: bool = True,
+) -> Tensor:
+    """Return a named tensor of what was read, if it is what it should be.
+
+    Args:
+        tensors: what was read.
+        name: whose.
+        axes: how many it must have.
+        dtypes: those it may have.
+        where: the file or message, for the error.
+        finite: NaN and infinity are refused.
+
+    Raises:
+        InputError: it is missing, of another type or another number of axes, or not finite.
+    """
+    if name not in tensors:
+        raise InputError(f"{where}: it lacks {name}; {OTHER}")
+    value = tensors[name]
+    if value.ndim != axes or value.dtype not in dtypes:
+        raise InputError(
+            f"{where}: {name} is {value.dtype} of shape {tuple(value.shape)}; expected {axes} axes of "
+            f"{' or '.join(str(dtype) for dtype in dtypes)}"
+        )
+    if finite and value.is_floating_point() and not torch.isfinite(value).all():
+        raise InputError(f"{where}: {name} holds NaN or infinity; check the data and the learning rate it came from")
+    return value
 
 
 def training_state(

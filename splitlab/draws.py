@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitlab import checkpoint
+from splitlab import storage
 from splitlab.errors import InputError
 from splitlab.seeds import SECRET_BYTES, Key, Source
 
@@ -94,7 +94,7 @@ def run_key(state: Path, published: int | None, *, bound_to: str) -> Key:
                 f"{path}: missing; the steps that {state.name} holds drew from this secret key, and going on with "
                 "another would send again under other noise what was sent; put it back, or give the run another name"
             )
-        with checkpoint.whole_file(path, private=True) as partial:
+        with storage.whole_file(path, private=True) as partial:
             partial.write_bytes(secrets.token_bytes(SECRET_BYTES))
     entropy = path.read_bytes()
     if len(entropy) != SECRET_BYTES:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from splitlab import checkpoint
+from splitlab import checkpoint, storage
 from splitlab.data import ImageSet, digest
 from splitlab.errors import InputError
 from splitlab.seeds import generator
@@ -65,7 +65,21 @@ def pretrain(public: dict[str, ImageSet], out: Path, *, config: PretrainConfig, 
 
     Returns the loss curves, name -> loss every 50 steps. An interrupted call goes on from its last checkpoint in
     `cache` when called again with the same data and config.
+
+    Raises:
+        InputError: `out` exists and holds anything but an earlier base model of this function, or cannot be written.
     """
+    with storage.whole_folder(out, "pretrain", apart={"cache": cache}) as folder:
+        curves, models = _train(public, config, cache)
+        with storage.writing(out):
+            models.save_pretrained(folder)
+    return curves
+
+
+def _train(
+    public: dict[str, ImageSet], config: PretrainConfig, cache: Path
+) -> tuple[dict[str, list[float]], StableDiffusionPipeline]:
+    """Train the autoencoder, then U-Net and text encoder; return the loss curves and the models."""
     key = digest({"config": config, "data": {name: data.digest for name, data in public.items()}})[:16]
     curves: dict[str, list[float]] = {}
     vae = make_vae(config)
@@ -75,8 +89,7 @@ def pretrain(public: dict[str, ImageSet], out: Path, *, config: PretrainConfig, 
     tokenizer = make_tokenizer(sorted({prompt for data in public.values() for prompt in data.prompts}))
     unet, text_encoder = make_unet(config), make_text_encoder(config, tokenizer)
     curves["unet"] = _train_unet(unet, text_encoder, tokenizer, vae, public, config, cache / f"unet-{key}.safetensors")
-    pipeline(vae, unet, text_encoder, tokenizer).save_pretrained(out)
-    return curves
+    return curves, pipeline(vae, unet, text_encoder, tokenizer)
 
 
 def make_vae(config: PretrainConfig) -> AutoencoderKL:

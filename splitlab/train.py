@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from splitlab import checkpoint, metrics
+from splitlab import checkpoint, metrics, storage
 from splitlab.artefacts import to_uint8
 from splitlab.base import Base, encoded
 from splitlab.colours import are_shapes
@@ -33,6 +33,9 @@ from splitlab.seeds import generator
 from splitlab.split import Client, client_send
 from splitlab.types import Callback, Truth
 from splitlab.wire import Header, write_transcript, write_truth
+
+FILES = ("controlnet/*.json", "controlnet/*.safetensors", "*.safetensors", "record.json", "timing.json")
+"""What a run's folder holds."""
 
 PACKAGES = ("splitlab", "torch", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -105,7 +108,7 @@ def train(
         base: public models.
         private: the clients' data.
         heldout: data that no scheme and no base model was trained on, for the evaluation.
-        out: folder to write; it is made.
+        out: folder to write; it is made. One that exists is replaced only if it holds a run's outputs and nothing else.
         cache: folder for encoded data and checkpoints. A call that was interrupted goes on from its last checkpoint
             when repeated, and ends with bit-identical weights.
         public: what a malicious server learns from; an honest one makes no use of it.
@@ -114,16 +117,35 @@ def train(
     Returns the record, as written.
 
     Raises:
-        InputError: the data do not fit the base model or the batch size, the loss is not finite, the disk is full, or a
-            malicious server has no public data.
+        InputError: before the first step: `out` holds other files, or another run is writing it; the data do not fit
+            the base model or the batch size, the loss is not finite, the disk is full, or a malicious server has no
+            public data.
     """
-    clients = make_clients(base, private, config, cache=cache)
-    scheme = make_scheme(base, config, clients, private.hints, public=public)
     depends = {"config": config, "base": base.digest, "data": private.digest, "torch": torch.__version__}
     if config.server == "hijack" and public is not None:
         depends["public"] = public.digest
-    key = digest(depends)[:16]
-    state = cache / f"train-{key}.safetensors"
+    state = cache / f"train-{digest(depends)[:16]}.safetensors"
+    written = storage.whole_folder(out, "train", known=FILES, apart={"cache": cache})
+    with storage.alone(state, state.with_name(f".{state.name}.lock"), "a run of the same data and settings"):
+        with written as folder:
+            record = _train(run, config, base, (private, heldout, public), folder, state, callback)
+        state.unlink(missing_ok=True)
+    return record
+
+
+def _train(
+    run: str,
+    config: TrainConfig,
+    base: Base,
+    data: tuple[ImageSet, ImageSet, ImageSet | None],
+    folder: Path,
+    state: Path,
+    callback: Callback | None,
+) -> dict[str, Any]:
+    """Train, with checkpoints at `state`, and write all outputs to the empty `folder`; return the record."""
+    (private, heldout, public), cache = data, state.parent
+    clients = make_clients(base, private, config, cache=cache)
+    scheme = make_scheme(base, config, clients, private.hints, public=public)
     progress = _run(scheme, config, state, callback)
     controlnet = scheme.controlnet().eval()
     asked = heldout.subset(range(min(config.eval_samples, len(heldout))))
@@ -136,17 +158,16 @@ def train(
         "privacy": _privacy(config, base, sum(len(client.data) for client in clients)),
     }
 
-    with checkpoint.whole_folder(out) as folder:
+    with storage.writing(folder / "controlnet"):
         controlnet.save_pretrained(folder / "controlnet")
-        samples = {"images": to_uint8(pictures), "hints": to_uint8(asked.hints)}
-        checkpoint.save(folder / "samples.safetensors", samples, {"prompts": asked.prompts})
-        write_transcript(folder / "transcript.safetensors", _header(run, config, base, private), progress.messages)
-        write_truth(folder / "truth.safetensors", progress.truths)
-        hijacker = scheme.modules.get("hijacker")
-        checkpoint.save(folder / "server.safetensors", dict(hijacker.state_dict()) if hijacker else {}, {})
-        checkpoint.save_json(folder / "record.json", record)
-        checkpoint.save_json(folder / "timing.json", _timing(config, progress))
-    state.unlink(missing_ok=True)
+    samples = {"images": to_uint8(pictures), "hints": to_uint8(asked.hints)}
+    checkpoint.save(folder / "samples.safetensors", samples, {"prompts": asked.prompts})
+    write_transcript(folder / "transcript.safetensors", _header(run, config, base, private), progress.messages)
+    write_truth(folder / "truth.safetensors", progress.truths)
+    hijacker = scheme.modules.get("hijacker")
+    checkpoint.save(folder / "server.safetensors", dict(hijacker.state_dict()) if hijacker else {}, {})
+    checkpoint.save_json(folder / "record.json", record)
+    checkpoint.save_json(folder / "timing.json", _timing(config, progress))
     return record
 
 
@@ -228,7 +249,8 @@ def _checkpoint(scheme: Scheme, state: Path, step: int, progress: Progress) -> N
         tensors[f"message/{i}"] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         tensors |= {f"truth/{i}/{name}": value for name, value in vars(truth).items()}
     totals = {name: getattr(progress, name) for name in ("up_bytes", "down_bytes", "client_s", "server_s")}
-    checkpoint.save(state, tensors, {"step": step, "n_messages": len(progress.messages), "totals": totals})
+    meta = {"step": step, "n_messages": len(progress.messages), "totals": totals}
+    checkpoint.save(state, tensors, meta, private=True)
 
 
 def _restore(scheme: Scheme, state: Path) -> tuple[int, Progress]:

@@ -205,7 +205,7 @@ def read_update(
 def write_update_truth(path: Path, truth: UpdateTruth) -> None:
     """Write what only the client knew to a file of its own."""
     tensors = {k: v for k, v in vars(truth).items() if isinstance(v, Tensor)}
-    checkpoint.save(path, tensors, {"prompts": list(truth.prompts)})
+    checkpoint.save(path, tensors, {"prompts": list(truth.prompts)}, private=True)
 
 
 def read_update_truth(path: str | Path) -> UpdateTruth:

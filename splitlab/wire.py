@@ -165,7 +165,8 @@ def _header(path: Path, meta: dict[str, Any]) -> Header:
 
 def write_truth(path: Path, truths: Sequence[Truth]) -> None:
     """Write what only the clients knew, message by message, aligned with the transcript."""
-    checkpoint.save(path, {f"{i:06d}/{k}": v for i, t in enumerate(truths) for k, v in vars(t).items()}, {})
+    tensors = {f"{i:06d}/{k}": v for i, t in enumerate(truths) for k, v in vars(t).items()}
+    checkpoint.save(path, tensors, {}, private=True)
 
 
 def read_truth(path: Path) -> Truth:

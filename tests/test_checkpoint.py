@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from splitlab import checkpoint
+from splitlab import checkpoint, storage
 from splitlab.errors import InputError
 
 TENSORS = {"a": torch.arange(3), "b/c": torch.randn(2, 2, generator=tiny.draw()).t()}
@@ -102,7 +102,7 @@ def test_private_files_are_their_owners_alone_and_others_follow_the_umask(tmp_pa
     try:
         checkpoint.save(tmp_path / "x.safetensors", TENSORS, {}, private=private)
         checkpoint.save_json(tmp_path / "x.json", {"a": 1}, private=private)
-        with checkpoint.whole_folder(tmp_path / "folder", private=private) as folder:
+        with storage.whole_folder(tmp_path / "folder", "test", private=private) as folder:
             checkpoint.save_json(folder / "x.json", {})
     finally:
         os.umask(before)
@@ -112,6 +112,6 @@ def test_private_files_are_their_owners_alone_and_others_follow_the_umask(tmp_pa
 
 
 def test_a_private_file_is_closed_to_others_while_it_is_written(tmp_path: Path):
-    with checkpoint.whole_file(tmp_path / "x", private=True) as partial:
+    with storage.whole_file(tmp_path / "x", private=True) as partial:
         assert stat.S_IMODE(partial.stat().st_mode) == 0o600
         partial.write_text("secret")

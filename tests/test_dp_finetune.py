@@ -154,6 +154,28 @@ def test_resuming_with_other_settings_is_refused(
     assert run(base, private, tmp_path, replace(settings, steps=6))["events"][0]["steps"] == 6
 
 
+def test_a_folder_with_other_files_is_refused_before_the_first_step_and_stays(
+    base: Base, private: ImageSet, tmp_path: Path
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("three years of work")
+    with pytest.raises(InputError, match=r"out: it holds notes\.txt, which splitlab did not write; .*another folder"):
+        run(base, private, tmp_path, config(private), callback=interrupted_at(1))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_two_runs_of_one_name_do_not_share_a_checkpoint(base: Base, private: ImageSet, tmp_path: Path):
+    said: list[str] = []
+
+    def second(what: str, done: int, total: int, objective: float) -> None:
+        with pytest.raises(InputError) as error:
+            finetune("tiny", config(private), base, private, out=tmp_path / "other", cache=tmp_path / "cache")
+        said.append(str(error.value))
+
+    run(base, private, tmp_path, config(private, steps=1), callback=second)
+    assert "a fine-tuning named 'tiny' is in progress; wait until it has ended, or give another name" in said[0]
+
+
 def test_a_given_epsilon_is_met_and_not_undercut(base: Base, private: ImageSet, tmp_path: Path):
     record = run(base, private, tmp_path, config(private, epsilon=4.0, noise_multiplier=0.0))
     assert 0.97 * 4.0 <= record["epsilon_simulated"] <= 4.0

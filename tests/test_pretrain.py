@@ -144,6 +144,15 @@ def test_standardising_changes_latents_but_not_pictures(public: dict[str, ImageS
         torch.testing.assert_close(after.std * ratio[:, None, None], before.std, rtol=1e-3, atol=1e-6)
 
 
+def test_a_folder_of_other_models_is_refused_before_the_first_step(public: dict[str, ImageSet], tmp_path: Path):
+    weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("weeks of work")
+    with pytest.raises(InputError, match="which splitlab did not write; it stays"):
+        pretrain(public, tmp_path / "out", config=PretrainConfig(), cache=tmp_path / "cache")
+    assert weights.read_text() == "weeks of work"
+
+
 def test_a_loss_that_is_not_finite_names_the_step(public: dict[str, ImageSet], tmp_path: Path):
     config = PretrainConfig(**(vars(CONFIG) | {"vae_lr": 1e38}))
     with pytest.raises(InputError, match=r"VAE: the loss is (nan|inf) at step \d; lower its learn"):

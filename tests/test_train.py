@@ -63,7 +63,7 @@ def states(tmp_path: Path, cache: str = "cache") -> list[Path]:
 
 def test_a_run_leaves_its_outputs_and_no_checkpoint(run: Run, tmp_path: Path):
     record = run(tiny.config())
-    names = {name.partition("/")[0] for name in COMPARED} | {"timing.json", "server.safetensors"}
+    names = {name.partition("/")[0] for name in COMPARED} | {"timing.json", "server.safetensors", ".splitlab.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert states(tmp_path) == []
     assert record == json.loads((tmp_path / "out" / "record.json").read_text())
@@ -155,6 +155,33 @@ def test_a_loss_that_is_not_finite_names_the_step_and_spares_earlier_outputs(run
     with pytest.raises(InputError, match=says):
         run(tiny.config(scheme=scheme, lr=1e36, steps=60, checkpoint_every=50))
     assert files(tmp_path / "out") == before
+
+
+def test_a_folder_with_other_files_is_refused_before_the_first_step_and_stays(run: Run, tmp_path: Path):
+    run(tiny.config())
+    (tmp_path / "out" / "notes.txt").write_text("three years of work")
+    seen: list[int] = []
+    with pytest.raises(InputError, match=r"out: notes\.txt was added .*name another folder"):
+        run(tiny.config(), callback=lambda what, done, total, loss: seen.append(done))
+    assert not seen
+    assert (tmp_path / "out" / "notes.txt").read_text() == "three years of work"
+    (tmp_path / "out" / "notes.txt").unlink()
+    (tmp_path / "out" / ".splitlab.json").unlink()  # as versions before the marker left it
+    run(tiny.config(seed=1))
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_run_cannot_keep_its_checkpoints_in_what_it_will_replace(run: Run):
+    with pytest.raises(InputError, match=r"cache \(.*\) lies in the folder to be written"):
+        run(tiny.config(), cache="out/cache")
+
+
+def test_what_only_the_client_may_know_is_the_owners_alone(run: Run, tmp_path: Path):
+    run(tiny.config())
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.config(), callback=interrupt_at(4))
+    for path in (tmp_path / "out" / "truth.safetensors", *states(tmp_path)):
+        assert path.stat().st_mode & 0o077 == 0
 
 
 def test_a_full_disk_while_checkpointing_spares_the_earlier_checkpoint(

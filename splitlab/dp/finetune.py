@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitlab import checkpoint
+from splitlab import checkpoint, storage
 from splitlab.base import Base, encoded
 from splitlab.data import ImageSet, digest
 from splitlab.dp.conditioning import CONDITIONINGS, Denoiser, denoiser, make_conditioning, save_embedder
@@ -33,6 +33,9 @@ from splitlab.privacy import epsilon as epsilon_of
 from splitlab.privacy import epsilon_entry, noise_multiplier_for
 from splitlab.seeds import PUBLISHED, Key, source
 from splitlab.types import Callback, PrivacyEvent
+
+FILES = ("unet/*", "embedder/*", "text_encoder/*", "record.json")
+"""What a fine-tuned model's folder holds."""
 
 ADJACENCY = "add_remove_one"
 ACCOUNTANTS = ("prv", "rdp")
@@ -229,7 +232,8 @@ def finetune(
         config: the run.
         base: the public models; they stay as they are.
         private: the data.
-        out: folder to write; it is made.
+        out: folder to write; it is made. One that exists is replaced only if it holds a fine-tuning's outputs and
+            nothing else.
         cache: folder for encoded data and the checkpoint.
         start: a fine-tuned model of the base to go on from, of the same conditioning; None: the base itself.
         history: what was spent on these data before, where `base` or `start` was trained on them, with secret draws.
@@ -238,10 +242,32 @@ def finetune(
     Returns the record, as written.
 
     Raises:
-        InputError: contradictory or unreachable settings, data that do not fit, or a checkpoint of other settings.
+        InputError: before the first step: `out` holds other files, or a run of that folder or name is in progress;
+            contradictory or unreachable settings, data that do not fit, or a checkpoint of other settings.
     """
+    path = cache / f"dp-{name}.safetensors"
+    written = storage.whole_folder(out, "finetune", known=FILES, apart={"cache": cache})
+    with storage.alone(path, path.with_name(f".{path.name}.lock"), f"a fine-tuning named {name!r}"):
+        with written as folder:
+            record = _finetune(name, config, base, private, folder, path, start, history, callback)
+        end_run(path)
+    return record
+
+
+def _finetune(
+    name: str,
+    config: DPConfig,
+    base: Base,
+    private: ImageSet,
+    folder: Path,
+    path: Path,
+    start: Tuned | None,
+    history: Sequence[PrivacyEvent],
+    callback: Callback | None,
+) -> dict[str, Any]:
+    """Fine-tune, with checkpoints at `path`, and write all outputs to the empty `folder`; return the record."""
     how = mechanism(config, len(private))
-    data = encoded(base, private, cache=cache)
+    data = encoded(base, private, cache=path.parent)
     conditioning = make_conditioning(
         base, config.conditioning, private.prompts, classes=config.classes, train_embedder=config.embedder
     )
@@ -249,7 +275,6 @@ def finetune(
     if start:
         _put(model, start, config, base)
     state = _start(config, model)
-    path = cache / f"dp-{name}.safetensors"
     settings = _settings(config, how, base, private, history) | {"start": digest(start.record) if start else None}
     if path.exists():
         _resume(state, path, settings, config.steps)
@@ -274,8 +299,7 @@ def finetune(
         "n_trainable": count_trainable(state.model),
         "trainable_share": round(count_trainable(state.model) / sum(p.numel() for p in base.unet.parameters()), 6),
     }
-    _write(state, out, record)
-    end_run(path)
+    _write(state, folder, record)
     return record
 
 
@@ -420,14 +444,14 @@ def _step(state: State, inputs: Inputs, config: DPConfig, how: Mechanism, number
     return losses
 
 
-def _write(state: State, out: Path, record: dict[str, Any]) -> None:
+def _write(state: State, folder: Path, record: dict[str, Any]) -> None:
     """Write the averaged weights in the layout of diffusers, and the record."""
     with torch.no_grad():
         for name, parameter in trainable_parameters(state.model).items():
             parameter.copy_(state.average[name])
     state.model.eval().requires_grad_(False)
     merge_lora(state.model.unet)
-    with checkpoint.whole_folder(out) as folder:
+    with storage.writing(folder):
         state.model.unet.save_pretrained(folder / "unet")
         save_embedder(state.model.embedder, folder)
-        checkpoint.save_json(folder / "record.json", record)
+    checkpoint.save_json(folder / "record.json", record)

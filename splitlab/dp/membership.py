@@ -6,7 +6,6 @@ likelihood ratio with shadow models (LiRA, Carlini et al. 2022).
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from torch import Tensor
 
-from splitlab import checkpoint
+from splitlab import checkpoint, storage
 from splitlab.base import Base
 from splitlab.config import reseeded
 from splitlab.data import ImageSet, digest
@@ -286,7 +285,7 @@ def shadow_losses(
             finetune(f"shadow-{key}", run, base, data, out=folder / key, cache=folder, callback=callback)
             losses = log_losses(base, load_tuned(folder / key), pool, draws=draws)
             checkpoint.save(path, {"losses": losses}, {})
-            shutil.rmtree(folder / key)
+            storage.discard(folder / key, "finetune")
         found.append(checkpoint.load(path)[0]["losses"])
     return torch.stack(found), member
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from splitlab import checkpoint
-from splitlab.artefacts import from_uint8, to_uint8
+from splitlab.artefacts import pictures, to_uint8
+from splitlab.config import parse
 from splitlab.data import ImageSet
+from splitlab.errors import InputError
 from splitlab.inversion.problem import Inversion
 from splitlab.inversion.prompts import PromptsFound
 from splitlab.inversion.timesteps import TimestepsFound
@@ -131,25 +133,43 @@ def load_inversion(path: Path) -> SavedInversion:
         InputError: the file is missing or damaged.
     """
     tensors, content = checkpoint.load(path)
-    meta: dict[str, Any] = dict(content)
-    seconds = checkpoint.load_json(path.with_suffix(".seconds.json"))["cpu_s"]
-    pictures = from_uint8(tensors["history"]) if "history" in tensors else ()
+    meta = parse(_Meta, content, where=f"{path}: what it says of itself")
+    seconds = checkpoint.load_json(path.with_suffix(".seconds.json"), "cpu_s")["cpu_s"]
+    history = pictures(tensors, "history", 5, path) if "history" in tensors else torch.zeros(0)
+    if len(history) != len(meta.history) or not isinstance(seconds, int | float):
+        raise InputError(f"{path}: its history or its seconds do not fit; attack again (`dvc repro`)")
     return SavedInversion(
-        meta["attack"],
-        meta["knowledge"],
-        from_uint8(tensors["images"]) if "images" in tensors else None,
-        _nested(meta["timesteps"]),
-        _nested(meta["prompts"]),
-        tuple(zip(meta["history"], pictures, strict=True)),
-        tuple(tensors["objective"].tolist()),
-        meta["n_evals"],
+        meta.attack,
+        meta.knowledge,
+        pictures(tensors, "images", 4, path) if "images" in tensors else None,
+        _nested(meta.timesteps, int, path),
+        _nested(meta.prompts, str, path),
+        tuple(zip(meta.history, history, strict=True)),
+        tuple(checkpoint.field(tensors, "objective", 1, (torch.float32,), path, finite=False).tolist()),
+        meta.n_evals,
         seconds,
-        meta["refused"],
+        meta.refused,
     )
 
 
-def _nested(values: list[list[Any]] | None) -> tuple[tuple[Any, ...], ...] | None:
-    return None if values is None else tuple(tuple(row) for row in values)
+@dataclass(frozen=True)
+class _Meta:
+    attack: str
+    knowledge: str
+    images: None
+    timesteps: Any
+    prompts: Any
+    history: tuple[int, ...]
+    objective: None
+    n_evals: int
+    refused: str
+
+
+def _nested(values: Any, kind: type, path: Path) -> tuple[tuple[Any, ...], ...] | None:
+    rows = values if isinstance(values, list) and all(isinstance(row, list) for row in values) else []
+    if values is not None and (rows is not values or not all(type(item) is kind for row in rows for item in row)):
+        raise InputError(f"{path}: expected lists of {kind.__name__}, got {values!r:.60}; attack again (`dvc repro`)")
+    return None if values is None else tuple(tuple(row) for row in rows)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
