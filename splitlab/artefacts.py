@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from splitlab import checkpoint
+from splitlab.base import finite
 from splitlab.config import parse
 from splitlab.errors import InputError
 from splitlab.types import Reconstruction
@@ -34,8 +35,12 @@ class SavedReconstruction:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Quantise images in [-1, 1] to 0 ... 255."""
-    return images.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    """Quantise images in [-1, 1] to 0 ... 255.
+
+    Raises:
+        InputError: they hold NaN or infinity.
+    """
+    return finite(images, "images").add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -15,6 +16,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from splitlab import checkpoint
+from splitlab.base_files import load_model
+from splitlab.base_kinds import check_kind, load_scheduler, load_tokenizer, square
+from splitlab.base_source import locate
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 
@@ -64,6 +68,14 @@ class Base:
         """T, the number of training timesteps."""
         return len(self.alphas_cumprod)
 
+    @cached_property
+    def encoding(self) -> str:
+        """SHA-256 over all that encoded data depend on: the weights, the VAE's scaling factor, the tokenizer."""
+        tokens = self.tokenizer
+        special = (tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id)
+        settings = (self.digest, self.vae.config.scaling_factor, self.text_shape, special)
+        return hashlib.sha256(repr((settings, sorted(tokens.get_vocab().items()))).encode()).hexdigest()
+
     @property
     def text_shape(self) -> tuple[int, int]:
         """(tokens, width) of a text embedding."""
@@ -78,17 +90,26 @@ class Base:
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 s s"], *, batch: int = 64) -> Float[Tensor, "b c h w"]:
-        """Encode images in [-1, 1] to latents: the posterior's mean, times the scaling factor."""
+        """Encode images in [-1, 1] to latents: the posterior's mean, times the scaling factor.
+
+        Raises:
+            InputError: the VAE cannot take images of that size, or makes no numbers of them.
+        """
         self.latent_shape(images.shape[-1])
         parts = [self.vae.encode(part).latent_dist.mean for part in images.split(batch)]
-        latents = torch.cat(parts) * self.vae.config.scaling_factor
+        latents = finite(torch.cat(parts) * self.vae.config.scaling_factor, "latents that the VAE encodes")
         return latents.contiguous()  # as from the cache: the memory layout decides how sums are rounded
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"], *, batch: int = 16) -> Float[Tensor, "b 3 s s"]:
-        """Decode latents to images, clamped to [-1, 1]."""
+        """Decode latents to images, clamped to [-1, 1].
+
+        Raises:
+            InputError: latents or images are not finite.
+        """
+        finite(latents, "latents to decode")
         parts = [self.vae.decode(part / self.vae.config.scaling_factor).sample for part in latents.split(batch)]
-        return torch.cat(parts).clamp(-1.0, 1.0)
+        return finite(torch.cat(parts), "images that the VAE decodes").clamp(-1.0, 1.0)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, batch: int = 256) -> Float[Tensor, "b l d"]:
@@ -125,6 +146,25 @@ class Base:
         return denoised(noisy_latents, noise, self.alphas_cumprod[timesteps][:, None, None, None])
 
 
+def finite(values: Tensor, what: str) -> Tensor:
+    """Return `values` if all are finite: NaN would pass for a black image.
+
+    Args:
+        values: of any shape, one item per row.
+        what: what they are, in the plural, for the error.
+
+    Raises:
+        InputError: some are not.
+    """
+    if not values.isfinite().all():
+        bad = int((~values.isfinite()).flatten(1).any(1).sum())
+        raise InputError(
+            f"{bad} of {len(values)} {what} hold NaN or infinity: the model, or what was made with it, diverged; check "
+            "the base model, the learning rate and the number of steps"
+        )
+    return values
+
+
 def noised(
     latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alphas: Float[Tensor, "b 1 1 1"]
 ) -> Float[Tensor, "b c h w"]:
@@ -155,31 +195,38 @@ class Encoded:
 
 
 def load_base(source: str | Path) -> Base:
-    """Load a base model from a directory in diffusers layout or from a hub id (safetensors only).
+    """Load a base model: a folder in diffusers' layout, or a hub id (`base_source.locate`); safetensors only.
+
+    All parts come out in float32, whatever width their files have; docs/design.md lists what loads and what does not.
 
     Raises:
         InputError: it is missing, incomplete, damaged or not a noise-predicting Stable Diffusion 1.x model.
     """
+    folder = None
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(source), safety_checker=None, use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except Exception as error:  # diffusers raises many types, from missing files to shape mismatches
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"base model {source}: cannot be loaded ({reason}); `dvc pull` fetches the shipped one, "
-            "and base.source in params.yaml takes any Stable Diffusion 1.x directory or hub id"
-        ) from None
-    for part in ("vae", "unet", "text_encoder", "tokenizer"):
-        if getattr(pipeline, part, None) is None:
-            raise InputError(f"base model {source}: it has no {part}, which splitlab needs; use a complete model")
-        if isinstance(getattr(pipeline, part), torch.nn.Module):
-            getattr(pipeline, part).eval().requires_grad_(False)
-    kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if kind != "epsilon":
-        raise InputError(f"base model {source}: it predicts {kind!r}; S1 needs a noise-predicting ('epsilon') model")
+        folder = locate(source)
+        check_kind(folder)
+        parts = _parts(folder)
+    except (InputError, OSError) as error:
+        reason = str(error).removeprefix(f"{folder}/").removeprefix(f"{folder}: ")
+        raise InputError(f"base model {source}: cannot be loaded: {reason}") from None
+    optional = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**parts, **optional)
+    pipeline.register_to_config(_name_or_path=str(folder))
     pipeline.set_progress_bar_config(disable=True)
     return Base(pipeline, _digest(pipeline))
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """Load the parts of the pipeline, the small ones first."""
+    scheduler = load_scheduler(folder)
+    text_encoder = load_model(CLIPTextModel, folder / "text_encoder")
+    tokenizer = load_tokenizer(folder / "tokenizer", text_encoder.config)
+    unet = load_model(UNet2DConditionModel, folder / "unet", **square(folder / "unet", 64))
+    vae = load_model(AutoencoderKL, folder / "vae", **square(folder / "vae", 512))
+    for part in (text_encoder, unet, vae):
+        part.requires_grad_(False)
+    return {"vae": vae, "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
 
 
 def _digest(pipeline: StableDiffusionPipeline) -> str:
@@ -193,7 +240,7 @@ def _digest(pipeline: StableDiffusionPipeline) -> str:
 
 def encoded(base: Base, data: ImageSet, *, cache: Path | None = None) -> Encoded:
     """Encode a data set once: from then on it is read from `cache`, keyed by the content of both."""
-    path = cache / f"encoded-{base.digest[:16]}-{data.digest[:16]}.safetensors" if cache else None
+    path = cache / f"encoded-{base.encoding[:16]}-{data.digest[:16]}.safetensors" if cache else None
     if path and path.exists():
         tensors, _ = checkpoint.load(path)
         return Encoded(**tensors)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from splitlab.base import Base
+from splitlab.base import Base, finite
 from splitlab.errors import InputError
 
 
@@ -214,7 +214,11 @@ def generate(
     guidance_scale: float = 2.0,
     batch: int = 64,
 ) -> Float[Tensor, "n 3 s s"]:
-    """Generate one image per (prompt, hint); hints and images in [-1, 1]."""
+    """Generate one image per (prompt, hint); hints and images in [-1, 1].
+
+    Raises:
+        InputError: images come out as NaN.
+    """
     images = []
     size = hints.shape[-1]
     for start in tqdm(range(0, len(prompts), batch), desc="generate", leave=False):
@@ -229,4 +233,4 @@ def generate(
             output_type="pt",
         ).images
         images.append(torch.as_tensor(part) * 2.0 - 1.0)
-    return torch.cat(images)
+    return finite(torch.cat(images), "generated images")

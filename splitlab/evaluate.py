@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import SavedReconstruction, load_reconstruction, read_table
-from splitlab.base import Base
+from splitlab.base import Base, finite
 from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
@@ -379,7 +379,8 @@ def without_control(base: Base, asked: ImageSet) -> dict[str, Tensor]:
         latents=torch.randn(latents.shape, generator=generator("no control")),
         output_type="pt",
     ).images
-    return {"no control": torch.as_tensor(free) * 2.0 - 1.0, "VAE ceiling": base.decode(latents)}
+    free = finite(torch.as_tensor(free), "images without control")
+    return {"no control": free * 2.0 - 1.0, "VAE ceiling": base.decode(latents)}
 
 
 def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:

@@ -11,6 +11,6 @@ CACHE = ROOT / ".cache"
 
 
 def resolve(path: str | Path) -> Path:
-    """Return `path` unchanged if absolute, else relative to the project root."""
-    path = Path(path)
+    """Return `path` unchanged if absolute, else relative to the project root; `~` is the user's home."""
+    path = Path(path).expanduser()
     return path if path.is_absolute() else ROOT / path

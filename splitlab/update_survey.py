@@ -20,6 +20,7 @@ from tqdm import tqdm
 from splitlab import checkpoint
 from splitlab.abreast import abreast
 from splitlab.base import Base
+from splitlab.base_files import load_model
 from splitlab.controlnet import LatentHintControlNet
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -289,11 +290,11 @@ def public_model(spec: ModelSpec, base: Base, seed: int) -> nn.Module:
     if spec.kind == "pixel":
         if not spec.source:
             return pixel_unet(spec.size, seed=seed, channels=spec.channels)
-        return plain_attention(_load(UNet2DModel, spec.source)).eval()
+        return plain_attention(load_model(UNet2DModel, resolve(spec.source))).eval()
     unet = plain_attention(type(base.unet).from_config(base.unet.config))
     unet.load_state_dict(base.unet.state_dict())
     if spec.kind == "controlnet":
-        controlnet: ControlNetModel = plain_attention(_load(LatentHintControlNet, spec.source))
+        controlnet: ControlNetModel = plain_attention(load_model(LatentHintControlNet, resolve(spec.source)))
         return ControlledUNet(unet, controlnet).eval()
     if spec.kind == "lora":
         with torch.random.fork_rng(devices=[]):
@@ -301,13 +302,6 @@ def public_model(spec: ModelSpec, base: Base, seed: int) -> nn.Module:
             targets = ["to_q", "to_k", "to_v", "to_out.0"]
             unet.add_adapter(LoraConfig(r=spec.rank, lora_alpha=spec.rank, target_modules=targets))
     return unet.eval()
-
-
-def _load(kind: Any, source: str) -> Any:
-    path = resolve(source)
-    if not (path / "config.json").exists():
-        raise InputError(f"{path}: no model there; name a directory written by save_pretrained")
-    return kind.from_pretrained(path)
 
 
 def record_updates(config: UpdateConfig, base: Base, load: LoadSplit, *, out: Path) -> list[str]:

@@ -295,7 +295,7 @@ def test_attacks_open_no_private_file(
         for attack in ON_S1:
             spec = AttackSpec(attack, options=QUICK.get(attack, {}))
             attack_and_save(transcript, spec, 0, shipped, public, out=tmp_path / "out", cache=tmp_path / "cache")
-    public_cache = f"encoded-{shipped.digest[:16]}-{public.digest[:16]}.safetensors"
+    public_cache = f"encoded-{shipped.encoding[:16]}-{public.digest[:16]}.safetensors"
     own = re.compile(r"network-[0-9a-f]+\.safetensors")  # an inverse network that the attacker trained before
     assert public_cache in {Path(path).name for path in opened}
     assert all(Path(path).parent == tmp_path / "cache" for path in opened)

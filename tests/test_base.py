@@ -40,7 +40,7 @@ def test_stable_diffusion_1_5_layout_has_its_shapes(sd15_base: Base):
 
 
 def test_a_missing_directory_says_how_to_get_one(tmp_path: Path):
-    with pytest.raises(InputError, match=r"base model .*nowhere: cannot be loaded .*dvc pull"):
+    with pytest.raises(InputError, match=r"base model .*nowhere: cannot be loaded: .*dvc pull"):
         load_base(tmp_path / "nowhere")
 
 

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel
 
 from splitlab import checkpoint
 from splitlab.base import Base
+from splitlab.base_files import load_model
 from splitlab.dp.conditioning import ClassEmbedder, TextEmbedder, labels_of, token_ids
 from splitlab.errors import InputError
 
@@ -47,14 +48,14 @@ def load_tuned(folder: Path) -> Tuned:
     record = checkpoint.load_json(folder / "record.json")
     embedder: nn.Module | None = None
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+        unet = load_model(UNet2DConditionModel, folder / "unet")
         if (folder / "embedder").exists():
-            embedder = ClassEmbedder.from_pretrained(folder / "embedder", low_cpu_mem_usage=False)
+            embedder = load_model(ClassEmbedder, folder / "embedder")
         elif (folder / "text_encoder").exists():
-            embedder = TextEmbedder(CLIPTextModel.from_pretrained(folder / "text_encoder"))
+            embedder = TextEmbedder(load_model(CLIPTextModel, folder / "text_encoder"))
         config = record["config"]
         kind, classes = config["conditioning"], tuple(config["classes"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:  # an InputError is a ValueError
         raise InputError(f"{folder}: no fine-tuned model ({error}); run the fine-tuning again") from None
     for module in (unet, embedder):
         if module is not None:
