@@ -32,6 +32,7 @@ from splitlab.inversion.candidates import candidate_shares, flattened, likeliest
 from splitlab.metrics import identified, line_ups, ssim
 from splitlab.privacy import epsilon, noise_multiplier_for
 from splitlab.seeds import generator
+from splitlab.tables import read_timed, write_table
 from splitlab.types import PrivacyEvent
 from splitlab.updates import UpdateTruth
 
@@ -243,10 +244,9 @@ def main():
     table = pd.DataFrame([{"part": name} | found for name in done for found in parts[name]()])
     print(table.to_string(index=False))
     if TABLE.exists():  # the other parts stay as they were
-        before = pd.read_csv(TABLE)
+        before = read_timed(TABLE).dropna(axis="columns", how="all")
         table = pd.concat([before[~before["part"].isin(done)], table]).sort_values("part", kind="stable")
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(TABLE, index=False)
+    write_table(table, TABLE)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from math import isnan
 from pathlib import Path
 
 from splitlab import ROOT
-from splitlab.artefacts import read_table
+from splitlab.tables import read_timed
 
 
 def rows(table, **wanted):
@@ -79,7 +79,10 @@ def curve(table):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, default=ROOT / "reports/metrics/gradient_attacks.csv")
-    table = read_table(parser.parse_args().table)
+    path = parser.parse_args().table
+    table = read_timed(path)
+    if table["cpu_s"].isna().all():
+        sys.exit(f"{path}: nothing was timed on this machine; `dvc repro` times what it runs")
     met = True
     for part in (images, contrast, curve):
         for bar, measured, reached in part(table):

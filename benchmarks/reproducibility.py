@@ -1,18 +1,14 @@
 """Run train and attack stages anew and compare every tensor, table and figure with those that are there, by hash.
 
 `python benchmarks/reproducibility.py [run ...]` (default: every run); prints what differs, exits 1 if anything does.
-Seconds and memory (`*timing.json`, the three machine columns of training.csv) do not repeat, and are left out.
+Seconds and memory (`*timing.json`, `timings/`) do not repeat, and are left out.
 """
 
 import hashlib
 import subprocess
 import sys
 
-import pandas as pd
-
 from splitlab import ROOT, load_params
-
-MACHINE_COLUMNS = ["client_s_per_sample", "server_s_per_sample", "peak_rss_mb"]
 
 
 def fingerprints():
@@ -20,11 +16,8 @@ def fingerprints():
     found = {}
     for folder in ("runs", "reconstructions", "scores", "reports/figures", "reports/metrics"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and not path.name.endswith("timing.json"):
-                content = path.read_bytes()
-                if path.name == "training.csv":
-                    content = pd.read_csv(path).drop(columns=MACHINE_COLUMNS).to_csv().encode()
-                found[str(path.relative_to(ROOT))] = hashlib.sha256(content).hexdigest()
+            if path.is_file() and not path.name.endswith("timing.json") and path.parent.name != "timings":
+                found[str(path.relative_to(ROOT))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 

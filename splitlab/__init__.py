@@ -15,17 +15,19 @@ from splitlab.abreast import n_workers  # noqa: E402
 from splitlab.artefacts import load_reconstruction, save_reconstruction  # noqa: E402
 from splitlab.attacks import ATTACKS, attack_all, attack_and_save, attack_transcript  # noqa: E402
 from splitlab.base import Base, encoded, load_base  # noqa: E402
+from splitlab.canvas import show_images  # noqa: E402
 from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse  # noqa: E402
 from splitlab.data import ImageSet, load  # noqa: E402
 from splitlab.errors import InputError  # noqa: E402
 from splitlab.evaluate import evaluate_all  # noqa: E402
-from splitlab.figures import draw_figures, show_images  # noqa: E402
+from splitlab.figures import draw_figures  # noqa: E402
 from splitlab.inversion import INVERSIONS  # noqa: E402
 from splitlab.inversion.brought import attack_gradient  # noqa: E402
 from splitlab.params import load_params, load_split, section  # noqa: E402
 from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
 from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
-from splitlab.survey import SurveyConfig, attack_survey, record_survey, utility  # noqa: E402
+from splitlab.survey import SurveyConfig, record_survey, utility  # noqa: E402
+from splitlab.survey_attack import attack_survey  # noqa: E402
 from splitlab.train import train  # noqa: E402
 from splitlab.types import Knowledge, Observation, Reconstruction, Truth  # noqa: E402
 from splitlab.update_scores import evaluate_updates  # noqa: E402

@@ -23,6 +23,9 @@ SENDING = ("split_gradients", "split", "u_shaped")
 SERVERS = ("honest", "hijack")
 """How a server may behave."""
 
+GRIDS = ("default", "full")
+"""How much of a survey is run."""
+
 
 @dataclass(frozen=True)
 class Defences:

@@ -24,6 +24,7 @@ from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
 from splitlab.params import load_split
 from splitlab.seeds import generator
+from splitlab.tables import write_table
 from splitlab.train import control_scores
 from splitlab.types import Reconstruction, Truth
 from splitlab.verdicts import ablations, verdicts
@@ -333,7 +334,7 @@ def evaluate_all(
     judged = verdicts(attack_table, read_table(utility) if utility else None, base.alphas_cumprod)
     frames = {"training": training_table, "split_attacks": attack_table, "split_verdicts": judged}
     for name, frame in (frames | {"ablations": ablations(attack_table, refused)}).items():
-        frame.to_csv(metrics / f"{name}.csv", index=False, lineterminator="\n")
+        write_table(frame, metrics / f"{name}.csv")
     content = summary(training_table, attack_table)
     (metrics / "summary.json").write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return training_table, attack_table
@@ -403,7 +404,8 @@ def per_row(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def training_row(run: Path) -> dict[str, Any]:
     """Return a run's row of the training table."""
-    record, timing = checkpoint.load_json(run / "record.json"), checkpoint.load_json(run / "timing.json")
+    record, timed = checkpoint.load_json(run / "record.json"), run / "timing.json"
+    timing = checkpoint.load_json(timed) if timed.exists() else {}
     config = parse(TrainConfig, record["config"], where=f"{run}/record.json")
     row = {"run": run.name, "defences": str(config.defences)}
     row |= {name: getattr(config, name) for name in ("dataset", "scheme", "n_clients", "steps", "server")}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib import pyplot as plt
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +16,7 @@ from torch import Tensor
 from splitlab import checkpoint, metrics
 from splitlab.artefacts import Recorded, from_uint8, load_reconstruction, read_table
 from splitlab.base import Base, load_base
-from splitlab.canvas import DPI, subplots
+from splitlab.canvas import STYLE, fill, save_figure, subplots
 from splitlab.config import EvaluateConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -42,37 +41,7 @@ _COLOURS = {
 _MARKERS = dict(zip(_COLOURS, "vPsD^o", strict=True))
 _SPARE = ("#009E73", "#CC79A7", "#F0E442", "#000000")  # Okabe & Ito's palette, as above
 _RUN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-STYLE = {
-    "font.size": 10.0,
-    "axes.titlesize": 11.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 _GRID_COLUMNS = 10
-
-
-def show_images(rows: Mapping[str, Tensor], *, scale: float = 0.9) -> Figure:
-    """Draw one labelled row of images `[n, 3, h, w]` in [-1, 1] per entry."""
-    columns = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(scale * columns + 2.2, scale * len(rows)), squeeze=False, layout="constrained"
-    )
-    _fill(axes, rows)
-    return figure
-
-
-def _fill(axes: Any, rows: Mapping[str, Tensor]) -> None:
-    """Put one row of images per line of `axes`, its label to the left."""
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, images, strict=False):
-            axis.imshow(((image + 1.0) / 2.0).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
 
 
 def by_strength(attacks: pd.DataFrame) -> list[str]:
@@ -142,12 +111,6 @@ def draw_figures(
     points = tradeoff(metrics, alphas_cumprod=base.alphas_cumprod)
     points.to_csv(out / "tradeoff.csv", index=False, lineterminator="\n")
     return [*drawn, save_figure(draw_tradeoff(points), out / "tradeoff.png")]
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure without the versions and dates that would make equal figures differ; return `path`."""
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    return path
 
 
 @dataclass(frozen=True)
@@ -222,7 +185,7 @@ def draw_grid(recorded: Recorded, base: Base, private: ImageSet, picked: Picked,
             rows[f"hint by {attack_label(name)}"] = hints
     n = len(picked.positions)
     figure, axes = subplots(len(rows), n, size=(0.86 * n + 2.3, 0.98 * len(rows) + 0.3))
-    _fill(axes, rows)
+    fill(axes, rows)
     for axis, timestep in zip(axes[0], picked.timesteps.tolist(), strict=True):
         axis.set_title(f"t = {timestep}", fontsize=9)
     for first, group in ((2, of_images), (start, of_hints)):
@@ -345,7 +308,7 @@ def draw_samples(runs: Mapping[str, Path]) -> Figure:
         rows[name], previous = images, hints
     n = max(len(images) for images in rows.values())
     figure, axes = subplots(len(rows), n, size=(0.86 * n + 2.0, 0.9 * len(rows)))
-    _fill(axes, rows)
+    fill(axes, rows)
     return figure
 
 

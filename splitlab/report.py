@@ -24,6 +24,7 @@ from splitlab.errors import InputError
 from splitlab.figures import by_strength, control_per_image
 from splitlab.findings import findings
 from splitlab.paths import ROOT, resolve
+from splitlab.tables import read_timed
 from splitlab.words import SCHEME_WORDS, attack_label
 
 DASH = "–"
@@ -45,7 +46,7 @@ class Material:
     Attributes:
         evidence: the result tables and what else the claims are judged by.
         threat_models: for each attacked run, the (what, value) rows saved with its strongest attack.
-        timings: for each run, its `timing.json`.
+        timings: for each run whose `timing.json` is there, its content.
         bases: for each run, the digest of the public base model it was trained with.
         privacy: for each run, what its record says it may claim.
         figures: folder of the pictures.
@@ -82,7 +83,7 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     Raises:
         InputError: something is missing or damaged; the message says what makes it.
     """
-    training, every = (read_table(metrics / f"{name}.csv") for name in ("training", "split_attacks"))
+    training, every = read_table(metrics / "training.csv"), read_timed(metrics / "split_attacks.csv")
     verdicts, ablations = (read_table(metrics / f"{name}.csv", empty=True) for name in ("split_verdicts", "ablations"))
     trained = training.dropna(subset=["steps"])
     attacks = every[every["run"].isin(trained["run"])]
@@ -98,7 +99,7 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     material = Material(
         evidence=Evidence(training, attacks, sent, control),
         threat_models=models,
-        timings={str(run): load_json(runs / run / "timing.json") for run in trained["run"]},
+        timings={str(run): load_json(path) for run in trained["run"] if (path := runs / run / "timing.json").exists()},
         bases={run: str(record["base"]) for run, record in records.items()},
         privacy={run: record["privacy"] for run, record in records.items()},
         figures=figures,
@@ -281,16 +282,16 @@ def cost_table(material: Material) -> HTML:
     )
     rows = []
     for _, row in material.trained.iterrows():
-        timing = material.timings[row["run"]]  # the tables round seconds
+        timing = material.timings.get(row["run"], {})
         rows.append(
             (
                 html.escape(row["run"]),
                 SCHEME_WORDS.get(row["scheme"], html.escape(row["scheme"])),
                 number(row["up_bytes_per_sample"]),
                 number(row["down_bytes_per_sample"]),
-                number(timing["client_s_per_sample"] or None, 3, scale=1e3),
-                number(timing["server_s_per_sample"] or None, 3, scale=1e3),
-                number(timing["peak_rss_mb"]),
+                number(timing.get("client_s_per_sample") or None, 3, scale=1e3),
+                number(timing.get("server_s_per_sample") or None, 3, scale=1e3),
+                number(timing.get("peak_rss_mb")),
             )
         )
     machines = dict.fromkeys(

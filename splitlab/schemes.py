@@ -12,13 +12,13 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from splitlab.attacks.hijacking import HijackingServer
 from splitlab.base import Base
 from splitlab.config import TrainConfig
 from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet
 from splitlab.data import ImageSet
 from splitlab.defences import protect, transforms
 from splitlab.errors import InputError
+from splitlab.hijacker import HijackingServer
 from splitlab.split import (
     Client,
     attach_hint_encoder,

@@ -8,8 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from splitlab.canvas import subplots
-from splitlab.figures import save_figure, show_images
+from splitlab.canvas import save_figure, show_images, subplots
 from splitlab.inversion.saved import NO_INFORMATION, load_inversion
 from splitlab.update_scores import matched, pictures
 from splitlab.update_survey import Cell, UpdateConfig, resized

@@ -16,6 +16,7 @@ from splitlab.base import Base
 from splitlab.errors import InputError
 from splitlab.inversion.saved import NO_INFORMATION, SavedInversion, load_inversion
 from splitlab.seeds import generator
+from splitlab.tables import write_table
 from splitlab.update_survey import Cell, LoadSplit, UpdateConfig, resized
 from splitlab.updates import UpdateTruth, read_update_truth
 
@@ -56,8 +57,7 @@ def evaluate_updates(
             rows.append(_row(config, cell, saved, truths, private) | {"ceiling_ssim": _ceiling(base, truths)})
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table = table.round({c: 4 for c in ("ssim", "ssim_std", "psnr_db", "cpu_s", "id_top1", "ceiling_ssim")})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False)
+    write_table(table, out)
     return table
 
 

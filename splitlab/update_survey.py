@@ -21,6 +21,7 @@ from splitlab import checkpoint
 from splitlab.abreast import abreast
 from splitlab.base import Base
 from splitlab.base_files import load_model
+from splitlab.config import GRIDS
 from splitlab.controlnet import LatentHintControlNet
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -43,7 +44,6 @@ from splitlab.update_defences import (
 )
 from splitlab.updates import Update, UpdateTruth, read_update, write_update, write_update_truth
 
-GRIDS = ("default", "full")
 GRANTS = ("batch_size", "timesteps", "noise", "text", "hint_latents")
 KINDS = ("pixel", "latent", "controlnet", "lora")
 

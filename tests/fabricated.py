@@ -13,14 +13,16 @@ from splitlab.base import Base, load_base
 from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.datasets import SPLITS
-from splitlab.dp.figures import draw_dp_figures
+from splitlab.dp.figures import draw_dp_curve, draw_dp_samples
 from splitlab.dp.finetune import DPConfig
 from splitlab.dp.survey import DPCell, DPSurveyConfig, dp_survey
 from splitlab.evaluate import evaluate_all
 from splitlab.figures import draw_figures
 from splitlab.generate import write_split
 from splitlab.params import load_split
-from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, attack_survey, record_survey
+from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey
+from splitlab.survey_attack import attack_survey
+from splitlab.tables import write_table
 from splitlab.train import train
 from splitlab.update_figures import draw_update_figures
 from splitlab.update_scores import evaluate_updates
@@ -198,7 +200,7 @@ def make_private(base: Base, root: Path) -> pd.DataFrame:
     """Fine-tune, judge and draw `private_survey` below `root`; return the table."""
     splits = {"private": two_classes(80, 0), "private-test": two_classes(70, 1), "public": two_classes(40, 2)}
     table, pictures = dp_survey(private_survey(), base, lambda dataset, split: splits[split], cache=root / "cache")
-    (root / "metrics").mkdir(parents=True, exist_ok=True)
-    table.to_csv(root / "metrics" / "dp.csv", index=False)
-    draw_dp_figures(table, pictures, out=root / "figures-dp")
+    write_table(table, root / "metrics" / "dp.csv")
+    draw_dp_curve(table, out=root / "figures-dp" / "curve.png")
+    draw_dp_samples(pictures, out=root / "figures-dp" / "samples-tiny.png")
     return table

@@ -9,7 +9,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from splitlab import figures
+from splitlab import canvas, figures
 from splitlab.artefacts import Recorded
 from splitlab.config import EvaluateConfig
 from splitlab.errors import InputError
@@ -67,7 +67,7 @@ def test_attacks_have_words_and_what_they_were_denied() -> None:
 
 
 def test_show_images_draws_one_row_per_entry() -> None:
-    figure = figures.show_images({"a": torch.zeros(3, 3, 8, 8), "b": torch.ones(2, 3, 8, 8)})
+    figure = canvas.show_images({"a": torch.zeros(3, 3, 8, 8), "b": torch.ones(2, 3, 8, 8)})
     assert sum(bool(axis.images) for axis in figure.axes) == 5
     plt.close(figure)
 

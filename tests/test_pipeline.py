@@ -3,12 +3,16 @@
 import ast
 import json
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import closure
 import pytest
 import yaml
+from closure import code
 
+from pipeline.inputs import reads
 from splitlab.attacks import ATTACKS
 from splitlab.config import SENDING, AttackSpec, EvaluateConfig, TrainConfig, parse
 from splitlab.dp.survey import DPSurveyConfig
@@ -30,24 +34,23 @@ def stage(name: str) -> dict:
     return STAGES[name].get("do", STAGES[name])
 
 
-def code(notebook: Path) -> str:
-    cells = json.loads(notebook.read_text())["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-
-
 def test_attack_stages_depend_on_what_the_server_has_and_public_data_only() -> None:
-    public = ["data/public", "models/base"]
-    for name, own in {
-        "attack": ["runs/${key}/transcript.safetensors", "runs/${key}/server.safetensors"],
-        "survey-attack": ["survey/transcripts"],
-        "updates-attack": ["updates/sent", "updates/granted", "runs/shapes-federated/controlnet"],
-    }.items():
-        deps = [dep for dep in stage(name)["deps"] if not dep.startswith(("splitlab/", "notebooks/"))]
-        assert deps == own + public, name
+    for name, data, own in (
+        ("attack", "attack/${key}", ["runs/${key}/transcript.safetensors", "runs/${key}/server.safetensors"]),
+        ("survey-attack", "survey-attack", ["survey/transcripts"]),
+        ("updates-attack", "updates-attack", ["updates/sent", "updates/granted", "runs/shapes-federated/controlnet"]),
+    ):
+        deps = [dep for dep in stage(name)["deps"] if not dep.startswith(("splitlab/", "inputs/notebooks/"))]
+        assert deps == [f"inputs/data/{data}.json", "inputs/base.json", *own, "models/base"], name
+    read = reads(load_params())
+    attacks = {name: splits for name, splits in read.items() if name.startswith("attack/") or name.endswith("-attack")}
+    assert len(attacks) == 2 + len(load_params()["attacks"])
+    assert all({split for _, split in splits} == {"public"} for splits in attacks.values())
 
 
 def test_the_pretrain_stage_depends_on_public_data_only() -> None:
     assert not [dep for dep in stage("pretrain")["deps"] if PRIVATE.search(dep)]
+    assert {split for _, split in reads(load_params())["pretrain"]} == {"public"}
 
 
 def test_the_check_for_private_files_can_fail() -> None:
@@ -84,11 +87,62 @@ def test_the_truth_of_updates_is_read_on_the_evaluators_side_only() -> None:
     assert readers <= {"update_scores.py", "update_figures.py", "update_explore.py", "updates.py"}
 
 
-def test_every_stage_names_modules_and_notebooks_that_exist() -> None:
+def test_every_stage_depends_on_all_modules_that_its_notebook_imports() -> None:
+    text = (ROOT / "dvc.yaml").read_text()
+    assert closure.rewritten(text) == text, "run `python tests/closure.py --write`"
+    for name in (name for name in STAGES if name != "inputs"):
+        (notebook,) = re.findall(r"notebooks/(\w+)\.ipynb", stage(name)["cmd"])
+        deps = set(stage(name)["deps"])
+        assert f"inputs/notebooks/{notebook}.json" in deps, name
+        for module in closure.closure(code(ROOT / f"notebooks/{notebook}.ipynb")):
+            assert deps & {path.as_posix() for path in (module, *module.parents)}, f"{name}: {module}"
+        assert all((ROOT / dep).exists() for dep in deps if dep.startswith("splitlab")), name
+
+
+def test_imports_are_found_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "splitlab"
+    for name, source in {
+        "__init__": "from splitlab.a import first as renamed",
+        "a": "def first():\n    import splitlab.sub.lazy",
+        "plain": "",
+        "sub/__init__": "from splitlab import plain",
+        "sub/lazy": "from . import near",
+        "sub/near": "from ..far import thing",
+        "far": "",
+        "unused": "",
+    }.items():
+        (package / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text(source)
+    monkeypatch.setattr(closure, "ROOT", tmp_path)
+    for cached in (closure.file_of, closure.exporter):
+        cached.cache_clear()
+    found = {path.as_posix() for path in closure.closure("import json\nfrom splitlab import renamed")}
+    for cached in (closure.file_of, closure.exporter):
+        cached.cache_clear()
+    names = ("a", "plain", "sub/__init__", "sub/lazy", "sub/near", "far")
+    assert found == {f"splitlab/{name}.py" for name in names}
+
+
+def test_no_output_is_pushed_and_none_of_private_data_is_copied_to_the_cache() -> None:
     for name in STAGES:
-        for dep in stage(name)["deps"]:
-            if dep.startswith(("splitlab/", "notebooks/")):
-                assert (ROOT / dep).exists(), f"{name}: {dep}"
+        for out in (*stage(name)["outs"], *stage(name).get("metrics", ())):
+            ((path, options),) = out.items()
+            assert options["push"] is False, path
+            assert path == "models/base" or options["cache"] is False, path
+    assert all(out["push"] is False for out in yaml.safe_load((ROOT / "data.dvc").read_text())["outs"])
+
+
+def test_what_own_runs_leave_is_not_seen_by_git() -> None:
+    own = ["data/private/mine", "models/base", "reports/metrics/dp/mine.csv", "reports/figures-dp/samples-mine.png"]
+    own += ["inputs/data/train/mine.json", "inputs/data/dp-survey/mine.json", "reports/executed/train-mine.ipynb"]
+    for name in STAGES:
+        for out in stage(name)["outs"]:
+            ((path, _),) = out.items()
+            own += [path.replace("${key}", "mine")] if not path.startswith(("reports/metrics/", "inputs")) else []
+    own.remove("reports/figures-dp/curve.png")
+    for path in own:
+        found = subprocess.run(["git", "check-ignore", "--no-index", "-q", path], cwd=ROOT, check=False)
+        assert found.returncode in (0, 128), f"git would track {path}"  # 128: there is no git here
 
 
 def test_every_section_of_the_parameter_file_parses() -> None:

@@ -15,7 +15,8 @@ from splitlab.config import AttackSpec, Defences, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.report import load_material
-from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, catalogue, record_survey, utility
+from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey, utility
+from splitlab.survey_attack import catalogue
 from splitlab.train import record, train
 from splitlab.wire import read_truth
 

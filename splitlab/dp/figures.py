@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from splitlab.canvas import DPI, subplots
+from splitlab.canvas import STYLE, save_figure, show_images, subplots
 from splitlab.dp.survey import PUBLIC, REAL, START
-from splitlab.figures import STYLE, show_images
 
 COLOURS = {"attention": "#D55E00", "lora": "#0072B2", "unet": "#009E73", "blocks": "#CC79A7", "transformers": "#E69F00"}
 
@@ -19,26 +18,23 @@ CONTRAST_LINES = {PUBLIC: ":", START: "-.", REAL: "--"}
 
 
 @style.context(["default", STYLE])  # in this house's style, whatever the user's is
-def draw_dp_figures(table: pd.DataFrame, pictures: Mapping[str, Tensor], *, out: Path) -> list[Path]:
-    """Draw `curve.png` and `samples.png` below `out`; equal inputs give equal bytes.
+def draw_dp_curve(table: pd.DataFrame, *, out: Path) -> Path:
+    """Draw what each ε costs to `out`, a PNG; equal inputs give equal bytes. `table`: see `draw_curve`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return save_figure(draw_curve(table), out)
 
-    Args:
-        table: of `splitlab.dp.survey.COLUMNS`.
-        pictures: label -> images `[n, 3, h, w]` in [-1, 1], one row each.
-        out: folder to write; it is made.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    figures = {"curve": draw_curve(table), "samples": show_images(pictures)}
-    paths = []
-    for name, figure in figures.items():
-        paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=DPI, metadata={"Software": None})
-    return paths
+
+@style.context(["default", STYLE])
+def draw_dp_samples(pictures: Mapping[str, Tensor], *, out: Path) -> Path:
+    """Draw label -> images `[n, 3, h, w]` in [-1, 1], one row each, to `out`, a PNG; equal inputs give equal bytes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return save_figure(show_images(pictures), out)
 
 
 def draw_curve(table: pd.DataFrame) -> Figure:
     """Draw accuracy, Fréchet distance and membership by ε, one row of panels per data set, one line per trainable set.
 
+    `table` is one of `splitlab.dp.survey.COLUMNS`.
     Lines are means over seeds, bars go from the least to the most. A measure that a data set lacks has no panel.
     """
     datasets = list(table["dataset"].unique())

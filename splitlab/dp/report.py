@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.artefacts import read_table
 from splitlab.claims import HOLDS, PARTLY, REFUTED, UNMEASURED, counted, percent
 from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.errors import InputError
 from splitlab.report import DASH, figure, lay_out, number
+from splitlab.tables import read_timed
 from splitlab.tradeoff import nominal
 
 WORDS = {
@@ -85,7 +85,7 @@ def load_dp(metrics: Path, figures: Path) -> DPMaterial:
     for path in (metrics / "dp.csv", figures):
         if not path.exists():
             raise InputError(f"{path}: missing; run `dvc repro` first, which makes it")
-    return DPMaterial(read_table(metrics / "dp.csv"), figures)
+    return DPMaterial(read_timed(metrics / "dp.csv"), figures)
 
 
 def conclusion(material: DPMaterial) -> Markdown:
@@ -253,13 +253,12 @@ def _epsilon(value: float) -> str:
 
 def pictures(material: DPMaterial) -> HTML:
     """Show what each ε costs, and what the models draw."""
-    captions = {
-        "curve": "What each ε costs: mean over seeds, bars from the lowest to the highest. Grey: what needs no private "
-        "fine-tuning.",
-        "samples": "Images of the real and the generated kind, one column per class; the first of each, none picked by "
-        "hand, seed 0.",
-    }
-    return HTML("".join(figure(material.figures / f"{name}.png", text) for name, text in captions.items()))
+    costs = "mean over seeds, bars from the lowest to the highest. Grey: what needs no private fine-tuning."
+    shown = [figure(material.figures / "curve.png", f"What each ε costs: {costs}")]
+    drawn = "images of the real and the generated kind, one column per class; the first of each, none picked by hand"
+    for path in sorted(material.figures.glob("samples-*.png")):
+        shown.append(figure(path, f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0."))
+    return HTML("".join(shown))
 
 
 def table(material: DPMaterial) -> HTML:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from splitlab import checkpoint
 from splitlab.base import Base
-from splitlab.config import reseeded
+from splitlab.config import GRIDS, reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.dp.audit import audit
 from splitlab.dp.conditioning import labels_of
@@ -29,7 +29,6 @@ from splitlab.dp.sample import Tuned, load_tuned, sample, untuned
 from splitlab.errors import InputError
 from splitlab.privacy import recorded_epsilon
 from splitlab.seeds import generator
-from splitlab.survey import GRIDS
 
 COLUMNS = (
     *("dataset", "trainable", "n_trainable", "epsilon", "randomness", "delta", "noise_multiplier", "max_grad_norm"),

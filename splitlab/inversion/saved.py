@@ -1,5 +1,6 @@
 """Inversions on disk: what attacks on updates leave for the evaluation, for figures and for the explorer."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class SavedInversion:
         history: `(n_evals, images)` on the way.
         objective: the attack's own objective as it went on.
         n_evals: evaluations per update.
-        cpu_s: CPU seconds for all updates.
+        cpu_s: CPU seconds for all updates; NaN if unknown.
         refused: why there is no result; "" if there is.
     """
 
@@ -134,7 +135,8 @@ def load_inversion(path: Path) -> SavedInversion:
     """
     tensors, content = checkpoint.load(path)
     meta = parse(_Meta, content, where=f"{path}: what it says of itself")
-    seconds = checkpoint.load_json(path.with_suffix(".seconds.json"), "cpu_s")["cpu_s"]
+    timed = path.with_suffix(".seconds.json")
+    seconds = checkpoint.load_json(timed, "cpu_s")["cpu_s"] if timed.exists() else math.nan
     history = pictures(tensors, "history", 5, path) if "history" in tensors else torch.zeros(0)
     if len(history) != len(meta.history) or not isinstance(seconds, int | float):
         raise InputError(f"{path}: its history or its seconds do not fit; attack again (`dvc repro`)")

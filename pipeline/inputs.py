@@ -1,0 +1,195 @@
+"""What the stages read, by content: the stage `inputs`, which every `dvc repro` runs first.
+
+Writes `inputs/notebooks/<notebook>.json`, a digest of what the notebook says, its outputs left out;
+`inputs/data/<stage>.json`, a digest of every split that the stage reads; and `inputs/base.json`, one of the base model.
+Stages depend on these files, so DVC never sees, copies or pushes data that people bring, and saved outputs make nothing
+stale. Standard library and YAML
+only: it takes a fraction of a second, where importing `splitlab` takes many.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+SPLITS = ("private", "public", "heldout", "private_test")
+Split = tuple[str, str]
+"""(data set, split)."""
+
+
+class MissingInput(Exception):
+    """A source is not there."""
+
+
+def reads(params: Mapping[str, Any]) -> dict[str, set[Split]]:
+    """Return stage -> the splits it reads, for all stages that read data sets."""
+    runs = {run: _dataset(entry, "shapes") for run, entry in params["runs"].items()}
+    surveyed = {*params["survey"].get("datasets", ("shapes",)), *params["survey"].get("default", {})}
+    updates = {_dataset(case, "photos") for case in params["updates"].get("cases", ())}
+    trained = {"private", "public", "heldout"}
+    stages = {f"train/{run}": _pairs([name], trained) for run, name in runs.items()}
+    stages |= {f"attack/{run}": _pairs([runs[run]], {"public"}) for run in params["attacks"] if run in runs}
+    for grid, entry in params["dp"].items():
+        stages[f"dp-survey/{grid}"] = _pairs([_dataset(entry.get("common", {}), "digits")], SPLITS)
+    shares = params["pretrain"].get("shares", ("shapes", "photos", "digits"))
+    return stages | {
+        "pretrain": _pairs(shares, {"public"}),
+        "survey-record": _pairs(surveyed, {"private"}),
+        "survey-utility": _pairs(surveyed, {"private", "heldout"}),
+        "survey-attack": _pairs(surveyed, {"public"}),
+        "updates-record": _pairs(updates, {"private"}),
+        "updates-attack": _pairs(updates, {"public"}),
+        "updates-evaluate": _pairs(updates, {"private"}),
+        "evaluate": _pairs({*runs.values(), *surveyed}, trained),
+        "figures": _pairs({*runs.values(), *surveyed}, {"private"}),
+    }
+
+
+def _dataset(entry: Mapping[str, Any], default: str) -> str:
+    return str(entry.get("dataset", default))
+
+
+def _pairs(datasets: Iterable[str], splits: Iterable[str]) -> set[Split]:
+    return {(dataset, split) for dataset in datasets for split in splits}
+
+
+def sources(dataset: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a data set's entry: of the section `datasets`, of a folder of splits, or of the hub.
+
+    Raises:
+        MissingInput: there is no such data set.
+    """
+    entries = params.get("datasets") or {}
+    if dataset in entries:
+        return dict(entries[dataset])
+    if dataset.startswith("hub:"):
+        return {"source": dataset}
+    folder = _path(dataset)
+    if not folder.exists():
+        raise MissingInput(f"no data set {dataset!r}: neither in the section datasets of params.yaml nor a folder")
+    parts = {split: (folder / split, folder / f"{split}.zip") for split in SPLITS}
+    return {split: str(path) for split, both in parts.items() for path in both if path.exists()}
+
+
+class Digests:
+    """SHA-256 of files, kept from call to call while a file's size and time stay the same."""
+
+    def __init__(self, memory: Path):
+        self._memory = memory
+        try:
+            self._known: dict[str, list[Any]] = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+        self._used: dict[str, list[Any]] = {}
+
+    def file(self, path: Path) -> str:
+        """Return the digest of a file's bytes."""
+        facts = path.stat()
+        stamp, key = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino], str(path)
+        known = self._known.get(key, [])
+        if known[:-1] != stamp:
+            with path.open("rb") as file:
+                known = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+        self._used[key] = known
+        return str(known[-1])
+
+    def path(self, path: Path) -> str:
+        """Return the digest of a file, or of the names and contents of a folder's files."""
+        if path.is_file():
+            return self.file(path)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return _digest({file.relative_to(path).as_posix(): self.file(file) for file in files})
+
+    def split(self, dataset: str, split: str, params: Mapping[str, Any]) -> str | None:
+        """Return the digest of all that a split is made from; None if the data set has no such split.
+
+        Raises:
+            MissingInput: a source is not there.
+        """
+        entry = sources(dataset, params)
+        if split not in entry and any(name in entry for name in SPLITS):
+            return None
+        for name in (split, "source"):
+            source = entry.get(name)
+            if isinstance(source, str) and not source.startswith("hub:") and not _path(source).exists():
+                raise MissingInput(f"data set {dataset}: {name} is {source}, and there is no such file or folder")
+        return _digest(self.content({name: entry[name] for name in entry if name == split or name not in SPLITS}))
+
+    def content(self, value: Any) -> Any:
+        """Return `value` with the contents of files and folders in place of their paths."""
+        if isinstance(value, Mapping):
+            return {str(name): self.content(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [self.content(part) for part in value]
+        if isinstance(value, str) and value and _path(value).exists():
+            return {"content": self.path(_path(value))}
+        return value
+
+    def keep(self) -> None:
+        """Write down what is known, for the next call."""
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        _write(self._memory, json.dumps(self._used))
+
+
+def _path(text: str) -> Path:
+    return ROOT / Path(text).expanduser()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def notebook_digest(path: Path) -> str:
+    """Return the digest of a notebook's cells, without what running or saving it changes."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    kept = [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
+    return _digest(kept)
+
+
+def written(params: Mapping[str, Any], digests: Digests) -> dict[str, dict[str, Any]]:
+    """Return file below `inputs` -> its content."""
+    notebooks = (ROOT / "notebooks").glob("*.ipynb")
+    files: dict[str, dict[str, Any]] = {f"notebooks/{p.stem}.json": {"cells": notebook_digest(p)} for p in notebooks}
+    source = params["base"]["source"]  # the shipped base is a stage's output: those that need it depend on it
+    files["base.json"] = {"source": source if _path(source) == _path("models/base") else digests.content(source)}
+    for stage, pairs in reads(params).items():
+        found = {f"{name}/{split}": digests.split(name, split, params) for name, split in sorted(pairs)}
+        files[f"data/{stage}.json"] = {name: value for name, value in found.items() if value}
+    return files
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main() -> int:
+    """Bring `inputs/` up to date; what is right already is not touched."""
+    params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    digests, folder = Digests(ROOT / ".cache" / "inputs.json"), ROOT / "inputs"
+    try:
+        files = written(params, digests)
+    except MissingInput as error:
+        print(f"error: {error}. No stage was run, and nothing was deleted; bring it back or mend params.yaml")
+        return 1
+    for name, content in files.items():
+        path, text = folder / name, json.dumps(content, indent=1, sort_keys=True) + "\n"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, text)
+    for path in folder.rglob("*.json"):
+        if path.relative_to(folder).as_posix() not in files:
+            path.unlink()
+    digests.keep()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
