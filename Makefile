@@ -51,5 +51,5 @@ reproducible: data ## run train and attack stages twice and compare every tensor
 data-regenerate: setup ## write data/ anew from the seeded generators (provenance; not needed to use the project)
 	python -m splitlab.generate data
 
-clean: ## forget caches and checkpoints; shipped and tracked files stay
-	rm -rf .cache scratch
+clean: ## forget caches, and the checkpoints of runs that have not ended; all outputs stay
+	rm -rf .cache

@@ -73,7 +73,7 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     Raises:
         InputError: the file is missing or damaged.
     """
-    tensors, content = checkpoint.load(path)
+    tensors, content = checkpoint.load(path, remedy=checkpoint.REMADE)
     meta = parse(_Meta, content, where=f"{path}: what it says of itself")
     prompts = None if meta.prompts is None else tuple(map(str, meta.prompts))
     images, hints = (pictures(tensors, n, 4, path) if n in tensors else None for n in ("images", "hints"))

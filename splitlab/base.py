@@ -242,9 +242,9 @@ def encoded(base: Base, data: ImageSet, *, cache: Path | None = None) -> Encoded
     """Encode a data set once: from then on it is read from `cache`, keyed by the content of both."""
     path = cache / f"encoded-{base.encoding[:16]}-{data.digest[:16]}.safetensors" if cache else None
     if path and path.exists():
-        tensors, _ = checkpoint.load(path)
+        tensors, _ = checkpoint.load(path, remedy=checkpoint.CACHED)
         return Encoded(**tensors)
     result = Encoded(base.encode(data.images), base.encode(data.hints), base.encode_prompts(data.prompts))
     if path:
-        checkpoint.save(path, vars(result), {})
+        checkpoint.save(path, vars(result), {}, private=True)
     return result

@@ -17,6 +17,10 @@ from splitlab.storage import whole_file
 MAX_JSON_BYTES = 64 * 2**20
 OTHER = "name a file that splitlab wrote"
 REMADE = "move it aside and run the stage that makes it (`dvc repro`)"
+"""What to do about an output of the pipeline that is not what it was."""
+
+CACHED = "it holds saved work and nothing else: move it aside and run again"
+"""What to do about such a cache or checkpoint. A file that somebody brought is described instead."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object], *, private: bool = False) -> None:
@@ -69,8 +73,12 @@ def load_json(path: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def load(path: Path, *, remedy: str = "") -> tuple[dict[str, Tensor], dict[str, object]]:
     """Read (tensors, meta) that `save` wrote.
+
+    Args:
+        path: a safetensors file.
+        remedy: what to do if it is damaged: `REMADE` or `CACHED`. "": it may be anybody's: say what it is instead.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -82,16 +90,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, remedy) from None
     if not isinstance(meta, dict):
         raise InputError(f"{path}: what it says of itself is {type(meta).__name__}, not keys and values; {OTHER}")
     return tensors, meta
 
 
-def unreadable(path: Path, error: Exception) -> InputError:
-    """Return the error of a file that should hold safetensors: what it is by its bytes, and what to do."""
+def unreadable(path: Path, error: Exception, remedy: str = "") -> InputError:
+    """Return the error of a file that should hold safetensors: what it is by its bytes, and what to do; see `load`."""
     try:
-        return InputError(f"{path}: damaged, or not safetensors ({error}): it is {describe_file(path)}")
+        told = f"damaged ({error}); {remedy}" if remedy else f"damaged, or not safetensors ({error}): it is "
+        return InputError(f"{path}: {told}{'' if remedy else describe_file(path)}")
     except OSError:
         return InputError(f"{path}: cannot be read ({error}); check its permissions and its disk")
 

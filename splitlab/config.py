@@ -99,19 +99,21 @@ class Defences:
         if self.patch_shuffle < 0:
             raise InputError(f"patch_shuffle is a patch's side and must be 0 or more, got {self.patch_shuffle}")
         if (self.independent_draws or self.matched) and not self.feature_noise:
-            raise InputError("independent_draws and matched say how feature_noise is added: give it, or remove them")
+            raise InputError("independent_draws and matched say how feature_noise is added: give it, or leave them out")
         if self.independent_draws and self.matched:
-            raise InputError("matched needs one draw over all fields: remove independent_draws")
+            raise InputError("matched needs one draw over all fields: leave out independent_draws")
         if self.noise_once and not (self.feature_noise or self.hint_noise):
-            raise InputError("noise_once says how noise is drawn: give feature_noise or hint_noise, or remove it")
+            raise InputError("noise_once says how noise is drawn: give feature_noise or hint_noise, or leave it out")
         if self.noise_once and self.independent_draws:
-            raise InputError("noise_once is one draw on the latents: remove independent_draws")
+            raise InputError("noise_once is one draw on the latents: leave out independent_draws")
         if self.layout_noise and (self.hint_noise or self.coarse_hints):
-            raise InputError("layout_noise protects the hint by itself: remove hint_noise and coarse_hints, or it")
+            raise InputError("layout_noise protects the hint by itself: leave out hint_noise and coarse_hints, or it")
         if self.borrowed_colours and self.hide_prompts:
-            raise InputError("borrowed_colours sends prompts that say nothing of the image: remove hide_prompts, or it")
+            raise InputError(
+                "borrowed_colours sends prompts that say nothing of the image: leave hide_prompts or it out"
+            )
         if self.fresh_keys and not (self.key_mixing or self.patch_shuffle):
-            raise InputError("fresh_keys needs a key: switch key_mixing or patch_shuffle on, or remove it")
+            raise InputError("fresh_keys needs a key: switch key_mixing or patch_shuffle on, or leave it out")
 
     def __str__(self) -> str:
         """Name the defences that are on, as tables show them; "none" where there are none."""
@@ -167,19 +169,19 @@ class TrainConfig:
         if self.scheme not in SENDING and self.defences != Defences():
             raise InputError(
                 f"scheme {self.scheme!r} sends no activations, so these defences do nothing: {self.defences}; "
-                "remove them, or use scheme 'split'"
+                "leave them out, or use scheme 'split'"
             )
         if self.scheme == "split_gradients" and self.defences.symsigmoid:
-            raise InputError("symsigmoid is for latent hints; split_gradients has a trained hint encoder: remove it")
+            raise InputError("symsigmoid is for latent hints; split_gradients has a trained hint encoder: leave it out")
         if self.scheme == "split_gradients" and self.defences.feature_noise and not self.defences.independent_draws:
             raise InputError("split_gradients sends features of another shape: add independent_draws to feature_noise")
         if self.scheme == "split_gradients" and (self.defences.hint_noise or self.defences.coarse_hints):
             raise InputError(
-                "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: remove them"
+                "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: give neither"
             )
         own = self.defences
         if self.scheme == "split_gradients" and (own.layout_noise or own.borrowed_colours or own.turned):
-            raise InputError("layout_noise, borrowed_colours, turned are for schemes 'split', 'u_shaped': remove them")
+            raise InputError("layout_noise, borrowed_colours, turned are for schemes 'split', 'u_shaped': give none")
         if self.defences.key_mixing and self.batch_size % self.defences.key_mixing:
             raise InputError(
                 f"batch_size {self.batch_size} is no multiple of key_mixing {self.defences.key_mixing}: change either"

@@ -168,7 +168,7 @@ def _decode(path: Path, name: str, read: Callable[[str], bytes]) -> np.ndarray:
     except (KeyError, FileNotFoundError):
         raise InputError(f"{path}: image {name} is named in the metadata but missing; restore the file") from None
     except Exception as error:  # PIL raises many types for damaged files
-        raise InputError(f"{path}: image {name} cannot be read ({error}); restore or remove it") from None
+        raise InputError(f"{path}: image {name} cannot be read ({error}); restore or convert it") from None
 
 
 def _hub_rows(name: str) -> Iterator[Row]:

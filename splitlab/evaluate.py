@@ -350,7 +350,7 @@ def disjoint(dataset: str, params: Mapping[str, Any]) -> ImageSet:
     if shared := private.image_hashes() & public.image_hashes():
         raise InputError(
             f"data set {dataset}: {len(shared)} of the public images are private ones, so no attack that uses public "
-            "data would mean anything; take them out of the public split"
+            "data would mean anything; give a public split without them"
         )
     return private
 

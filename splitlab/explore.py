@@ -145,7 +145,7 @@ class Artefacts:
     def _scores(self, run: str, n: int) -> dict[str, Tensor]:
         """Return the run's per-sample scores; none if they are missing or of another transcript."""
         path = self.scores / f"{run}.safetensors"
-        tensors = checkpoint.load(path)[0] if path.exists() else {}
+        tensors = checkpoint.load(path, remedy=checkpoint.REMADE)[0] if path.exists() else {}
         return tensors if all(len(value) == n for value in tensors.values()) else {}
 
     def attack_live(

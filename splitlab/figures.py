@@ -149,7 +149,7 @@ class Shown:
 
 def _reconstructed(recorded: Recorded, scores: Path, order: Sequence[str], picked: Picked) -> dict[str, Shown]:
     """Load every attack's first try on the picked samples; those that recover no picture are left out."""
-    scored, _ = checkpoint.load(scores)
+    scored, _ = checkpoint.load(scores, remedy=checkpoint.REMADE)
     shown = {}
     for attack in order:
         result = load_reconstruction(recorded.reconstructions / f"{attack}-0.safetensors").result
@@ -264,7 +264,7 @@ def draw_losses(runs: Mapping[str, Path], *, window: int = 50) -> Figure:
 
 def control_per_image(run: Path, *, shapes: bool) -> Tensor:
     """Score each generated image of a run, `[n]`: disc IoU if `shapes`, else `metrics.edge_control`."""
-    tensors, _ = checkpoint.load(run / "samples.safetensors")
+    tensors, _ = checkpoint.load(run / "samples.safetensors", remedy=checkpoint.REMADE)
     images, hints = from_uint8(tensors["images"]), from_uint8(tensors["hints"])
     return metrics.disc_iou(images, hints) if shapes else metrics.edge_control(images, hints)
 
@@ -301,7 +301,7 @@ def draw_samples(runs: Mapping[str, Path]) -> Figure:
     rows: dict[str, Tensor] = {}
     previous = None
     for name, folder in runs.items():
-        tensors, _ = checkpoint.load(folder / "samples.safetensors")
+        tensors, _ = checkpoint.load(folder / "samples.safetensors", remedy=checkpoint.REMADE)
         hints, images = (from_uint8(tensors[key][:_GRID_COLUMNS]) for key in ("hints", "images"))
         if previous is None or not torch.equal(previous, hints):
             rows["hint" if previous is None else f"hint for {name}"] = hints

@@ -30,7 +30,7 @@ def load_params(path: str | Path = "params.yaml") -> dict[str, Any]:
         raise InputError(f"{path}: no such parameter file") from None
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1
-        raise InputError(f"{path}, line {line}: {error.problem}; a key may be given once: remove either") from None
+        raise InputError(f"{path}, line {line}: {error.problem}; a key may be given once: keep one of them") from None
     except YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({error})") from None
     except (

@@ -7,7 +7,7 @@ ROOT = Path(os.environ.get("SPLITLAB_ROOT", Path(__file__).resolve().parent.pare
 """The project root: the checkout this package was installed from (editable), or `$SPLITLAB_ROOT`."""
 
 CACHE = ROOT / ".cache"
-"""Content-addressed caches and checkpoints: always safe to delete."""
+"""Content-addressed caches, and the checkpoints and secret keys of runs that have not ended."""
 
 
 def resolve(path: str | Path) -> Path:

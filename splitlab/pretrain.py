@@ -238,7 +238,7 @@ def _optimise(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     held, start, losses = modules | (averaged or {}), 0, []
     if state.exists():
-        tensors, _ = checkpoint.load(state)
+        tensors, _ = checkpoint.load(state, remedy=checkpoint.CACHED)
         checkpoint.restore_training_state(tensors, held, {"optimizer": optimizer})
         start, losses = int(tensors["step"]), tensors["losses"].tolist()
     for step in tqdm(range(start, steps), desc=label, initial=start, total=steps, mininterval=5):

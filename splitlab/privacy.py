@@ -291,7 +291,7 @@ def matched_message_event(
         InputError: no feature noise, no bound, or draws that are independent between fields (two views of one image).
     """
     if defences.independent_draws:
-        raise InputError("independent_draws sends the image twice, through an activation: no ε; remove it")
+        raise InputError("independent_draws sends the image twice, through an activation: no ε; switch it off")
     alpha_bar, repeats = 1.0, 1
     if not defences.noise_once:
         floor = alphas_cumprod.new_tensor([defences.timestep_floor]).long()

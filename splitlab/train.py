@@ -254,7 +254,7 @@ def _checkpoint(scheme: Scheme, state: Path, step: int, progress: Progress) -> N
 
 
 def _restore(scheme: Scheme, state: Path) -> tuple[int, Progress]:
-    tensors, meta = checkpoint.load(state)
+    tensors, meta = checkpoint.load(state, remedy=checkpoint.CACHED)
     checkpoint.restore_training_state(tensors, scheme.modules, scheme.optimizers)
     count: int = meta["n_messages"]  # type: ignore[assignment]
     messages = [tensors[f"message/{i}"].numpy().tobytes() for i in range(count)]

@@ -241,7 +241,7 @@ class UpdateConfig:
         for cell, _, _ in self.cells:
             for spec in cell.attacks:
                 if (cell.name, spec.name) in seen:
-                    raise InputError(f"updates: {spec.name} on {cell.name} is asked for twice; remove one")
+                    raise InputError(f"updates: {spec.name} on {cell.name} is asked for twice; ask once")
                 seen.add((cell.name, spec.name))
 
     @property
@@ -390,7 +390,8 @@ def _attack_cell(
     model = public_model(spec, base, seed)
     sent = sorted((recorded / "sent" / cell.name).glob(f"{seed}-*.safetensors"))
     updates = [read_update(path, model=model) for path in sent]
-    facts, meta = checkpoint.load(recorded / "granted" / cell.name / f"{seed}.safetensors")
+    granted = recorded / "granted" / cell.name / f"{seed}.safetensors"
+    facts, meta = checkpoint.load(granted, remedy=checkpoint.REMADE)
     folder, n = out / cell.name, len(updates) * cell.together
     size = spec.size if spec.kind == "pixel" else public.images.shape[-1]
     draw = generator("no information", cell.name, seed)

@@ -97,7 +97,7 @@ def test_a_missing_image_is_named(folder: Path, damage):
 def test_a_truncated_image_is_named(folder: Path, damage):
     content = (folder / "00001.png").read_bytes()
     (folder / "00001.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"image 00001\.png cannot be read .*restore or remove it"):
+    with pytest.raises(InputError, match=r"image 00001\.png cannot be read .*restore or convert it"):
         load(damage())
 
 

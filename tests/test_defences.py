@@ -291,13 +291,13 @@ def test_defences_that_do_not_fit_a_message_say_so(defences: Defences, reason: s
      ({"key_mixing": 1}, "2 or more"),
      ({"patch_shuffle": -2}, "patch's side"),
      ({"matched": True}, "say how feature_noise is added"),
-     ({"feature_noise": 1.0, "matched": True, "independent_draws": True}, "remove independent_draws"),
+     ({"feature_noise": 1.0, "matched": True, "independent_draws": True}, "leave out independent_draws"),
      ({"fresh_keys": True}, "needs a key"),
      ({"hint_noise": -1.0}, "hint_noise is a standard deviation"),
      ({"latent_norm": -1.0}, "latent_norm is a norm"),
      ({"coarse_hints": 1}, "number of frequencies, 2 or more"),
      ({"noise_once": True}, "give feature_noise or hint_noise"),
-     ({"feature_noise": 1.0, "noise_once": True, "independent_draws": True}, "remove independent_draws")],
+     ({"feature_noise": 1.0, "noise_once": True, "independent_draws": True}, "leave out independent_draws")],
 )  # fmt: skip
 def test_contradictory_defences_are_refused(values: dict, reason: str):
     with pytest.raises(InputError, match=reason):

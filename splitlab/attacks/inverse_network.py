@@ -207,7 +207,7 @@ def _fit(
 ) -> list[float]:
     """Train by AdamW under one cycle of the learning rate (Smith & Topin 2018), or read what was trained before."""
     if kept and kept.exists():
-        tensors, meta = checkpoint.load(kept)
+        tensors, meta = checkpoint.load(kept, remedy=checkpoint.CACHED)
         network.load_state_dict(tensors)
         return list(meta["losses"])  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)

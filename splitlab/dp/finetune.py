@@ -353,7 +353,7 @@ def _resume(state: State, path: Path, settings: dict[str, Any], steps: int) -> N
     Raises:
         InputError: it was made with other settings, or has taken more steps than asked for.
     """
-    tensors, meta = checkpoint.load(path)
+    tensors, meta = checkpoint.load(path, remedy=checkpoint.CACHED)
     before: dict[str, Any] = meta["settings"]  # type: ignore[assignment]
     done: int = meta["steps"]  # type: ignore[assignment]
     other = [name for name in settings if before.get(name) != settings[name]]
@@ -361,7 +361,7 @@ def _resume(state: State, path: Path, settings: dict[str, Any], steps: int) -> N
         changes = ", ".join(f"{name} was {before.get(name)!r} and is now {settings[name]!r}" for name in other)
         raise InputError(
             f"{path}: {done} steps were taken with other settings ({changes}), and they have been spent; "
-            "restore the settings to go on, or give the run another name to begin anew"
+            "set them as they were to go on, or give the run another name to begin anew"
         )
     if done > steps:
         raise InputError(f"{path}: {done} steps were taken already, more than the {steps} asked for; ask for as many")

@@ -286,7 +286,7 @@ def shadow_losses(
             losses = log_losses(base, load_tuned(folder / key), pool, draws=draws)
             checkpoint.save(path, {"losses": losses}, {})
             storage.discard(folder / key, "finetune")
-        found.append(checkpoint.load(path)[0]["losses"])
+        found.append(checkpoint.load(path, remedy=checkpoint.CACHED)[0]["losses"])
     return torch.stack(found), member
 
 

@@ -55,8 +55,8 @@ def load_tuned(folder: Path) -> Tuned:
             embedder = TextEmbedder(load_model(CLIPTextModel, folder / "text_encoder"))
         config = record["config"]
         kind, classes = config["conditioning"], tuple(config["classes"])
-    except (OSError, KeyError, ValueError) as error:  # an InputError is a ValueError
-        raise InputError(f"{folder}: no fine-tuned model ({error}); run the fine-tuning again") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:  # an InputError is a ValueError
+        raise InputError(f"{folder}: no fine-tuned model ({error}); name a folder that `finetune` wrote") from None
     for module in (unet, embedder):
         if module is not None:
             module.eval().requires_grad_(False)

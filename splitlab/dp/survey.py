@@ -296,7 +296,7 @@ def _generate(judge: Judge, tuned: Tuned, seed: int, folder: Path) -> Tensor:
         draw = generator("dp samples", seed)
         images = sample(judge.base, tuned, judge.asked(), generator=draw, steps=config.sample_steps)
         checkpoint.save(path, {"images": images.half()}, {})
-    return checkpoint.load(path)[0]["images"].float()
+    return checkpoint.load(path, remedy=checkpoint.CACHED)[0]["images"].float()
 
 
 def _membership(judge: Judge, tuned: Tuned) -> float:

@@ -133,7 +133,7 @@ def load_inversion(path: Path) -> SavedInversion:
     Raises:
         InputError: the file is missing or damaged.
     """
-    tensors, content = checkpoint.load(path)
+    tensors, content = checkpoint.load(path, remedy=checkpoint.REMADE)
     meta = parse(_Meta, content, where=f"{path}: what it says of itself")
     timed = path.with_suffix(".seconds.json")
     seconds = checkpoint.load_json(timed, "cpu_s")["cpu_s"] if timed.exists() else math.nan

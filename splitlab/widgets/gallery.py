@@ -33,7 +33,7 @@ class Gallery(widgets.VBox):
         with reported(self.message):
             folder = self.artefacts.runs / self.run.value
             record = checkpoint.load_json(folder / "record.json")
-            tensors, meta = checkpoint.load(folder / "samples.safetensors")
+            tensors, meta = checkpoint.load(folder / "samples.safetensors", remedy=checkpoint.REMADE)
             prompts: list[str] = meta["prompts"]  # type: ignore[assignment]
             self._samples = tensors["hints"], tensors["images"], prompts
             config = parse(TrainConfig, record["config"], where=f"{folder}/record.json")

@@ -20,7 +20,11 @@ TARGETS = (0.05, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0)
 DELTA = 1e-5
 """δ of the guarantee that is stated beside the measurements."""
 
-TABLES = "The tables are in the repository: <code>git checkout reports/metrics</code> brings them back."
+TABLES = (
+    "The shipped tables are in the repository: <code>git show HEAD:reports/metrics/matched_client.csv</code> "
+    "prints one; "
+    "<code>PlannerPanel(metrics=...)</code> reads those of another folder."
+)
 
 
 class PlannerPanel(widgets.VBox):
