@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from splitlab import ROOT, load_base, load_params, load_split, resolve
+from splitlab import ROOT, load_base, load_params, load_split
 from splitlab.base import Encoded
 from splitlab.config import Defences
 from splitlab.dp.audit import audit, audit_message
@@ -63,7 +63,7 @@ def clients() -> bool:
     proportional to their distance, and the bound is scaled back.
     """
     params = load_params()
-    base = load_base(resolve(params["base"]["source"]))
+    base = load_base(params["base"]["source"])
     public = load_split("shapes", "public", params).subset(range(64))
     data = Encoded(base.encode(public.images), base.encode(public.hints), base.encode_prompts(public.prompts))
     norm = float(data.latents.flatten(1).norm(dim=1).median())

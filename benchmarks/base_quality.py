@@ -8,7 +8,7 @@ import json
 import numpy as np
 import torch
 
-from splitlab import load_base, load_params, load_split, metrics, resolve
+from splitlab import load_base, load_params, load_split, metrics
 from splitlab.colours import COLOURS, rgb, split_prompt
 from splitlab.seeds import generator
 
@@ -49,7 +49,7 @@ def colours_followed(base, prompts):
 
 def main():
     params = load_params()
-    base = load_base(resolve(params["base"]["source"]))
+    base = load_base(params["base"]["source"])
     rng = np.random.default_rng(1)
     prompts = []
     while len(prompts) < N_PROMPTS:

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 
-from splitlab import CACHE, ROOT, load_base, load_params, load_split, resolve
+from splitlab import CACHE, ROOT, load_base, load_params, load_split
 from splitlab.base import encoded
 from splitlab.checkpoint import load_json, save_json
 from splitlab.data import digest
@@ -230,7 +230,7 @@ def main():
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
     params = load_params()
-    base, data = load_base(resolve(params["base"]["source"])), load_split("digits", "private", params)
+    base, data = load_base(params["base"]["source"]), load_split("digits", "private", params)
     latents, text = encoded(base, data, cache=CACHE).latents, base.encode_prompts(data.prompts)
     indices = list(range(given.targets))
     line_up = line_ups(len(data), torch.tensor(indices), CANDIDATES, generator("dp shares line-up"))

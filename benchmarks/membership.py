@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from splitlab import CACHE, load_base, load_params, load_split, resolve
+from splitlab import CACHE, load_base, load_params, load_split
 from splitlab.dp.canaries import extract, insert
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.membership import attacks, log_losses, shadow_losses
@@ -63,7 +63,7 @@ def main():
     torch.set_num_threads(1)
     models = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     params = load_params()
-    base = load_base(resolve(params["base"]["source"]))
+    base = load_base(params["base"]["source"])
     digits = load_split("digits", "private", params)
     pool = digits.subset(range(POOL))
     faces = load_split("photos", "private", params)

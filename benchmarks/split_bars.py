@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from splitlab import ROOT, load_base, load_params, load_split, read_transcript, resolve
+from splitlab import ROOT, load_base, load_params, load_split, read_transcript
 from splitlab.artefacts import read_table
 from splitlab.attacks import make_knowledge
 from splitlab.attacks.channel import labelled
@@ -32,7 +32,7 @@ def whole(run, attack):
 def noise_error(run="shapes-u-shaped"):
     """Relative error of the noise solved for from the returned gradients of a U-shaped run."""
     params = load_params()
-    base = load_base(resolve(params["base"]["source"]))
+    base = load_base(params["base"]["source"])
     transcript = read_transcript(ROOT / "runs" / run / "transcript.safetensors")
     knowledge = make_knowledge(transcript, base, load_split(transcript.header.dataset, "public", params))
     truth = read_truth(ROOT / "runs" / run / "truth.safetensors").noise

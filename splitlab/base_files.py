@@ -165,9 +165,10 @@ def _check_tensors(model: nn.Module, found: dict[str, Any], file: Path) -> None:
     """Refuse what was not filled from the file: such tensors hold whatever memory held."""
     misshapen = [f"{name} ({list(there)} for {list(want)})" for name, there, want in sorted(found["mismatched_keys"])]
     strange = [name for name in found["unexpected_keys"] if not NOT_READ.search(name)]
+    lost, strangers = list(found["missing_keys"]), f" (in their place: {_some(strange)})" if strange else ""
     bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     for tensors, problem in (
-        (found["missing_keys"], "tensors are missing"),
+        (lost, f"tensors are missing{strangers}"),
         (misshapen, "tensors have other shapes than config.json says"),
         (strange, "tensors belong to another kind of model than config.json says"),
         (bad, "tensors hold NaN or infinity"),

@@ -65,7 +65,7 @@ class Artefacts:
     @cached_property
     def base(self) -> Base:
         """The public models."""
-        return load_base(resolve(self.params["base"]["source"]))
+        return load_base(self.params["base"]["source"])
 
     @property
     def config(self) -> EvaluateConfig:

@@ -22,7 +22,6 @@ from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.evaluate import buckets
 from splitlab.params import load_split
-from splitlab.paths import resolve
 from splitlab.survey_figures import draw_frontier, draw_matrix
 from splitlab.tradeoff import tradeoff
 from splitlab.tradeoff_figures import draw_tradeoff
@@ -81,7 +80,7 @@ def draw_figures(
     """
     training, attacks = (read_table(metrics / f"{name}.csv") for name in ("training", "split_attacks"))
     config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
-    base = load_base(resolve(params["base"]["source"]))
+    base = load_base(params["base"]["source"])
     out.mkdir(parents=True, exist_ok=True)
     recorded = [Recorded.of_run(run, runs, reconstructions) for run in params["attacks"]]
     if survey is not None:

@@ -55,6 +55,8 @@ def load_params(path: str | Path = "params.yaml") -> dict[str, Any]:
             )
         if other := [key for key in entries if not isinstance(key, str)]:
             raise InputError(f"{path}, section {name}: the name {other[0]!r} is no text; put it in quotes")
+    if set(params["base"]) != {"source"} or not isinstance(params["base"]["source"], str):
+        raise InputError(f"{path}, section base: expected source, a folder or a hub id, got {params['base']!r}")
     return params
 
 

@@ -169,7 +169,7 @@ def test_pickles_of_the_hub_are_not_even_fetched(hub: ThreadingHTTPServer):
     ],
 )
 def test_the_hubs_refusals_are_one_sentence(hub: ThreadingHTTPServer, source: str, reason: str):
-    with pytest.raises(InputError, match=rf"there is no folder .*{source}, and as a hub id: {reason}$"):
+    with pytest.raises(InputError, match=rf"there is no folder .*{source}, and for the hub id .*: {reason}$"):
         load_base(source)
 
 
@@ -183,7 +183,7 @@ def test_a_repository_without_the_folders_says_what_it_has(hub: ThreadingHTTPSer
 
 @pytest.mark.usefixtures("no_hub")
 def test_without_a_network_the_cache_serves(base: Base, base_path: Path, tmp_path: Path):
-    with pytest.raises(InputError, match=r"no folder .*org/name, and as a hub id: the hub cannot be reached"):
+    with pytest.raises(InputError, match=r"no folder .*org/name, and for the hub id .*: the hub cannot be reached"):
         load_base("org/name")
     folder = cached(base_path, tmp_path / "cache", "org/name")
     loaded = load_base("org/name")

@@ -8,7 +8,9 @@ from splitlab.errors import InputError
 from splitlab.params import SECTIONS, load_params
 from splitlab.paths import ROOT
 
-EMPTY = "".join(f"{name}: {{}}\n" for name in SECTIONS if name != "runs")
+EMPTY = "base: {source: models/base}\n" + "".join(
+    f"{name}: {{}}\n" for name in SECTIONS if name not in ("base", "runs")
+)
 
 
 def written(folder: Path, runs: str) -> Path:
@@ -81,3 +83,11 @@ def test_sections_map_names_to_settings(tmp_path: Path, section: str, says: str)
     (tmp_path / "params.yaml").write_text(EMPTY + section)
     with pytest.raises(InputError, match=says):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("base", ["{}", "{sorce: models/base}", "{source: ~}", "{source: models/base, variant: fp16}"])
+def test_the_base_section_names_one_source(tmp_path: Path, base: str):
+    path = written(tmp_path, "{}")
+    path.write_text(path.read_text().replace("{source: models/base}", base))
+    with pytest.raises(InputError, match="section base: expected source, a folder or a hub id, got "):
+        load_params(path)
