@@ -146,7 +146,6 @@ def latent_hint_controlnet(
     base: Base, *, activation: str = "none", hide_prompts: bool = False, coarse_hints: int = 0
 ) -> LatentHintControlNet:
     """Build S1's ControlNet from the base's U-Net, its zero convolutions at zero."""
-    _check_unet(base.unet)
     model = LatentHintControlNet.from_unet(base.unet)
     model.register_to_config(activation=activation, hide_prompts=hide_prompts, coarse_hints=coarse_hints)
     return model.train()
@@ -154,18 +153,12 @@ def latent_hint_controlnet(
 
 def image_hint_controlnet(base: Base, *, seed: int) -> ControlNetModel:
     """Build an ordinary ControlNet, whose convolutional hint encoder meets the VAE's down-scaling."""
-    _check_unet(base.unet)
     widths = (16, 32, 96, 256)
     halvings = base.pipeline.vae_scale_factor.bit_length() - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=widths[: halvings + 1])
     return model.train()
-
-
-def _check_unet(unet: nn.Module) -> None:
-    if not isinstance(unet, UNet2DConditionModel):
-        raise InputError(f"ControlNets need a UNet2DConditionModel, the base has a {type(unet).__name__}")
 
 
 def predict_noise(

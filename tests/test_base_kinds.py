@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from splitlab.artefacts import to_uint8
 from splitlab.base import Base, encoded, load_base
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -100,6 +101,27 @@ def few_tokens(base: Path) -> None:
     name = next(name for name in tensors if "token_embedding" in name)
     save_file(tensors | {name: tensors[name][:10].clone()}, file, metadata={"format": "pt"})
     text(vocab_size=10)(base)
+
+
+def whole_clip(base: Path) -> None:
+    """Give the text model the configuration of all of CLIP."""
+    whole = json.loads((base / "text_encoder/config.json").read_text())
+    text(model_type="clip", architectures=["CLIPModel"], text_config=whole)(base)
+
+
+def old_layout(base: Path) -> None:
+    """Write the configuration of tokenizer, text model and sampler as Stable Diffusion 1.5 has it."""
+    token = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    start, end = (token | {"content": content} for content in ("<|startoftext|>", "<|endoftext|>"))
+    split_tokenizer(base)
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "<|endoftext|>"}
+    (base / "tokenizer/special_tokens_map.json").write_text(json.dumps(special))
+    typed = {key: {"__type": "AddedToken"} | value for key, value in special.items() if isinstance(value, dict)}
+    (base / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps(typed | {"model_max_length": 77, "errors": "replace"})
+    )
+    text(torch_dtype="float32", dtype=REMOVED, transformers_version="4.22.0.dev0", dropout=0.0)(base)
+    scheduler("PNDMScheduler", skip_prk_steps=True, clip_sample=False)(base)
 
 
 def one_further_down(base: Path) -> Path:
@@ -223,6 +245,8 @@ SAME: dict[str, Change] = {
     "no-size": unet(sample_size=None),
     "no-vae-size": vae(sample_size=None),
     "list-size": lambda base: (unet(sample_size=[4, 4])(base), vae(sample_size=[16, 16])(base))[0],
+    "whole-clip": whole_clip,
+    "old-layout": old_layout,
     "safety": index(
         safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
         feature_extractor=["transformers", "CLIPImageProcessor"],
@@ -258,6 +282,15 @@ def test_other_samplers_give_way_to_ddim_on_their_schedule(base: Base, copied: P
     assert isinstance(other.pipeline.scheduler, DDIMScheduler)
     assert not other.pipeline.scheduler.config.clip_sample
     assert torch.equal(other.alphas_cumprod, base.alphas_cumprod)
+
+
+def test_a_unet_of_stable_diffusion_2_loads(base: Base, copied: Path):
+    changes = {"use_linear_projection": True, "attention_head_dim": [2, 4]}
+    with torch.random.fork_rng(devices=[]):
+        UNet2DConditionModel.from_config(dict(base.unet.config) | changes).save_pretrained(copied / "unet")
+    other = load_base(copied)
+    assert list(other.unet.config.attention_head_dim) == [2, 4]
+    assert other.digest != base.digest
 
 
 def test_betas_given_one_by_one_are_the_schedule(copied: Path):
@@ -335,3 +368,5 @@ def test_images_that_are_no_numbers_are_never_returned(base: Base, private: Imag
         base.decode(torch.full((3, 4, 4, 4), 3e38))
     with pytest.raises(InputError, match="1 of 1 latents that the VAE encodes hold NaN"):
         base.encode(torch.full((1, 3, 16, 16), float("nan")))
+    with pytest.raises(InputError, match="1 of 3 images hold NaN"):
+        to_uint8(latents)
