@@ -9,10 +9,11 @@ import pandas as pd
 
 from splitlab.attacks import NO_INFORMATION
 from splitlab.config import Defences
+from splitlab.leaks import bucket, leaks, strongest
 from splitlab.split import reference_message, sample_bytes
-from splitlab.words import attack_label
+from splitlab.words import UNMEASURED, attack_label, counted, percent
 
-HOLDS, PARTLY, REFUTED, UNMEASURED = "holds", "holds in part", "refuted", "not measured"
+HOLDS, PARTLY, REFUTED = "holds", "holds in part", "refuted"
 
 SD15_LATENTS, SD15_TEXT, SD15_WIDTH = (4, 64, 64), (77, 768), 320
 """Shapes of Stable Diffusion 1.5: latents of 512x512 pixels, text embedding, width of the U-Net's first block."""
@@ -34,115 +35,6 @@ class Claim:
     rule: str
 
 
-@dataclass(frozen=True)
-class Leak:
-    """What one attack got out of one run, over its timestep buckets.
-
-    Attributes:
-        run, attack: which.
-        psnr_db, std_db, ceiling_db, no_info_db: means over the buckets.
-        least, most: the smallest and largest share, over the buckets, of the way from the no-information guess to the
-            VAE's ceiling, in dB.
-        worst_gap_db: how far it stays below the ceiling in its worst bucket.
-        id_top1, id_chance: identification, mean over the buckets, and its chance level.
-        n_buckets, n, n_seeds: timestep buckets, images in all of them, attack seeds.
-        uses_noise: whether it reads the noise that the client sends.
-    """
-
-    run: str
-    attack: str
-    psnr_db: float
-    std_db: float
-    ceiling_db: float
-    no_info_db: float
-    least: float
-    most: float
-    worst_gap_db: float
-    id_top1: float
-    id_chance: float
-    n_buckets: int
-    n: int
-    n_seeds: int
-    uses_noise: bool
-
-    @property
-    def share(self) -> float:
-        """Return how far the attack gets on average, 0 at the no-information guess, 1 at the ceiling."""
-        way = self.ceiling_db - self.no_info_db
-        return (self.psnr_db - self.no_info_db) / way if way > 0 else 0.0
-
-    def __str__(self) -> str:
-        """Tell it in a sentence; the run is not named."""
-        return (
-            f"{attack_label(self.attack)} reaches {self.psnr_db:.1f}\u00a0±\u00a0{self.std_db:.1f}\u00a0dB "
-            f"(VAE ceiling {self.ceiling_db:.1f}, no information {self.no_info_db:.1f}), {percent(self.least)} of the "
-            f"way in its worst bucket, and identifies {percent(self.id_top1)} (chance {percent(self.id_chance)}); "
-            f"n = {self.n} in {counted(self.n_buckets, 'bucket')}, {counted(self.n_seeds, 'attack seed')}."
-        )
-
-
-def percent(value: float) -> str:
-    """Write a share as a whole percentage that says 100 only if nothing is missing; a dash where there is none."""
-    if math.isnan(value):
-        return "–"
-    rounded = round(100 * value)
-    return f"{99 if rounded == 100 and value < 0.995 else rounded}\u00a0%"
-
-
-def counted(n: int, what: str) -> str:
-    """Write a number with its noun."""
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def bucket(row: pd.Series) -> str:
-    """Write a table row's timestep bucket, both ends included."""
-    return f"{row['t_low']:.0f}–{row['t_high'] - 1:.0f}"
-
-
-def shares(rows: pd.DataFrame) -> pd.Series:
-    """Return each row's share of the way from the no-information guess to the VAE ceiling, in dB."""
-    way = (rows["ceiling_psnr_db"] - rows["no_info_psnr_db"]).clip(lower=1e-6)
-    return (rows["psnr_db"] - rows["no_info_psnr_db"]) / way
-
-
-def leaks(attacks: pd.DataFrame) -> list[Leak]:
-    """Summarise the attack table: one entry per run and attack that looks at the messages."""
-    found = []
-    for (run, attack), rows in attacks.groupby(["run", "attack"], sort=False):
-        if attack in NO_INFORMATION or rows["psnr_db"].isna().all():
-            continue
-        mean, share = rows.mean(numeric_only=True), shares(rows)
-        found.append(
-            Leak(
-                run=str(run),
-                attack=str(attack),
-                psnr_db=float(mean["psnr_db"]),
-                std_db=float(mean["psnr_db_std"]),
-                ceiling_db=float(mean["ceiling_psnr_db"]),
-                no_info_db=float(mean["no_info_psnr_db"]),
-                least=float(share.min()),
-                most=float(share.max()),
-                worst_gap_db=float((rows["ceiling_psnr_db"] - rows["psnr_db"]).max()),
-                id_top1=float(mean["id_top1"]),
-                id_chance=float(mean["id_chance"]),
-                n_buckets=len(rows),
-                n=int(rows["n"].sum()),
-                n_seeds=int(rows["n_seeds"].max()),
-                uses_noise="noise" in str(rows["knowledge"].iloc[0]).split(" + "),
-            )
-        )
-    return found
-
-
-def strongest(found: Sequence[Leak]) -> dict[str, Leak]:
-    """Return each run's strongest attack, by mean PSNR."""
-    best: dict[str, Leak] = {}
-    for leak in found:
-        if leak.run not in best or leak.psnr_db > best[leak.run].psnr_db:
-            best[leak.run] = leak
-    return best
-
-
 def defended(training: pd.DataFrame) -> list[str]:
     """Return the runs of S1's split that have a defence on."""
     chosen = training[(training["scheme"] == "split") & (training["defences"] != "none")]
@@ -157,7 +49,7 @@ def strength(defences: str, name: str) -> float:
 
 def protection(least: Sequence[float], most: Sequence[float]) -> str:
     """Judge a protection by how far the strongest attack gets: smallest and largest share, run by run."""
-    if not least:
+    if not least or any(map(math.isnan, (*least, *most))):
         return UNMEASURED
     if min(least) >= FULL:
         return REFUTED
@@ -222,7 +114,9 @@ def _no_gradient(evidence: Evidence) -> Claim:
         return Claim(says, ("The runs for it are missing.",), UNMEASURED, rule)
     floor, best = float(free.iloc[0]), float(central["control_iou"].max())
     gains = (split["control_iou"] - floor) / max(best - floor, 1e-6)
-    returned = float(split["down_bytes_per_sample"].max())
+    returned = float(split["down_bytes_per_sample"].max(skipna=False))
+    if math.isnan(returned):
+        return Claim(says, ("What is returned was not counted in every run.",), UNMEASURED, rule)
     measured = (
         f"Bytes returned per sample: {returned:,.0f}.",
         f"Control IoU (± standard error): {', '.join(evidence.iou(run) for run in split['run'])}; "
@@ -257,9 +151,12 @@ def _timestep_floor(evidence: Evidence) -> Claim:
     found = [leak for leak in leaks(rows) if leak.run in floored]
     best = list(strongest(found).values())
     measured = [f"{leak.run}: {leak}" for leak in best] or ["No attacked run has a floor."]
+    if absent := sorted(floored - {leak.run for leak in best}):
+        measured.append(f"No attack on images was scored on {', '.join(absent)}.")
     falls = []
     for run, leak in strongest([leak for leak in found if not leak.uses_noise]).items():
-        own = rows[(rows["run"] == run) & (rows["attack"] == leak.attack)].sort_values("t_low")
+        own = rows[(rows["run"] == run) & (rows["attack"] == leak.attack)].dropna(subset=["psnr_db"])
+        own = own.sort_values("t_low")
         first, last = own.iloc[0], own.iloc[-1]
         falls.append(
             f"{run}, {attack_label(leak.attack)}: {first['psnr_db']:.1f} dB at t {bucket(first)}, "
@@ -290,8 +187,8 @@ def _activation(evidence: Evidence) -> Claim:
         attack = str(tried.groupby("attack")["hint_psnr_db"].mean().idxmax())
         psnr = tried[tried["attack"] == attack].set_index("t_low")["hint_psnr_db"]
         share = (psnr - guess) / max(reference - float(guess.mean()), 1e-6)
-        least.append(float(share.min()))
-        most.append(float(share.max()))
+        least.append(float(share.min(skipna=False)))
+        most.append(float(share.max(skipna=False)))
         overlap = tried[tried["attack"] == attack]["hint_iou"].mean()
         measured.append(
             f"{run}: {attack_label(attack)} recovers hints at {psnr.mean():.1f} dB (without defences "
@@ -316,11 +213,15 @@ def _prompt_hiding(evidence: Evidence) -> Claim:
     shown = sorted(run for run in hidden if "encoder_hidden_states" in evidence.sent.get(run, ()))
     best = [leak for run, leak in strongest(leaks(rows)).items() if run in hidden]
     recovered = [leak.run for leak in best if leak.least >= FULL]
+    absent = len(hidden) - len(best)
     measured = (
         f"Text embeddings are sent in {len(shown)} of {counted(len(hidden), 'run')} that hide them.",
-        f"The image that the prompt describes is recovered in {len(recovered)} of {len(hidden)}.{_prompts_read(rows)}",
+        f"The image that the prompt describes is recovered in {len(recovered)} of {len(hidden)}"
+        + (f"; in {absent} no attack on images was scored" if absent else "")
+        + f".{_prompts_read(rows)}",
     )
-    return Claim(says, measured, REFUTED if shown else PARTLY if recovered else HOLDS, rule)
+    verdict = REFUTED if shown else PARTLY if recovered else UNMEASURED if absent else HOLDS
+    return Claim(says, measured, verdict, rule)
 
 
 def _prompts_read(rows: pd.DataFrame) -> str:
@@ -375,7 +276,7 @@ def _bytes(evidence: Evidence) -> Claim:
     rule = "Holds if an S1 run moves fewer bytes per sample, both ways together, than federated and conventional split."
     sizes = dict(message_sizes())
     (reference, theirs), *_, (ours, least) = sizes.items()
-    total = evidence.training[["up_bytes_per_sample", "down_bytes_per_sample"]].sum(axis=1, min_count=1)
+    total = evidence.training[["up_bytes_per_sample", "down_bytes_per_sample"]].sum(axis=1, skipna=False)
     table = evidence.training.assign(total=total).dropna(subset=["steps", "control_iou"])
     own, others = (
         table[table["run"].isin(defended(table))],
@@ -385,7 +286,7 @@ def _bytes(evidence: Evidence) -> Claim:
         f"At Stable Diffusion 1.5's shapes: {theirs:,} bytes per sample for {reference}; {least:,} for {ours}, from "
         f"which the same follows by a public linear map ({theirs / least:.0f} times fewer)."
     ]
-    if own.empty or others.empty:
+    if own.empty or others.empty or table["total"].isna().any():
         return Claim(says, tuple(measured), UNMEASURED, rule)
     for who, rows in (("S1 with defences", own), ("Others", others)):
         parts = ", ".join(f"{row['run']} {row['total']:,.0f}" for _, row in rows.iterrows())

@@ -387,10 +387,11 @@ def without_control(base: Base, asked: ImageSet) -> dict[str, Tensor]:
 def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:
     """Boil the tables down to one number per run and attack, for `dvc metrics show` and `diff`.
 
-    What an attack does not answer with, and a data set has no measure for, is left out.
+    What an attack does not answer with, a data set has no measure for, or was not scored in a bucket is left out.
     """
     control = training.dropna(subset=["steps"]).set_index("run")[["eval_loss", "control_iou", "control_edges"]]
-    leaks = attacks.groupby(["run", "attack"])[["psnr_db", "id_top1"]].mean().round(4)
+    buckets = attacks.groupby(["run", "attack"])[["psnr_db", "id_top1"]]
+    leaks = buckets.mean().where(buckets.count().eq(buckets.size(), axis=0)).round(4)
     told: dict[str, Any] = {"train": per_row(control), "attack": {}}
     for run, part in leaks.dropna(how="all").groupby("run"):
         told["attack"][run] = per_row(part.droplevel("run"))

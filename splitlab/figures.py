@@ -1,6 +1,7 @@
 """Pictures, drawn from saved artefacts and plain tensors only. Equal artefacts give equal bytes."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from splitlab.tradeoff import tradeoff
 from splitlab.tradeoff_figures import draw_tradeoff
 from splitlab.types import stack
 from splitlab.wire import read_transcript, read_truth
-from splitlab.words import attack_label
+from splitlab.words import UNSCORED, attack_label
 
 _COLOURS = {
     "mean_public": "#7f7f7f",
@@ -190,7 +191,8 @@ def draw_grid(recorded: Recorded, base: Base, private: ImageSet, picked: Picked,
     for first, group in ((2, of_images), (start, of_hints)):
         for line, one in zip(axes[first:], group.values(), strict=False):
             for axis, psnr in zip(line, one.psnr_db.tolist(), strict=True):
-                axis.text(0.5, -0.03, f"{psnr:.1f} dB", transform=axis.transAxes, ha="center", va="top", fontsize=7.5)
+                label = UNSCORED if math.isnan(psnr) else f"{psnr:.1f} dB"
+                axis.text(0.5, -0.03, label, transform=axis.transAxes, ha="center", va="top", fontsize=7.5)
     return figure
 
 
@@ -224,7 +226,7 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfi
         look: dict[str, Any] = {"color": _COLOURS.get(attack) or next(spare), "marker": _MARKERS.get(attack, "X")}
         look["zorder"] = 3 if attack == "closed_form" else 2
         left.plot(x, own["psnr_db"], label=attack_label(attack), **look)
-        spread = own["psnr_db_std"].fillna(0.0)
+        spread = own["psnr_db_std"]
         left.fill_between(x, own["psnr_db"] - spread, own["psnr_db"] + spread, color=look["color"], alpha=0.12, lw=0)
         right.plot(x, own["id_top1"], **look)
     left.set(title="How close the reconstruction is", ylabel="PSNR, dB (band: ± 1 standard deviation)")

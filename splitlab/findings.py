@@ -1,23 +1,10 @@
 """The report's summary: a few sentences, each made from the result tables, so that it changes when they do."""
 
-from splitlab.claims import (
-    FULL,
-    HOLDS,
-    LITTLE,
-    PARTLY,
-    REFUTED,
-    UNMEASURED,
-    Evidence,
-    Leak,
-    claims,
-    counted,
-    defended,
-    leaks,
-    percent,
-    strength,
-    strongest,
-)
-from splitlab.words import attack_label
+import math
+
+from splitlab.claims import FULL, HOLDS, LITTLE, PARTLY, REFUTED, Evidence, claims, defended, strength
+from splitlab.leaks import Leak, leaks, strongest
+from splitlab.words import UNMEASURED, attack_label, counted, percent
 
 
 def findings(evidence: Evidence) -> list[str]:
@@ -42,9 +29,7 @@ def _main(own: list[Leak]) -> list[str]:
     if not best:
         return ["No run of S1's split with defences was attacked."]
     names = " and ".join(dict.fromkeys(attack_label(leak.attack) for leak in best))
-    chance, found = percent(max(leak.id_chance for leak in best)), percent(min(leak.id_top1 for leak in best))
-    picks = found if found == percent(1.0) else f"at least {found}"
-    picks = f"it picks {picks} of the private images out of a line-up (chance {chance})"
+    picks = _picks(best)
     if min(leak.least for leak in best) < FULL:
         least, most = percent(min(leak.least for leak in best)), percent(max(leak.most for leak in best))
         holds = " in part" if max(leak.most for leak in best) > LITTLE else ""
@@ -69,6 +54,17 @@ def _main(own: list[Leak]) -> list[str]:
     return [first, why]
 
 
+def _picks(best: list[Leak]) -> str:
+    """Say how many private images the strongest attacks identify, run by run at the least."""
+    shares = [leak.id_top1 for leak in best]
+    if any(map(math.isnan, shares)):
+        return f"how many private images it picks out of a line-up was {UNMEASURED} in every run"
+    least = percent(min(shares))
+    picks = least if least == percent(1.0) else f"at least {least}"
+    chance = percent(max(leak.id_chance for leak in best))
+    return f"it picks {picks} of the private images out of a line-up (chance {chance})"
+
+
 def _floor(evidence: Evidence, found: list[Leak]) -> list[str]:
     """Say whether the timestep floor makes a difference, on the data whose runs have an IoU."""
     words = evidence.attacks.drop_duplicates("run").set_index("run")["defences"]
@@ -90,7 +86,7 @@ def _without_noise(evidence: Evidence, own: list[Leak]) -> list[str]:
     blind = strongest([leak for leak in own if not leak.uses_noise])
     for run, leak in list(blind.items())[:1]:
         rows = evidence.attacks[(evidence.attacks["run"] == run) & (evidence.attacks["attack"] == leak.attack)]
-        psnr = rows.sort_values("t_low")["psnr_db"]
+        psnr = rows.dropna(subset=["psnr_db"]).sort_values("t_low")["psnr_db"]
         return [
             f"**An attacker who ignores the sent noise** depends on the timestep: the best of them on {run}, "
             f"{attack_label(leak.attack)}, reaches {psnr.iloc[0]:.1f} dB at the least noisy timesteps and "

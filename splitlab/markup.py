@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from splitlab.words import UNMEASURED, UNSCORED
+
 STYLE = """<style>
 .sl { --fg: var(--jp-ui-font-color1, #212121); --dim: var(--jp-ui-font-color2, #616161);
   --line: var(--jp-border-color2, #e0e0e0); --hit: #c8402f; --bar: #9db4c8; --good: #2e7d4f;
@@ -69,10 +71,7 @@ def message(text: object, *, hint: str = "") -> str:
     return block(f'<div class="sl-message">{escape(text)}{" " + hint if hint else ""}</div>')
 
 
-NOT_SCORED, NOT_MEASURED = "not scored", "not measured"
-
-
-def number(value: float, digits: int = 1, unit: str = "", *, missing: str = NOT_SCORED) -> str:
+def number(value: float, digits: int = 1, unit: str = "", *, missing: str = UNSCORED) -> str:
     """Write a number; `missing` where there is none (NaN)."""
     return missing if math.isnan(value) else f"{value:.{digits}f}{unit}"
 
@@ -81,10 +80,10 @@ def verdict(values: Sequence[float]) -> str:
     """Say whether a sample was recognised: of one seed yes or no, of several in how many; NaN was not scored."""
     scored = [value for value in values if not math.isnan(value)]
     if not scored:
-        return NOT_SCORED
+        return UNSCORED
     if len(values) == 1:
         return "yes" if scored[0] > 0.5 else "no"
-    absent = f", {len(values) - len(scored)} {NOT_SCORED}" if len(scored) < len(values) else ""
+    absent = f", {len(values) - len(scored)} {UNSCORED}" if len(scored) < len(values) else ""
     return f"{sum(value > 0.5 for value in scored)} of {len(scored)}{absent}"
 
 
@@ -161,7 +160,7 @@ def settings(content: Sequence[Mapping[str, Any]]) -> str:
     """
 
     def percent(value: float) -> str:
-        return number(100 * value, 0, "%", missing=NOT_MEASURED)
+        return number(100 * value, 0, "%", missing=UNMEASURED)
 
     def mark(kind: str, side: str, value: float) -> str:
         return "" if math.isnan(value) else f'<div class="{kind}" style="{side}:{99 * value:.2f}%"></div>'
@@ -170,7 +169,7 @@ def settings(content: Sequence[Mapping[str, Any]]) -> str:
         f'<tr class="{"chosen" if row["chosen"] else ""}"><td class="wrap">{escape(row["label"])}</td>'
         f'<td class="plot">{mark("bar", "width", row["share"])}{mark("rule", "left", row["ideal"])}</td>'
         f'<td class="number">&nbsp;{percent(row["share"])}</td><td class="number">{percent(row["ideal"])}</td>'
-        f'<td class="number">{number(row["control"], 2, missing=NOT_MEASURED)}</td></tr>'
+        f'<td class="number">{number(row["control"], 2, missing=UNMEASURED)}</td></tr>'
         for row in content
     ]
     head = "<tr><th>setting</th><th></th><th>identified</th><th>ideal</th><th>control</th></tr>"

@@ -15,12 +15,14 @@ from splitlab.config import Defences, read_defences
 from splitlab.errors import InputError
 from splitlab.paths import resolve
 from splitlab.privacy import composed_mu, gdp_epsilon, message_events
+from splitlab.words import UNSCORED
 
 IDENTIFICATION = ("id_top1", "hint_id_top1", "id_image", "id_hint", "id_both", "both_id_top1")
 """Columns that say which share of samples an attack identified, by image, hint or both, in the tables there are."""
 
-CONTROL = tuple(f"control_{of}{asked}" for of in ("iou", "edges") for asked in ("", "_amplified", "_guided"))
-"""Columns of control, IoU of shapes or agreement of edges of photographs, by each way of asking for it."""
+CONTROL = tuple(f"control_{of}{asked}" for asked in ("_guided", "") for of in ("iou", "edges"))
+"""Columns of control, IoU of shapes or agreement of edges of photographs: the first there is, so that all of a table's
+settings are asked alike; at the guidance that is best for public hints, if that was measured."""
 
 IDEAL = ("id_image_ideal", "id_hint_ideal", "id_both_ideal")
 """Columns of what somebody recognises who holds the candidates."""
@@ -32,7 +34,8 @@ class Setting:
 
     Attributes:
         defences: the clients'.
-        identification: the largest share identified, over attacks, timestep buckets, image, hint and both.
+        identification: the largest share identified, over attacks, timestep buckets, image, hint and both; NaN where
+            something was not scored that may tell more, and the setting is then never proposed.
         attack: the attack that did.
         psnr_db: the largest mean PSNR of recovered images, over attacks and buckets; NaN where none was measured.
         control_iou: control after training (for photographs, agreement of edges); NaN where it was not measured.
@@ -104,29 +107,43 @@ def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list
     columns = [name for name in IDENTIFICATION if name in attacks]
     if not columns:
         raise InputError(f"the table identifies nobody: it needs one of the columns {', '.join(IDENTIFICATION)}")
+    asked = next((name for name in CONTROL if name in attacks), None)
     found = []
     for text, rows in attacks.groupby("defences", sort=False):
         try:
             defences = read_defences(str(text))
         except InputError:
             continue  # a set-up with more to it than defences on messages
-        worst = rows[columns].max(axis=1).reset_index(drop=True)
-        if worst.isna().all():
-            continue
-        place = int(worst.argmax())
-        psnr = rows["psnr_db"].max() if "psnr_db" in rows else math.nan
-        attack, messages = str(rows["attack"].iloc[place]), int(rows["messages"].max()) if "messages" in rows else 1
-        best = (_best(rows, CONTROL), messages, _best(rows, IDEAL))
-        found.append(Setting(defences, float(worst.iloc[place]), attack, float(psnr), *best))
+        identification, attack = _strongest(rows, columns)
+        psnr = float(rows["psnr_db"].max()) if "psnr_db" in rows else math.nan
+        control = float(rows[asked].max()) if asked else math.nan
+        messages = int(rows["messages"].max()) if "messages" in rows else 1
+        found.append(Setting(defences, identification, attack, psnr, control, messages, _ideal(rows)))
     if utility is None:
         return found
-    control = utility.groupby("defences")["control_iou"].mean().to_dict()
-    return [replace(one, control_iou=float(control.get(str(one.defences), one.control_iou))) for one in found]
+    known = utility.groupby("defences")["control_iou"].agg(lambda values: values.mean(skipna=False)).to_dict()
+    return [replace(one, control_iou=float(known.get(str(one.defences), one.control_iou))) for one in found]
 
 
-def _best(rows: pd.DataFrame, names: Sequence[str]) -> float:
-    """Return the largest number in the columns there are; NaN where there is none."""
-    return float(rows[[name for name in names if name in rows]].max().max())
+def _strongest(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[float, str]:
+    """Return the largest share that an attack identifies, and that attack.
+
+    NaN where less than all are identified and, in some bucket or for some number of messages, no attack was scored by
+    image, by hint or by both: what was not scored may be the strongest.
+    """
+    groups = rows.groupby([name for name in ("t_low", "messages") if name in rows] or "defences")
+    complete = groups[list(columns)].count().gt(0).all(axis=None)
+    worst = rows[list(columns)].max(axis=1).fillna(-1.0).reset_index(drop=True)
+    place = int(worst.argmax())
+    if not complete and worst.iloc[place] < 1.0:
+        return math.nan, UNSCORED
+    return float(worst.iloc[place]), str(rows["attack"].iloc[place])
+
+
+def _ideal(rows: pd.DataFrame) -> float:
+    """Return the largest share that the candidates' holder recognises; NaN unless it was measured in every row."""
+    names = [name for name in IDEAL if name in rows]
+    return float(rows[names].max(axis=1).max(skipna=False)) if names else math.nan
 
 
 def shipped(dataset: str = "shapes", *, messages: int = 1, metrics: str | Path = "reports/metrics") -> list[Setting]:
@@ -134,7 +151,7 @@ def shipped(dataset: str = "shapes", *, messages: int = 1, metrics: str | Path =
 
     Args:
         dataset: "shapes" or "photos".
-        messages: how often a run sends each image. Above 1, only settings whose whole runs were attacked are there.
+        messages: how often a run sends each image. Above 1, only settings that were attacked from so many or more.
         metrics: folder of the tables.
 
     Raises:
@@ -145,9 +162,14 @@ def shipped(dataset: str = "shapes", *, messages: int = 1, metrics: str | Path =
     table = read_table(folder / f"matched_client{of}.csv").dropna(subset=["defences"]).assign(messages=1)
     if messages > 1:
         runs = read_table(folder / "whole_run.csv")
-        runs = runs[runs["dataset"].eq(dataset) & runs["messages"].le(messages)]
-        if runs.empty:
-            raise InputError(f"no run on {dataset} of up to {messages} messages was attacked: ask for 1 message")
+        runs = runs[runs["dataset"].eq(dataset)]
+        enough = runs[runs["messages"].ge(messages)].groupby("defences")["messages"].min()
+        if enough.empty:
+            most = int(max(runs["messages"], default=1))
+            raise InputError(
+                f"on {dataset} no run of {messages} messages per image was attacked: ask for at most {most}"
+            )
+        runs = runs[runs["messages"].le(runs["defences"].map(enough))]  # those of no such run compare as false
         table = pd.concat([table[table["defences"].isin(runs["defences"])], runs])
     return measured(table)
 
@@ -185,7 +207,8 @@ def plan(
         raise InputError(f"norm must be above 0 and messages 1 or more, got {norm} and {messages}")
     fit = [one for one in settings if one.identification <= identification and _no_clearer(one, psnr_db)]
     if not fit:
-        closest = min(settings, key=lambda one: one.identification, default=None)
+        scored = [one for one in settings if not math.isnan(one.identification)]
+        closest = min(scored, key=lambda one: one.identification, default=None)
         best = f"the safest, {closest.defences}, leaves {closest.identification:.0%}" if closest else "there are none"
         raise InputError(f"no setting measured meets identification <= {identification:g}, PSNR <= {psnr_db:g}: {best}")
     plans = [_plan(one, alphas_cumprod, norm, delta, messages) for one in fit]

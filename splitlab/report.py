@@ -6,6 +6,7 @@
 import argparse
 import base64
 import html
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from splitlab import html as pages
 from splitlab.artefacts import load_reconstruction, read_table
 from splitlab.attacks import ATTACKS, NO_INFORMATION
 from splitlab.checkpoint import load_json
-from splitlab.claims import Claim, Evidence, claims, counted, leaks, message_sizes, percent, shares, strongest
+from splitlab.claims import Claim, Evidence, claims, message_sizes
 from splitlab.errors import InputError
 from splitlab.figures import by_strength, control_per_image
 from splitlab.findings import findings
+from splitlab.leaks import leaks, shares, strongest
 from splitlab.paths import ROOT, resolve
 from splitlab.tables import read_timed
-from splitlab.words import SCHEME_WORDS, attack_label
+from splitlab.words import SCHEME_WORDS, UNSCORED, attack_label, counted, percent
 
 DASH = "–"
 _WHOLE = ("bytes.png", "tradeoff.png", "tradeoff.csv")
@@ -253,19 +255,30 @@ def attack_table(material: Material) -> HTML:
 
 
 def _attack_row(attack: str, rows: pd.DataFrame) -> tuple[str, ...]:
-    mean, seeds = rows.mean(numeric_only=True), int(rows["n_seeds"].max())
+    seeds, images = int(rows["n_seeds"].max()), bool(rows["psnr_db"].notna().any())
     return (
         html.escape(attack_label(attack)),
-        number(mean["psnr_db"], 1),
-        number(mean["psnr_db_std"], 1),
-        number(mean["psnr_db_seed_std"] if seeds > 1 else None, 1),
-        DASH if attack in NO_INFORMATION else percent(mean["share"]),
-        number(mean["ssim"], 2),
-        percent(mean["id_top1"]),
-        number(mean["hint_psnr_db"], 1),
-        number(mean["hint_iou"], 2),
+        mean_of(rows["psnr_db"], images, 1),
+        mean_of(rows["psnr_db_std"], images, 1),
+        mean_of(rows["psnr_db_seed_std"], images and seeds > 1, 1),
+        mean_of(rows["share"], images and attack not in NO_INFORMATION),
+        mean_of(rows["ssim"], images, 2),
+        mean_of(rows["id_top1"], images),
+        mean_of(rows["hint_psnr_db"], bool(rows["hint_psnr_db"].notna().any()), 1),
+        mean_of(rows["hint_iou"], bool(rows["hint_iou"].notna().any()), 2),
         str(seeds),
     )
+
+
+def mean_of(values: pd.Series, applies: bool, digits: int | None = None, *, missing: str = UNSCORED) -> str:
+    """Write the mean of a column, as a percentage without `digits`; a dash where there is no such number.
+
+    `missing` where a part of the values is missing: the mean of the others would be one over fewer than is said.
+    """
+    if not applies:
+        return DASH
+    mean = float(values.mean(skipna=False))
+    return missing if math.isnan(mean) else percent(mean) if digits is None else number(mean, digits)
 
 
 def cost_table(material: Material) -> HTML:

@@ -18,10 +18,10 @@ def draw_frontier(verdicts: pd.DataFrame) -> Figure:
     """Draw privacy against utility: how often a defence's attackers identify, over the control that it leaves.
 
     Args:
-        verdicts: the verdict table's rows of one data set; those whose cost is known are drawn. The ordinate is the
-            worst timestep bucket for images, the mean for hints.
+        verdicts: the verdict table's rows of one data set; those whose cost and attackers were measured are drawn. The
+            ordinate is the worst timestep bucket for images, the mean for hints.
     """
-    rows = verdicts.dropna(subset=["control_iou"]).sort_values("control_iou", kind="stable")
+    rows = verdicts.dropna(subset=["control_iou", "id_worst"]).sort_values("control_iou", kind="stable")
     figure, axes = subplots(1, 1, size=(11.0, 6.4))
     axis = axes[0, 0]
     axis.vlines(rows["control_iou"], rows["paper_id_worst"], rows["id_worst"], color="#999999", lw=1.2, zorder=1)
@@ -73,5 +73,7 @@ def draw_matrix(attacks: pd.DataFrame, dataset: str, order: Sequence[str]) -> Fi
     axis.set_xticks(axis.get_xticks(), names, rotation=30, ha="right")
     axis.tick_params(axis="y", rotation=0)
     axis.grid(visible=False)
-    axis.set(title=f"{dataset}: how often the private image is identified (empty: the attack does not apply)")
+    axis.set(
+        title=f"{dataset}: how often the private image is identified (empty: it does not apply, or was not scored)"
+    )
     return figure

@@ -9,11 +9,10 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab.attacks import NO_INFORMATION
-from splitlab.claims import percent
 from splitlab.guarantees import DELTA
 from splitlab.report import DASH, Material, figure, in_words, lay_out, number
 from splitlab.verdicts import STOPPED, SURVEY, pooled
-from splitlab.words import FIELD_WORDS, attack_label
+from splitlab.words import FIELD_WORDS, UNMEASURED, UNSCORED, attack_label, percent
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,15 @@ def _verdict_row(row: dict[str, object]) -> Sequence[str]:
         f"<b>{name}</b> <small>({html.escape(words)})<br>{html.escape(str(row['reason']))}<br>{_claim(row)}</small>",
         _yes(row["stops_paper_attacks"]),
         _yes(row["stops_adaptive"]),
-        html.escape(attack_label(str(row["strongest_attack"]))),
+        _attack(row["strongest_attack"]),
         number(row["psnr_db"], 1),
-        _share(row["id_top1"]),
-        _share(row["id_worst"]),
-        _share(row["hint_id_top1"]),
-        _share(row["both_id_top1"]),
+        *(percent(float(str(row[name]))) for name in ("id_top1", "id_worst", "hint_id_top1", "both_id_top1")),
         number(row["control_iou"], 2),
     )
+
+
+def _attack(name: object) -> str:
+    return UNMEASURED if pd.isna(name) else html.escape(attack_label(str(name)))  # type: ignore[call-overload]
 
 
 def _claim(row: dict[str, object]) -> str:
@@ -156,7 +156,7 @@ def _share(value: object) -> str:
 
 def _yes(value: object) -> str:
     if pd.isna(value):  # type: ignore[call-overload]
-        return DASH
+        return UNMEASURED
     stops = str(value) == "True"
     return f'<span class="verdict {"holds" if stops else "refuted"}">{"yes" if stops else "no"}</span>'
 
@@ -267,17 +267,17 @@ def ablation_table(material: Material) -> HTML:
             html.escape(attack_label(str(row["attack"]))),
             html.escape(", ".join(FIELD_WORDS.get(name, name) for name in str(row["denied"]).split("-"))),
             measures.get(str(row["measure"]), ""),
-            _share(row["with_it"]),
-            _share(row["without_it"]),
-            ("yes" if str(row["breaks"]) == "True" else "no") + _refusal(row["note"]),
+            *(UNSCORED if str(row[side]) == "nan" else _share(row[side]) for side in ("with_it", "without_it")),
+            UNSCORED if pd.isna(row["breaks"]) else _broken(row),  # type: ignore[call-overload]
         )
         for row in _records(material.ablations)
     ]
     return lay_out(columns, {"": cells})
 
 
-def _refusal(note: object) -> str:
-    return "" if pd.isna(note) else "<small>it cannot run</small>"  # type: ignore[call-overload]
+def _broken(row: dict[str, object]) -> str:
+    refused = "" if pd.isna(row["note"]) else "<small>it cannot run</small>"  # type: ignore[call-overload]
+    return ("yes" if str(row["breaks"]) == "True" else "no") + refused
 
 
 def conclusion(material: Material) -> Markdown:
@@ -287,16 +287,17 @@ def conclusion(material: Material) -> Markdown:
         return Markdown("- No survey was run.")
     sentences = []
     for data, own in _by_dataset(rows):
-        judged = own.dropna(subset=["stops_paper_attacks"])
-        papers = [str(name) for name in judged[judged["stops_paper_attacks"].astype(str) == "True"]["setting"]]
+        papers = [str(name) for name in own[own["stops_paper_attacks"].astype(str) == "True"]["setting"]]
         safe = own[own["stops_adaptive"].astype(str) == "True"]
-        hidden = own[own["id_worst"] <= STOPPED * own["id_chance"]]
+        unknown = own[own["stops_adaptive"].isna()]
+        hidden = own[(own["id_worst"] <= STOPPED * own["id_chance"]) & own["id_top1"].notna()]
         sentences.append(
             f"**{data}:** {len(papers)} of {len(own)} settings stop the paper's attackers"
             + (f" ({', '.join(papers)})" if papers else "")
             + f"; {len(hidden)} keep the image from the strongest attacker that knows the defence"
             + (f" ({', '.join(map(str, hidden['setting']))})" if len(hidden) else "")
             + f"; {len(safe)} keep image and hint"
-            + (f" ({', '.join(map(str, safe['setting']))})." if len(safe) else ".")
+            + (f" ({', '.join(map(str, safe['setting']))})" if len(safe) else "")
+            + (f"; {UNMEASURED}: {', '.join(map(str, unknown['setting']))}." if len(unknown) else ".")
         )
     return Markdown("\n".join(f"- {sentence}" for sentence in sentences))

@@ -19,18 +19,19 @@ from splitlab.config import TrainConfig, read_defences
 from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.guarantees import guarantee
 from splitlab.inversion.saved import NO_INFORMATION as NO_UPDATE
-from splitlab.verdicts import SURVEY
-from splitlab.words import attack_label, inversion_label
+from splitlab.verdicts import SURVEY, WAYS, known, unscored
+from splitlab.words import UNSCORED, attack_label, inversion_label
 
 COLUMNS = (
     *("scheme", "setting", "dataset", "attack", "measure", "success", "chance", "leak", "image_leak", "ceiling"),
     *("ceiling_by", "utility_of", "utility", "spread", "floor", "reference", "kept", "epsilon", "why_no_epsilon"),
-    *("n", "n_seeds", "left_out"),
+    *("n", "n_seeds", "left_out", "messages"),
 )
 """`leak`: the strongest attacker's success above chance, 0 to 1. `image_leak`: the same by the image alone. `ceiling`:
 what no attacker can exceed, on the scale of `leak`, and `ceiling_by` what says so. `kept`: utility, 0 for the same
 scheme without private data (`floor`) and 1 without defence (`reference`). `spread`: standard deviation of utility over
-training seeds. `n`: attacked samples. `left_out`: why a row has no place in the picture; empty where it has one."""
+training seeds. `n`: attacked samples. `left_out`: why a row has no place in the picture; empty where it has one.
+`messages`: from up to how many messages per image a split client was attacked; a run sends more than one."""
 
 IDENTIFICATION, MEMBERSHIP = "identification among {:.0f}", "membership, AUC"
 
@@ -42,7 +43,7 @@ TRAINED = {"attention": DP_LDM, "blocks": DP_LDM, "transformers": DP_LDM, "lora"
 
 MATCHED_TABLES = {"matched_client": ("shapes", "control_iou"), "matched_client_photos": ("photos", "control_edges")}
 """Table of `benchmarks/matched_client.py` -> its data set, and how control is measured there."""
-WAYS = {"id_image": "image", "id_hint": "hint", "id_both": "image and hint"}
+MEASURED_BY = {"id_image": "image", "id_hint": "hint", "id_both": "image and hint"}
 
 
 def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
@@ -85,8 +86,11 @@ def tradeoff(metrics: Path, *, alphas_cumprod: Tensor) -> pd.DataFrame:
 
 
 def above_chance(success: float, chance: float) -> float:
-    """Return how far a success rate is on the way from chance (0) to certainty (1); worse than chance counts as 0."""
-    return max(0.0, (success - chance) / (1.0 - chance))
+    """Return how far a success rate is on the way from chance (0) to certainty (1); worse than chance counts as 0.
+
+    NaN where the success was not scored.
+    """
+    return math.nan if math.isnan(success) else max(0.0, (success - chance) / (1.0 - chance))
 
 
 def membership_ceiling(epsilon: float, delta: float) -> float:
@@ -111,17 +115,19 @@ def full_name(row: pd.Series) -> str:
 
 def _placed(row: dict[str, Any]) -> dict[str, Any]:
     """Add a row's two coordinates, or say why it has none."""
-    defaults: dict[str, Any] = {"image_leak": math.nan, "ceiling": math.nan, "ceiling_by": ""}
+    defaults: dict[str, Any] = {"image_leak": math.nan, "ceiling": math.nan, "ceiling_by": "", "messages": math.nan}
     row = defaults | {"why_no_epsilon": "", "left_out": ""} | row
-    row["leak"] = above_chance(row["success"], row["chance"]) if not math.isnan(row["success"]) else math.nan
+    row["leak"] = above_chance(row["success"], row["chance"])
     gain = row["reference"] - row["floor"]
     row["kept"] = (row["utility"] - row["floor"]) / gain if gain > 0 else math.nan
     if row["left_out"]:
         pass
     elif math.isnan(row["success"]):
-        row["left_out"] = "not attacked"
+        row["left_out"] = "no attack was scored"
     elif math.isnan(row["utility"]):
         row["left_out"] = "its utility was not measured"
+    elif math.isnan(row["floor"]):
+        row["left_out"] = "what is reached without private data was not measured"
     elif math.isnan(row["reference"]):
         row["left_out"] = "the same training without defence was not measured"
     elif not gain > 0:
@@ -140,7 +146,8 @@ def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFra
         of_data = utility[utility["dataset"] == dataset]
         cost = of_data[of_data["defences"] == defences]
         column = "control_iou" if of_data["control_iou"].notna().any() else "control_edges"
-        best = max((_strongest(own, name) for name in ("id_top1", "hint_id_top1", "both_id_top1")), key=lambda b: b[0])
+        best = max((_strongest(own, name) for name in WAYS), key=lambda one: known(one[0]))
+        absent = unscored(own) if known(best[0]) < 1.0 else []  # more than all cannot be identified
         chance = float(own["id_chance"].iloc[0])
         rows.append(
             _client(defences, alphas)
@@ -153,23 +160,28 @@ def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFra
                 "chance": chance,
                 "image_leak": above_chance(_strongest(own, "id_top1")[0], chance),
                 "utility_of": column.replace("_", " ").replace("iou", "IoU"),
-                "utility": cost[column].mean(),
-                "spread": cost[column].std(),
-                "reference": of_data[of_data["defences"] == "none"][column].mean(),
+                "utility": cost[column].mean(skipna=False),
+                "spread": cost[column].std(skipna=False),
+                "reference": of_data[of_data["defences"] == "none"][column].mean(skipna=False),
                 "floor": _without_control(training, dataset, column),
                 "n": best[2],
                 "n_seeds": len(cost),
+                "messages": 1,
+                "left_out": f"{UNSCORED} by {' or '.join(absent)} in every timestep bucket" if absent else "",
             }
         )
     return rows
 
 
 def _strongest(rows: pd.DataFrame, column: str) -> tuple[float, str, int]:
-    """Return the highest identification by one measure, of equals the cheapest attack's, and over how many samples."""
-    known = rows.dropna(subset=[column])
-    if known.empty:
-        return 0.0, "none", 0
-    best = known.sort_values([column, "n_evals"], ascending=[False, True], kind="stable").iloc[0]
+    """Return the highest identification by one measure, of equals the cheapest attack's, and over how many samples.
+
+    NaN where none was scored.
+    """
+    scored = rows.dropna(subset=[column])
+    if scored.empty:
+        return math.nan, UNSCORED, 0
+    best = scored.sort_values([column, "n_evals"], ascending=[False, True], kind="stable").iloc[0]
     by = {"id_top1": "image", "hint_id_top1": "hint", "both_id_top1": "image and hint"}[column]
     return float(best[column]), f"{attack_label(str(best['attack']))}, by {by}", int(best["n"])
 
@@ -188,7 +200,9 @@ def _client(defences: str, alphas: Tensor) -> dict[str, Any]:
 
 def _without_control(training: pd.DataFrame, dataset: str, column: str) -> float:
     """Return what the public base reaches without a ControlNet."""
-    return float(training[(training["dataset"] == dataset) & (training["scheme"] == "no control")][column].mean())
+    return float(
+        training[(training["dataset"] == dataset) & (training["scheme"] == "no control")][column].mean(skipna=False)
+    )
 
 
 def _matched(
@@ -202,7 +216,9 @@ def _matched(
     for row in table.dropna(subset=["defences"]).to_dict("records"):
         chance = float(row["id_chance"])
         messages = [row | {"messages": 1}, *runs[runs["setting"] == row["setting"]].to_dict("records")]
-        best = max(messages, key=lambda one: one["id_worst"])
+        best = max(messages, key=lambda one: known(one["id_worst"]))
+        absent = [str(one["messages"]) for one in messages if any(math.isnan(one[way]) for way in MEASURED_BY)]
+        absent = absent if known(best["id_worst"]) < 1.0 else []  # more than all cannot be identified
         ideals = [(share, one["messages"]) for one in messages for share in _ideals(one)]
         ceiling, number = max(ideals, default=(math.nan, 1))
         rows.append(
@@ -215,11 +231,13 @@ def _matched(
                 "measure": IDENTIFICATION.format(1.0 / chance),
                 "success": float(best["id_worst"]),
                 "chance": chance,
-                "image_leak": above_chance(max(float(one["id_image"]) for one in messages), chance),
+                "image_leak": above_chance(max((float(one["id_image"]) for one in messages), key=known), chance),
                 "ceiling": above_chance(ceiling, chance) if ideals else math.nan,
                 "ceiling_by": f"somebody who holds the candidates, by Bayes{_from(number)}" if ideals else "",
                 "floor": floor,
                 "n": int(best["n"]),
+                "messages": max(int(one["messages"]) for one in messages),
+                "left_out": f"from {', '.join(absent)} message(s) per image it was {UNSCORED}" if absent else "",
             }
         )
     chance = float(table["id_chance"].mean())
@@ -231,12 +249,12 @@ def _matched(
 
 
 def _ideals(row: Mapping[Hashable, Any]) -> list[float]:
-    found = [float(row.get(f"{way}_ideal", math.nan)) for way in WAYS]
+    found = [float(row.get(f"{way}_ideal", math.nan)) for way in MEASURED_BY]
     return [share for share in found if not math.isnan(share)]
 
 
 def _way(row: Mapping[Hashable, Any]) -> str:
-    return WAYS[max(WAYS, key=lambda way: row[way])]
+    return MEASURED_BY[max(MEASURED_BY, key=lambda way: known(row[way]))]
 
 
 def _from(messages: int) -> str:
@@ -244,32 +262,31 @@ def _from(messages: int) -> str:
 
 
 def _controlled(row: Mapping[Hashable, Any], table: pd.DataFrame, measure: str) -> dict[str, Any]:
-    """Say how well a training is controlled, by the way of asking that suits it best, as the undefended one's is.
+    """Say how well a training follows hints under guidance, and how well the undefended one of as many steps does.
 
-    That is the one of as many steps, or, where there is none, the one that there is.
+    All are asked alike: at the guidance along the control that is best for public hints.
     """
-    columns = [name for name in table.columns if name.startswith(measure) and f"{name}_std" in table.columns]
-    known = {name: row[name] for name in columns if not pd.isna(row[name])}
-    column = max(known, key=lambda name: known[name]) if known else columns[0]
-    plain = table[table["defences"].eq("none")]
-    same = plain[plain["steps"].eq(row["steps"])] if row["steps"] in set(plain["steps"]) else plain
+    column = f"{measure}_guided"
+    undefended = ("none", f"(none, {row['steps']:.0f} steps)")
+    plain = table[table["setting"].isin(undefended) & table["steps"].eq(row["steps"])]
     return {
         "utility_of": column.replace("_iou", " IoU").replace("_edges", " edges").replace("_", ", "),
         "utility": float(row[column]),
         "spread": float(row[f"{column}_std"]),
-        "reference": float(same[columns].mean().max()) if len(same) else math.nan,
+        "reference": float(plain[column].mean(skipna=False)),
         "n_seeds": int(row["n_seeds"]),
     }
 
 
 def _federated(attacks: pd.DataFrame, training: pd.DataFrame) -> list[dict]:
     """Place federated training of a ControlNet as it is attacked in the updates' survey."""
-    rows = attacks[attacks["model"].eq("controlnet") & ~attacks["attack"].eq(NO_UPDATE)].dropna(subset=["id_top1"])
+    rows = attacks[attacks["model"].eq("controlnet") & ~attacks["attack"].isin([NO_UPDATE, "timesteps", "prompts"])]
     found = []
     for (dataset, defence, level), own in rows.groupby(["dataset", "defence", "level"], sort=False, dropna=False):
         best = own.sort_values("id_top1", ascending=False, kind="stable").iloc[0]
+        absent = bool((own["ssim"].notna() & own["id_top1"].isna()).any())
         trained = training[(training["scheme"] == "federated") & (training["dataset"] == dataset)]
-        plain = float(trained["control_iou"].mean())
+        plain = float(trained["control_iou"].mean(skipna=False))
         granted = tuple(str(best["knowledge"]).split(" + "))
         found.append(
             {
@@ -289,6 +306,7 @@ def _federated(attacks: pd.DataFrame, training: pd.DataFrame) -> list[dict]:
                 "why_no_epsilon": "nothing is bounded and noised",
                 "n": int(best["n"] * best["n_seeds"]),
                 "n_seeds": len(trained),
+                "left_out": f"whom an attack identifies was {UNSCORED}" if absent else "",
             }
         )
     return found
@@ -317,15 +335,15 @@ def _private(table: pd.DataFrame) -> list[dict]:
                 "dataset": dataset,
                 "attack": "calibrated loss, on the finished model",
                 "measure": MEMBERSHIP,
-                "success": own["mia_auc"].mean(),
+                "success": own["mia_auc"].mean(skipna=False),
                 "chance": 0.5,
                 "ceiling": membership_ceiling(own["epsilon"].max(), own["delta"].max()) if private else math.nan,
                 "ceiling_by": "the guarantee, against every test" if private else "",
                 "utility_of": "accuracy downstream",
-                "utility": own["downstream_acc"].mean(),
-                "spread": own["downstream_acc"].std(),
-                "reference": reference["downstream_acc"].mean(),
-                "floor": start["downstream_acc"].mean(),
+                "utility": own["downstream_acc"].mean(skipna=False),
+                "spread": own["downstream_acc"].std(skipna=False),
+                "reference": reference["downstream_acc"].mean(skipna=False),
+                "floor": start["downstream_acc"].mean(skipna=False),
                 "epsilon": target if private else math.nan,
                 "why_no_epsilon": "" if private else "no noise, ε = ∞",
                 "n": int(min(own["n"].min(), own["n_test"].min())) * 2,
@@ -340,9 +358,9 @@ def _shared(shares: pd.DataFrame, private: list[dict]) -> list[dict]:
     """Place federated DP-LDM whose clients share the noise: their sum is DP-SGD's step, so its utility is DP-LDM's."""
     own = shares[shares["noise"].isin(["none", "central"]) & shares["trainable"].eq("attention")]
     found = []
-    for epsilon, rows in own.dropna(subset=["identified"]).groupby("epsilon", sort=False):
+    for epsilon, rows in own.groupby("epsilon", sort=False):
         target = float(str(epsilon))
-        best = rows.sort_values("identified", ascending=False, kind="stable").iloc[0]
+        best = rows.sort_values("identified", ascending=False, kind="stable", na_position="last").iloc[0]
         twin = [
             p
             for p in private

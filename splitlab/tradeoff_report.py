@@ -6,10 +6,10 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab.artefacts import read_table
-from splitlab.claims import counted, percent
 from splitlab.report import DASH, Material, figure, lay_out, number
 from splitlab.tradeoff import MEMBERSHIP, PUBLIC_DATA, SPLIT, full_name
 from splitlab.tradeoff_figures import LOOKS
+from splitlab.words import UNMEASURED, counted, percent
 
 GUESSING, USEFUL = 0.1, 0.75
 """Leak up to which a setting counts as private, and utility kept from which it counts as useful, in the summary."""
@@ -37,6 +37,12 @@ def conclusion(table: pd.DataFrame) -> Markdown:
         f"private data bring without a defence{_names(both)}."
     ]
     messages = private[private["scheme"].str.startswith(SPLIT)]
+    once = messages[messages["messages"].eq(1)]
+    if len(once):
+        lines.append(
+            f"- Of these, {counted(len(once), 'setting')} of split clients were attacked from one message per image, "
+            f"not from all that a run sends{_names(once)}: what a run gives away was {UNMEASURED}."
+        )
     if len(private):
         best = private.sort_values("kept", kind="stable").iloc[-1]
         lines.append(f"- The most useful of them: {_name(best)}, which keeps {percent(float(best['kept']))}.")
@@ -89,10 +95,10 @@ def table(points: pd.DataFrame) -> HTML:
         for why, own in absent.groupby("left_out", sort=False)
     )
     note = (
-        "<i>Leak</i>: (success − chance) / (1 − chance), worst timestep bucket; one message per image, or as many as "
-        "stated where the messages of a whole run were put together and told more. <i>At most</i>: what no attacker "
-        "can exceed on that scale: somebody who holds the candidates and weighs them by Bayes, or any membership test "
-        "against the ε printed. <i>Kept</i>: (utility − no private data) / (no defence − no private "
+        "<i>Leak</i>: (success − chance) / (1 − chance), worst timestep bucket; the strongest attack from one message "
+        "per image up to as many as stated, which is a whole run's only where it is more than one. <i>At most</i>: "
+        "what no attacker can exceed on that scale: somebody who holds the candidates and weighs them by Bayes, or any "
+        "membership test against the ε printed. <i>Kept</i>: (utility − no private data) / (no defence − no private "
         "data). <i>n</i>: attacked samples; <i>seeds</i>: of training."
     )
     left = f'<p class="note">Left out of the picture: {reasons}.</p>' if reasons else ""
@@ -107,7 +113,7 @@ def _row(row: pd.Series) -> tuple[str, ...]:
     units = [number(row[name], 2) if iou else percent(float(row[name])) for name in ("utility", "floor", "reference")]
     return (
         f"{html.escape(str(row['setting']))} <small>{html.escape(str(row['attack']))}<br>{html.escape(privacy)}<br>"
-        f"{html.escape(str(row['utility_of']))} on {html.escape(str(row['dataset']))}</small>",
+        f"{html.escape(str(row['utility_of']))} on {html.escape(str(row['dataset']))}{_attacked(row)}</small>",
         share(float(row["success"])),
         share(float(row["chance"])),
         number(row["leak"], 2),
@@ -118,4 +124,13 @@ def _row(row: pd.Series) -> tuple[str, ...]:
         number(row["kept"], 2),
         number(row["n"]),
         number(row["n_seeds"]),
+    )
+
+
+def _attacked(row: pd.Series) -> str:
+    """Say from how many messages per image a split client was attacked."""
+    return (
+        ""
+        if pd.isna(row["messages"])
+        else f"; attacked from up to {counted(int(row['messages']), 'message')} per image"
     )

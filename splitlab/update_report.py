@@ -1,18 +1,19 @@
 """The report's part on federated learning: what a shared update gives away (S2), from saved artefacts only."""
 
 import html
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.claims import HOLDS, PARTLY, REFUTED, UNMEASURED, counted, percent
+from splitlab.claims import HOLDS, PARTLY, REFUTED
 from splitlab.errors import InputError
 from splitlab.inversion.saved import NO_INFORMATION
 from splitlab.report import DASH, figure, lay_out, number
 from splitlab.tables import read_timed
-from splitlab.words import inversion_label
+from splitlab.words import UNMEASURED, counted, inversion_label, percent
 
 ALIKE = 0.9
 """SSIM from which a reconstruction is called near-identical."""
@@ -44,6 +45,11 @@ class UpdateMaterial:
         return self.table[self.table["ssim"].notna() & (self.table["attack"] != NO_INFORMATION)]
 
     @property
+    def tried(self) -> pd.DataFrame:
+        """Rows of attacks after images, those that were refused or not scored too: they have no SSIM."""
+        return self.table[~self.table["attack"].isin([NO_INFORMATION, "timesteps", "prompts"])]
+
+    @property
     def plain(self) -> pd.DataFrame:
         """Rows of undefended updates."""
         return self.table[self.table["defence"] == "none"]
@@ -73,7 +79,8 @@ def conclusion(material: UpdateMaterial) -> Markdown:
             worst = rows.sort_values(column, kind="stable").iloc[0]
             lines.append(
                 f"- **{what}** are read off undefended updates exactly in {percent(float(rows[column].mean()))} of "
-                f"{counted(len(rows), 'cell')} on average; worst: {percent(float(worst[column]))} ({worst['cell']})."
+                f"{counted(len(rows), 'cell')} on average; worst: {percent(float(worst[column]))} ({worst['cell']})"
+                f"{_refusals(plain, what.lower())}."
             )
     images = material.images
     blind = images[(images["defence"] == "none") & images["knowledge"].isin(BLIND)]
@@ -85,6 +92,12 @@ def conclusion(material: UpdateMaterial) -> Markdown:
         )
     lines += _contrast(images[images["defence"] == "none"])
     return Markdown("\n".join(lines))
+
+
+def _refusals(plain: pd.DataFrame, attack: str) -> str:
+    """Say on how many undefended cells an attack was refused, which no mean counts."""
+    refused = plain[plain["attack"].eq(attack) & plain["refused"].notna()]
+    return f"; in {counted(len(refused), 'further cell')} the attack was refused" if len(refused) else ""
 
 
 def _contrast(images: pd.DataFrame) -> list[str]:
@@ -110,8 +123,8 @@ def _contrast(images: pd.DataFrame) -> list[str]:
 
 def claims_table(material: UpdateMaterial) -> HTML:
     """Set S2's claims against the measurements."""
-    images, plain = material.images, material.plain
-    undefended = images[images["defence"] == "none"]
+    tried, plain = material.tried, material.plain
+    undefended = tried[tried["defence"] == "none"]
     granted = undefended[undefended["knowledge"].str.contains("noise")]["cell"]
     known = undefended[undefended["cell"].isin(granted)]  # who is granted a fact may do without it
     blind = undefended[undefended["knowledge"].isin(BLIND)]
@@ -136,9 +149,9 @@ def claims_table(material: UpdateMaterial) -> HTML:
         (
             "The timestep, too, comes back from a shared gradient.",
             f"The time embedding's gradient tells it in closed form, exactly in {percent(exact)} of undefended updates "
-            f"({counted(len(times), 'cell')}); GIDM+'s joint optimisation, from random starts, in "
-            f"{percent(float(joint))}.<small>Holds if the closed form is exact in all.</small>",
-            _verdict(HOLDS if exact == 1.0 else PARTLY if exact > 0 else UNMEASURED),
+            f"({counted(len(times), 'cell')}{_refusals(plain, 'timesteps')}); GIDM+'s joint optimisation, from random "
+            f"starts, in {percent(float(joint))}.<small>Holds if the closed form is exact in all.</small>",
+            _verdict(UNMEASURED if math.isnan(exact) else HOLDS if exact == 1.0 else PARTLY if exact else REFUTED),
         )
     )
     return lay_out(columns, {"": rows})
@@ -146,13 +159,14 @@ def claims_table(material: UpdateMaterial) -> HTML:
 
 def _claim(says: str, rows: pd.DataFrame, rule: str) -> tuple[str, str, str]:
     best = _best(rows)
-    n = int(alike(best).sum())
-    verdict = UNMEASURED if best.empty else HOLDS if n == len(best) else PARTLY if n else REFUTED
+    n, absent = int(alike(best).sum()), sorted(set(rows["cell"]) - set(best["cell"]))
+    verdict = UNMEASURED if best.empty else HOLDS if n == len(best) and not absent else PARTLY if n else REFUTED
     entries = "".join(
         f"<li>{html.escape(str(row['cell']))}: {inversion_label(str(row['attack']))}, SSIM {row['ssim']:.2f}, "
         f"{_seconds(row['cpu_s'])}n = {row['n'] * row['n_seeds']}</li>"
         for _, row in best.iterrows()
     )
+    entries += "".join(f"<li>{html.escape(str(cell))}: nothing was recovered or scored</li>" for cell in absent)
     return html.escape(says), f"<ul>{entries}</ul><small>{rule}</small>", _verdict(verdict)
 
 
@@ -161,12 +175,13 @@ def _seconds(cpu_s: float) -> str:
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the row of the largest SSIM of every cell."""
+    """Return the row of the largest SSIM of every cell that has one."""
+    rows = rows.dropna(subset=["ssim"])
     return rows.loc[rows.groupby("cell")["ssim"].idxmax()] if len(rows) else rows
 
 
 def _plus(rows: pd.DataFrame) -> str:
-    own = rows[rows["attack"] == "gidm_plus"]
+    own = rows[rows["attack"] == "gidm_plus"].dropna(subset=["ssim"])
     if own.empty:
         return ""
     return (

@@ -1,5 +1,6 @@
 """Which defence is safe? Per defence: the strongest attacker, what it gets, what control is left, and why."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from splitlab.attacks import NO_INFORMATION
 from splitlab.config import Defences, TrainConfig, read_defences
 from splitlab.guarantees import guarantee
+from splitlab.words import UNMEASURED
 
 VERDICT_COLUMNS = (
     *("defences", "strongest_attack", "psnr_db", "ssim", "id_top1", "control_iou", "eval_loss"),
@@ -26,6 +28,12 @@ PAPER = "-without-noise-defences"
 
 SURVEY = "survey-"
 """What the names of the survey's runs start with."""
+
+WAYS = {"id_top1": "image", "hint_id_top1": "hint", "both_id_top1": "image and hint together"}
+"""Columns that say which share was identified, and by what."""
+
+POOLED = ("psnr_db", "ssim", "id_top1", "hint_psnr_db", "hint_id_top1", "prompt_exact", "both_id_top1")
+"""Columns of the attack table that are averaged over timestep buckets."""
 
 ABLATION_COLUMNS = ("run", "dataset", "attack", "denied", "measure", "with_it", "without_it", "breaks", "note")
 
@@ -54,7 +62,8 @@ def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod
     Returns one row per surveyed run, in the order of `utility`. `strongest_attack` identifies most private images over
     all the timesteps that the client draws (PSNR decides between equals), and `psnr_db`, `ssim`, `id_top1` are its;
     `id_worst` is the highest identification by any attack in any one timestep bucket. `stops_adaptive` also asks that
-    no recovered hint identifies, nor image and hint together. `epsilon_message` is the ε of one message (δ:
+    no recovered hint identifies, nor image and hint together. What was not scored is empty: neither stopped nor not.
+    `epsilon_message` is the ε of one message (δ:
     `splitlab.guarantees.DELTA`), where the defences own both a bound and a noise; else `why_no_epsilon` says why not.
     """
     rows = [
@@ -68,34 +77,62 @@ def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod
 
 
 def pooled(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Pool each attack's rows of one run over timestep buckets, weighted by n; strongest first."""
+    """Pool each attack's rows of one run over timestep buckets, weighted by n; strongest first.
+
+    A measure that is missing in one bucket is NaN; `id_worst` is the largest there is. What was not scored comes last.
+    """
     found: list[dict[str, Any]] = []
+    rows = rows.astype(dict.fromkeys(POOLED, float))
     for attack, own in rows[~rows["attack"].isin(NO_INFORMATION)].groupby("attack", sort=False):
         weights = own["n"] / own["n"].sum()
-        columns = ("psnr_db", "ssim", "id_top1", "hint_id_top1", "prompt_exact", "both_id_top1")
-        pool: dict[str, Any] = {name: float((own[name] * weights).sum(min_count=len(own))) for name in columns}
+        pool: dict[str, Any] = {name: float((own[name] * weights).sum(min_count=len(own))) for name in POOLED}
         worst = own.sort_values("id_top1", ascending=False, kind="stable", na_position="last").to_dict("records")[0]
-        pool |= {"id_worst": _number(worst["id_top1"]), "worst_t_low": worst["t_low"], "attack": attack}
+        pool |= {"id_worst": float(worst["id_top1"]), "worst_t_low": worst["t_low"], "attack": attack}
         pool["prompted"] = "encoder_hidden_states" in str(worst["knowledge"]).split(" + ")
         found.append(pool | {"n": int(own["n"].sum()), "n_seeds": int(own["n_seeds"].max())})
-    return sorted(found, key=lambda one: (-_number(one["id_top1"]), -_number(one["psnr_db"])))
+    return sorted(found, key=lambda one: (-known(one["id_top1"]), -known(one["psnr_db"])))
+
+
+def known(value: float) -> float:
+    """Return a number to order by: what is NaN comes behind everything that was measured."""
+    return -math.inf if math.isnan(value) else value
+
+
+def unscored(rows: pd.DataFrame) -> list[str]:
+    """Name by what no attack's identification was scored, in some timestep bucket of one run; guesses do not count."""
+    attacks, places = rows[~rows["attack"].isin(NO_INFORMATION)], set(rows["t_low"])
+    return [way for name, way in WAYS.items() if places - set(attacks[attacks[name].notna()]["t_low"])]
 
 
 def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict[str, Any]:
     dataset, defences = str(rows["dataset"].iloc[0]), str(rows["defences"].iloc[0])
     chance = float(rows["id_chance"].iloc[0])
-    every = pooled(rows)
-    best, worst = every[0], max(every, key=lambda one: (one["id_worst"], -_place(one["attack"])))
-    hint = max(every, key=lambda one: _number(one["hint_id_top1"]))
-    both = max(_number(one["both_id_top1"]) for one in every)
-    papers = [one for one in every if one["attack"].endswith(PAPER)]
     verdict: dict[str, Any] = {
         "defences": defences,
-        "strongest_attack": best["attack"],
-        **{name: best[name] for name in ("psnr_db", "ssim", "id_top1", "n", "n_seeds")},
-        "stops_adaptive": max(worst["id_worst"], _number(hint["hint_id_top1"]), both) <= STOPPED * chance,
         "dataset": dataset,
         "setting": run.removeprefix(f"{SURVEY}{dataset}-"),
+        "id_chance": chance,
+    }
+    if utility is not None:
+        same = utility[(utility["dataset"] == dataset) & (utility["defences"] == defences)]
+        verdict |= {name: same[name].mean(skipna=False) for name in ("control_iou", "eval_loss") if len(same)}
+    attacks = pooled(rows)
+    if not attacks:
+        return verdict | {"stops_adaptive": None, "reason": f"{UNMEASURED}: no attack but guesses was run"}
+    worst = max(attacks, key=lambda one: (known(one["id_worst"]), -_place(one["attack"])))
+    return verdict | _judged(attacks, worst, chance, unscored(rows))
+
+
+def _judged(attacks: list[dict[str, Any]], worst: dict[str, Any], chance: float, absent: list[str]) -> dict[str, Any]:
+    """Say who is stopped; where nothing identifies more than the limit, but something was not scored, nothing."""
+    best, limit = attacks[0], STOPPED * chance
+    hint = max(attacks, key=lambda one: known(one["hint_id_top1"]))
+    both = max((one["both_id_top1"] for one in attacks), key=known)
+    most = max(map(known, (worst["id_worst"], hint["hint_id_top1"], both)))
+    judged: dict[str, Any] = {
+        "strongest_attack": best["attack"],
+        **{name: best[name] for name in ("psnr_db", "ssim", "id_top1", "n", "n_seeds")},
+        "stops_adaptive": False if most > limit else None if absent else True,
         "id_worst": worst["id_worst"],
         "worst_t_low": worst["worst_t_low"],
         "hint_attack": hint["attack"],
@@ -103,14 +140,19 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
         "both_id_top1": both,
         "id_chance": chance,
     }
+    papers = [one for one in attacks if one["attack"].endswith(PAPER)]
     if papers:
-        first = max(papers, key=lambda one: one["id_worst"])
-        verdict |= {"paper_attack": first["attack"], "paper_id_worst": first["id_worst"]}
-        verdict["stops_paper_attacks"] = first["id_worst"] <= STOPPED * chance
-    if utility is not None:
-        same = utility[(utility["dataset"] == dataset) & (utility["defences"] == defences)]
-        verdict |= {name: same[name].mean() for name in ("control_iou", "eval_loss") if len(same)}
-    return verdict | {"reason": _reason(verdict, worst)}
+        first = max(papers, key=lambda one: known(one["id_worst"]))
+        judged |= {"paper_attack": first["attack"], "paper_id_worst": first["id_worst"]}
+        complete = not math.isnan(first["id_worst"]) and all(map(_complete, papers))
+        judged["stops_paper_attacks"] = False if first["id_worst"] > limit else True if complete else None
+    return judged | {"reason": _reason(judged, worst, absent)}
+
+
+def _complete(attack: dict[str, Any]) -> bool:
+    """Say whether a pooled attack that recovers images was scored in every bucket; others have nothing to score."""
+    after_images = not all(math.isnan(attack[name]) for name in ("psnr_db", "id_worst"))
+    return not (after_images and math.isnan(attack["id_top1"]))
 
 
 def _claimed(rows: pd.DataFrame, alphas_cumprod: Tensor | None) -> dict[str, Any]:
@@ -135,7 +177,8 @@ def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> 
         refused: (run, attack's name) -> why the attack could not run without what it was denied.
 
     Returns one row per run and denial. `measure` is what the attack is after: identification by image, by hint, or the
-    share of exact prompts; `breaks` says whether less than half of it is left, or the attack cannot run at all.
+    share of exact prompts; `breaks` says whether less than half of it is left, or the attack cannot run at all; it is
+    empty where either was not scored.
     """
     rows = []
     datasets = attacks.drop_duplicates("run").set_index("run")["dataset"]
@@ -146,12 +189,19 @@ def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> 
         if not denied or own is None:
             continue
         measure = next((m for m in ("id_top1", "hint_id_top1", "prompt_exact") if not pd.isna(own[m])), "id_top1")
-        left = _number(whole[run, name][measure]) if (run, name) in whole else 0.0
+        left = _left(whole.get((run, name)), measure)
         row = {"run": run, "dataset": datasets[run], "attack": plain, "denied": denied, "measure": measure}
         note = refused.get((str(run), name), "")
-        breaks = bool(note) or left < 0.5 * _number(own[measure])
+        scored = not math.isnan(left) and not math.isnan(own[measure])
+        breaks = True if note else left < 0.5 * own[measure] if scored else None
         rows.append(row | {"with_it": own[measure], "without_it": left, "breaks": breaks, "note": note})
     return pd.DataFrame(rows, columns=list(ABLATION_COLUMNS)).round(4)
+
+
+def _left(denied: dict[str, Any] | None, measure: str) -> float:
+    """Return what an attack reaches without a fact: 0 where it cannot run or recovers nothing, NaN if not scored."""
+    recovered = {"id_top1": "psnr_db", "hint_id_top1": "hint_psnr_db"}.get(measure, measure)
+    return 0.0 if denied is None or math.isnan(denied[recovered]) else float(denied[measure])
 
 
 def _place(attack: str) -> int:
@@ -160,21 +210,19 @@ def _place(attack: str) -> int:
     return list(WHY).index(plain) if plain in WHY else len(WHY)
 
 
-def _number(value: Any) -> float:
-    return 0.0 if pd.isna(value) else float(value)
-
-
-def _reason(verdict: dict[str, Any], worst: dict[str, Any]) -> str:
-    """Say in one sentence why the defence holds or not."""
-    limit, where = STOPPED * verdict["id_chance"], f"t ≥ {verdict['worst_t_low']:.0f}"
-    if verdict["id_worst"] > limit:
+def _reason(judged: dict[str, Any], worst: dict[str, Any], absent: list[str]) -> str:
+    """Say in one sentence why the defence holds or not, or what it would take to know."""
+    limit, where = STOPPED * judged["id_chance"], f"t ≥ {judged['worst_t_low']:.0f}"
+    if judged["id_worst"] > limit:
         plain = str(worst["attack"]).partition("-without-")[0]
         why = WHY.get(plain, "the attack named undoes it") + (", and the prompt is sent" if worst["prompted"] else "")
-        return f"{plain} identifies {verdict['id_worst']:.0%} at {where}: {why}"
-    if _number(verdict["hint_id_top1"]) > limit:
-        return f"the image is hidden, but the hint is recovered and identifies {verdict['hint_id_top1']:.0%}"
-    if verdict["both_id_top1"] > limit:
-        return f"neither image nor hint identifies, but the two together do: {verdict['both_id_top1']:.0%}"
+        return f"{plain} identifies {judged['id_worst']:.0%} at {where}: {why}"
+    if judged["hint_id_top1"] > limit:
+        return f"the image is hidden, but the hint is recovered and identifies {judged['hint_id_top1']:.0%}"
+    if judged["both_id_top1"] > limit:
+        return f"neither image nor hint identifies, but the two together do: {judged['both_id_top1']:.0%}"
+    if absent:
+        return f"{UNMEASURED}: no attack was scored by {' or '.join(absent)} in every timestep bucket"
     return (
-        f"no attack identifies more than {verdict['id_worst']:.0%} by image or hint (chance {verdict['id_chance']:.0%})"
+        f"no attack identifies more than {judged['id_worst']:.0%} by image or hint (chance {judged['id_chance']:.0%})"
     )

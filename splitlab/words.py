@@ -1,6 +1,10 @@
 """How attacks, schemes, fields and defences are called wherever people read of them."""
 
+import math
 from collections.abc import Sequence
+
+UNMEASURED, UNSCORED = "not measured", "not scored"
+"""What stands where a number is missing (NaN): it is neither 0 nor "no"."""
 
 ATTACK_WORDS = {
     "mean_public": "no information: mean public image",
@@ -92,3 +96,16 @@ def inversion_label(attack: str, granted: Sequence[str] = ()) -> str:
     words = INVERSION_WORDS.get(attack, attack.replace("_", " "))
     facts = ", ".join(GRANT_WORDS.get(name, name) for name in granted)
     return words + (f" (knows {facts})" if facts else "")
+
+
+def percent(value: float) -> str:
+    """Write a share as a whole percentage that says 100 only if nothing is missing, and of NaN that it is missing."""
+    if math.isnan(value):
+        return UNMEASURED
+    rounded = round(100 * value)
+    return f"{99 if rounded == 100 and value < 0.995 else rounded}\u00a0%"
+
+
+def counted(n: int, what: str) -> str:
+    """Write a number with its noun."""
+    return f"{n} {what}{'' if n == 1 else 's'}"

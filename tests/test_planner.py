@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -121,13 +122,47 @@ def test_the_projects_own_table_is_read():
     table = read_table(ROOT / "reports/metrics/split_attacks.csv")
     found = measured(table[table["run"].str.startswith("survey-shapes")])
     assert {one.defences: one.identification for one in found}[Defences()] == 1.0
+    assert len(found) > 5
     assert all(0 <= one.identification <= 1 for one in found)
 
 
-def test_control_counts_as_it_is_best_asked_for():
+def test_control_counts_as_all_settings_of_a_table_are_asked():
     row = {"defences": str(BARE), "attack": "a", "id_image": 0.1, "id_both_ideal": 0.2}
-    row |= {"control_iou": 0.4, "control_iou_std": 0.9, "control_iou_guided": 0.6, "messages": 3}
-    assert measured(pd.DataFrame([row])) == [Setting(BARE, 0.1, "a", math.nan, 0.6, 3, 0.2)]
+    row |= {"control_iou": 0.4, "control_iou_std": 0.9, "control_iou_guided": 0.3, "messages": 3}
+    assert measured(pd.DataFrame([row])) == [Setting(BARE, 0.1, "a", math.nan, 0.3, 3, 0.2)]
+    other = row | {"defences": str(LOUD), "control_iou_guided": None}
+    assert math.isnan(measured(pd.DataFrame([row, other]))[1].control_iou), "not what it has when asked otherwise"
+
+
+@pytest.mark.parametrize("missing", ["id_image", "id_hint", "id_both"])
+@pytest.mark.parametrize("messages", [1, 29])
+def test_a_setting_that_was_not_scored_is_never_proposed(missing: str, messages: int):
+    row = {"defences": str(HIDDEN), "attack": "a", "id_image": 0.02, "id_hint": 0.02, "id_both": 0.02}
+    rows = [row | {"messages": n} | ({missing: None} if n == messages else {}) for n in (1, 29)]
+    (found,) = measured(pd.DataFrame(rows))
+    assert math.isnan(found.identification)
+    with pytest.raises(InputError, match="there are none"):
+        plan([found], tiny.ALPHAS, identification=1.0, **ASKED)
+    with pytest.raises(InputError, match="leaves 3%"):
+        plan([found, SETTINGS[3]], tiny.ALPHAS, identification=0.01, **ASKED)
+    assert plan([found, *SETTINGS], tiny.ALPHAS, identification=0.05, **ASKED).setting.attack == "posterior"
+
+
+def test_a_run_needs_an_attack_on_as_many_messages(tmp_path: Path):
+    row = {"attack": "a", "id_image": 0.05, "id_hint": 0.05, "id_both": 0.05, "id_both_ideal": 0.06}
+    table = [row | {"defences": str(one), "setting": name} for name, one in (("x", HIDDEN), ("y", LOUD), ("z", BARE))]
+    pd.DataFrame(table).to_csv(tmp_path / "matched_client.csv", index=False)
+    runs = [row | {"defences": str(HIDDEN), "messages": 3, "id_image": 0.07}]
+    runs += [row | {"defences": str(LOUD), "messages": n, "id_image": 0.01 * n} for n in (3, 29)]
+    runs[-1]["id_both_ideal"] = None
+    pd.DataFrame(runs).assign(dataset="shapes").to_csv(tmp_path / "whole_run.csv", index=False)
+    found = {n: {one.defences: one for one in shipped(messages=n, metrics=tmp_path)} for n in (1, 2, 10)}
+    assert list(found[1]) == [HIDDEN, LOUD, BARE]
+    assert {defences: one.identification for defences, one in found[2].items()} == {HIDDEN: 0.07, LOUD: 0.05}
+    assert {defences: one.identification for defences, one in found[10].items()} == {LOUD: 0.29}
+    assert math.isnan(found[10][LOUD].ideal), "of fewer messages is not of all"
+    with pytest.raises(InputError, match="no run of 30 messages per image was attacked: ask for at most 29"):
+        shipped(messages=30, metrics=tmp_path)
 
 
 def test_what_is_private_for_one_message_need_not_be_for_a_run():
@@ -145,7 +180,7 @@ def test_what_is_private_for_one_message_need_not_be_for_a_run():
 
 def test_photographs_have_no_run_that_was_attacked():
     assert len(shipped("photos")) > 5
-    with pytest.raises(InputError, match="no run on photos of up to 29 messages was attacked"):
+    with pytest.raises(InputError, match="on photos no run of 29 messages per image was attacked: ask for at most 1"):
         shipped("photos", messages=29)
     with pytest.raises(InputError, match=r"matched_client_digits.csv"):
         shipped("digits")

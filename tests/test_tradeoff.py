@@ -52,6 +52,7 @@ def metrics(tmp_path: Path) -> Path:
         {"dataset": "shapes", "scheme": "federated", "control_iou": 0.7},
     ]
     update = {"model": "controlnet", "dataset": "shapes", "knowledge": "noise", "id_chance": 0.01, "n": 2, "n_seeds": 1}
+    update |= {"ssim": 0.9}
     updates = [
         update | {"defence": "none", "level": None, "attack": "known_noise", "id_top1": 1.0},
         update | {"defence": "noise", "level": 1.0, "attack": "known_noise", "id_top1": 0.5},
@@ -178,9 +179,9 @@ def test_photographs_have_their_own_measure_and_their_own_panel(metrics: Path) -
     photos = [
         own | {"setting": "none", "defences": "none", "control_edges": 0.1, "control_edges_guided": 0.2,
                "id_hint": 1.0, "id_both": 1.0, "id_worst": 1.0},
-        own | {"setting": "coarse", "defences": DEFENDED, "control_edges": 0.08, "control_edges_guided": 0.02,
+        own | {"setting": "coarse", "defences": DEFENDED, "control_edges": 0.19, "control_edges_guided": 0.08,
                "id_hint": 0.109, "id_both": 0.05, "id_worst": 0.109},
-        {"setting": "(public data only)", "steps": 900, "control_edges": 0.14, "control_edges_guided": 0.125,
+        {"setting": "(public data only)", "steps": 900, "control_edges": 0.19, "control_edges_guided": 0.14,
          "control_edges_std": 0.01, "control_edges_guided_std": 0.02, "n_seeds": 3},
         {"setting": "(VAE ceiling)", "control_edges": 0.4},
     ]  # fmt: skip
@@ -190,7 +191,7 @@ def test_photographs_have_their_own_measure_and_their_own_panel(metrics: Path) -
     points = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
     own_points = points[points["dataset"].eq("photos") & points["scheme"].eq(tradeoff.MATCHED)]
     assert own_points["setting"].tolist() == ["coarse"]
-    assert own_points["kept"].tolist() == pytest.approx([0.2])  # (0.08 - 0.05) / (0.2 - 0.05)
+    assert own_points["kept"].tolist() == pytest.approx([0.2])  # (0.08 - 0.05) / (0.2 - 0.05), all of them guided
     assert own_points["leak"].tolist() == pytest.approx([0.1])
     (public,) = points[points["scheme"] == tradeoff.PUBLIC_DATA].to_dict("records")
     assert (public["leak"], public["epsilon"]) == (0.0, 0.0)
@@ -205,19 +206,87 @@ def test_photographs_have_their_own_measure_and_their_own_panel(metrics: Path) -
 
 def test_of_one_message_and_a_whole_run_the_strongest_attack_counts(metrics: Path) -> None:
     own = {"setting": "high", "defences": DEFENDED, "steps": 900, "n_seeds": 3, "id_chance": 0.01, "n": 300}
-    own |= {"control_iou": 0.6, "control_iou_std": 0.01}
+    own |= {"control_iou_guided": 0.6, "control_iou_guided_std": 0.01}
     one = {"attack": "posterior", "id_image": 0.109, "id_hint": 0.01, "id_both": 0.05, "id_worst": 0.109}
     one |= {"id_image_ideal": 0.208, "id_hint_ideal": 0.01, "id_both_ideal": 0.1}
     run = {"dataset": "shapes", "setting": "high", "messages": 29, "n": 300, "attack": "accumulation"}
     run |= {"id_image": 0.505, "id_hint": 0.01, "id_both": 0.4, "id_worst": 0.505, "id_chance": 0.01}
     run |= {"id_image_ideal": 0.802, "id_hint_ideal": 0.01, "id_both_ideal": 0.7}
-    none = own | one | {"setting": "none", "defences": "none", "control_iou": 0.9}
-    write(metrics, matched_client=[none, own | one | {"steps": 600}], whole_run=[run])
+    none = own | one | {"setting": "none", "defences": "none", "control_iou_guided": 0.9}
+    write(metrics, matched_client=[none, own | one], whole_run=[run])
     points = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
     (found,) = points[points["setting"] == "high"].to_dict("records")
     assert found["attack"].endswith("by image, from 29 messages per image")
     assert (found["leak"], found["image_leak"], found["ceiling"]) == pytest.approx((0.5, 0.5, 0.8))
     assert found["ceiling_by"].endswith("by Bayes, from 29 messages per image")
+
+
+def test_control_is_compared_asked_alike_and_after_as_many_steps(metrics: Path) -> None:
+    own = {"steps": 900, "n_seeds": 3, "id_chance": 0.01, "attack": "closed_form", "n": 300}
+    own |= dict.fromkeys(("id_image", "id_hint", "id_both", "id_worst"), 0.01)
+    own |= {"defences": DEFENDED, "control_iou_std": 0.0, "control_iou_guided_std": 0.01}
+    rows = [
+        own | {"setting": "none", "defences": "none", "control_iou": 0.95, "control_iou_guided": 0.9},
+        {"setting": "(none, 600 steps)", "steps": 600, "control_iou": 0.99, "control_iou_guided": 0.8},
+        own | {"setting": "long", "control_iou": 0.9, "control_iou_guided": 0.55},
+        own | {"setting": "short", "control_iou": 0.9, "control_iou_guided": 0.5, "steps": 600},
+        own | {"setting": "other", "control_iou": 0.9, "control_iou_guided": 0.5, "steps": 300},
+        own | {"setting": "unasked", "control_iou": 0.9, "control_iou_guided": None},
+    ]
+    points = tradeoff.tradeoff(write(metrics, matched_client=rows), alphas_cumprod=ALPHAS)
+    found = points[points["n"].eq(300)].set_index("setting")
+    assert found["kept"][["none", "long", "short"]].tolist() == pytest.approx([1.0, 0.5, 0.5])
+    assert found["reference"][["long", "short"]].tolist() == [0.9, 0.8]
+    assert set(found["utility_of"]) == {"control IoU, guided"}
+    assert found["left_out"]["other"] == "the same training without defence was not measured"
+    assert found["left_out"]["unasked"] == "its utility was not measured"
+
+
+@pytest.mark.parametrize("column", ["id_top1", "hint_id_top1", "both_id_top1"])
+def test_a_survey_that_was_not_scored_by_one_measure_is_not_called_private(metrics: Path, column: str) -> None:
+    attacks = pd.read_csv(metrics / "split_attacks.csv", keep_default_na=False, na_values=[""])
+    attacks.loc[attacks["t_low"].eq(800) & attacks["attack"].ne("mean_public"), column] = math.nan
+    points = tradeoff.tradeoff(write(metrics, split_attacks=attacks.to_dict("records")), alphas_cumprod=ALPHAS)
+    left_out = points.set_index("setting")["left_out"]
+    assert left_out["hidden"].startswith("not scored by ")
+    assert left_out["none"].iloc[0] == "", "an attack that identifies all leaves nothing open"
+
+
+def test_what_nobody_scored_leaks_an_unknown_amount_not_nothing(metrics: Path) -> None:
+    assert math.isnan(tradeoff.above_chance(math.nan, 0.01))
+    attacks = pd.read_csv(metrics / "split_attacks.csv", keep_default_na=False, na_values=[""])
+    attacks[["id_top1", "hint_id_top1", "both_id_top1"]] = math.nan
+    updates = pd.read_csv(metrics / "gradient_attacks.csv", keep_default_na=False, na_values=[""])
+    private = pd.read_csv(metrics / "dp.csv").assign(mia_auc=math.nan)
+    tables = {"split_attacks": attacks, "gradient_attacks": updates.assign(id_top1=math.nan), "dp": private}
+    write(metrics, **{name: table.to_dict("records") for name, table in tables.items()})
+    points = tradeoff.tradeoff(metrics, alphas_cumprod=ALPHAS)
+    assert len(points) > 6
+    assert points["leak"].isna().all()
+    assert points["left_out"].ne("").all()
+    assert "0 settings of 0 leave" in tradeoff_report.conclusion(points).data
+
+
+@pytest.mark.parametrize("column", ["downstream_acc", "mia_auc"])
+def test_a_seed_that_was_not_measured_is_not_averaged_over(metrics: Path, column: str) -> None:
+    private = pd.read_csv(metrics / "dp.csv")
+    one = private["trainable"].eq("attention") & private["epsilon"].eq(0.9995)
+    assert one.sum() == 1
+    private.loc[one, column] = math.nan
+    points = tradeoff.tradeoff(write(metrics, dp=private.to_dict("records")), alphas_cumprod=ALPHAS)
+    own = points[(points["scheme"] == tradeoff.DP_LDM) & points["epsilon"].eq(1.0) & points["dataset"].eq("digits")]
+    said = {"downstream_acc": "its utility was not measured", "mia_auc": "no attack was scored"}
+    assert own["left_out"].tolist() == [said[column]]
+
+
+def test_what_was_attacked_by_one_message_says_so(metrics: Path) -> None:
+    attacks = pd.read_csv(metrics / "split_attacks.csv", keep_default_na=False, na_values=[""])
+    attacks.loc[attacks["run"].str.endswith("hidden"), ["id_top1", "hint_id_top1", "both_id_top1"]] = 0.01
+    points = tradeoff.tradeoff(write(metrics, split_attacks=attacks.to_dict("records")), alphas_cumprod=ALPHAS)
+    assert "attacked from up to 1 message per image" in tradeoff_report.table(points).data
+    said = tradeoff_report.conclusion(points).data
+    assert "1 setting of split clients were attacked from one message per image" in said
+    assert "what a run gives away was not measured" in said
 
 
 def test_the_table_says_what_stands_behind_each_mark(points: pd.DataFrame) -> None:

@@ -6,8 +6,11 @@ import tiny
 
 from splitlab.verdicts import ABLATION_COLUMNS, VERDICT_COLUMNS, ablations, pooled, verdicts
 
-QUIET = {"psnr_db": 11.0, "ssim": 0.3, "id_top1": 0.02, "hint_id_top1": None, "prompt_exact": None}
-QUIET |= {"both_id_top1": None}
+QUIET = {"psnr_db": 11.0, "ssim": 0.3, "id_top1": 0.02, "hint_id_top1": 0.01, "prompt_exact": None}
+QUIET |= {"both_id_top1": 0.015, "hint_psnr_db": 10.0}
+
+
+UNSCORED: dict[str, object] = {"id_top1": None, "hint_id_top1": None, "both_id_top1": None}
 
 
 def row(attack: str, t_low: int = 0, **changes: object) -> dict:
@@ -25,8 +28,7 @@ def judge(*rows: dict, utility: pd.DataFrame | None = None) -> pd.Series:
 
 def test_a_defence_that_every_attack_fails_against_stops_them():
     found = judge(row("closed_form"), row("likelihood-without-noise-defences"), row("mean_public", id_top1=0.9))
-    assert found["stops_adaptive"]
-    assert found["stops_paper_attacks"]
+    assert found["stops_adaptive"] == found["stops_paper_attacks"] == True  # noqa: E712  (None is not True)
     assert "no attack identifies more than 2%" in found["reason"]
     assert found["setting"] == "x"
 
@@ -56,6 +58,55 @@ def test_image_and_hint_that_identify_only_together_fail_the_defence():
     found = judge(row("adaptive_network", hint_id_top1=0.05, both_id_top1=0.4))
     assert not found["stops_adaptive"]
     assert found["reason"] == "neither image nor hint identifies, but the two together do: 40%"
+
+
+@pytest.mark.parametrize("missing", ["id_top1", "hint_id_top1", "both_id_top1"])
+@pytest.mark.parametrize("where", [0, 200])
+def test_what_was_not_scored_is_neither_stopped_nor_not(missing: str, where: int):
+    rows = [row("closed_form", t_low=low, **({missing: None} if low == where else {})) for low in (0, 200)]
+    found = judge(*rows, row("mean_public"))  # a guess's score does not stand for an attack's
+    assert pd.isna(found["stops_adaptive"])
+    assert found["reason"].startswith("not measured: no attack was scored by ")
+    assert pd.isna(found[missing])
+    certain = judge(*rows, row("posterior", t_low=200, id_top1=0.5))
+    assert not certain["stops_adaptive"]
+    assert not pd.isna(certain["stops_adaptive"]), "what one attack does is known, whatever others would"
+
+
+def test_a_run_of_which_nothing_was_scored_claims_nothing():
+    found = judge(row("closed_form", **UNSCORED), row("likelihood-without-noise-defences", **UNSCORED))
+    assert pd.isna(found["stops_adaptive"])
+    assert pd.isna(found["stops_paper_attacks"])
+    assert found[["id_top1", "id_worst", "hint_id_top1", "both_id_top1", "paper_id_worst"]].isna().all()
+    guesses = judge(row("mean_public"), row("random_public"))
+    assert pd.isna(guesses["stops_adaptive"])
+    assert guesses["reason"] == "not measured: no attack but guesses was run"
+
+
+def test_a_paper_attack_that_was_scored_in_part_is_not_stopped():
+    paper = "likelihood-without-noise-defences"
+    found = judge(row(paper), row(paper, t_low=200, id_top1=None), row("closed_form"), row("closed_form", t_low=200))
+    assert pd.isna(found["stops_paper_attacks"])
+    assert found["stops_adaptive"] == True  # noqa: E712
+
+
+def test_an_unscored_attack_is_not_the_strongest_and_its_clear_images_do_not_make_it_so():
+    assert judge(row("posterior", id_top1=None, psnr_db=40.0), row("closed_form"))["strongest_attack"] == "closed_form"
+
+
+def test_an_ablation_of_which_one_side_was_not_scored_breaks_nothing():
+    table = pd.DataFrame([row("posterior", id_top1=0.9), row("posterior-without-noise", id_top1=None),
+                          row("one_step", id_top1=1.0),
+                          row("one_step-without-noise", **UNSCORED, psnr_db=None)])  # fmt: skip
+    found = ablations(table, {}).set_index("attack")
+    assert pd.isna(found["breaks"]["posterior"])
+    assert pd.isna(found["without_it"]["posterior"])
+    assert found["breaks"]["one_step"], "without the fact it recovers no image at all"
+
+
+def test_a_cost_of_which_one_seed_is_missing_is_not_averaged_over_the_others():
+    costs = [{"dataset": "shapes", "defences": "half", "control_iou": iou, "eval_loss": 0.1} for iou in (0.7, None)]
+    assert pd.isna(judge(row("closed_form"), utility=pd.DataFrame(costs))["control_iou"])
 
 
 def test_an_epsilon_is_claimed_only_where_bound_and_noise_are_owned():
@@ -107,7 +158,7 @@ def test_runs_that_are_not_the_surveys_are_not_judged():
 def test_an_ablation_compares_an_attack_with_itself_denied_one_fact():
     table = pd.DataFrame([row("closed_form", id_top1=1.0), row("posterior", id_top1=0.9),
                           row("posterior-without-noise", id_top1=0.8), row("orphan-without-noise", id_top1=0.5),
-                          row("words", id_top1=None, prompt_exact=1.0)])  # fmt: skip
+                          row("words", **UNSCORED, psnr_db=None, hint_psnr_db=None, prompt_exact=1.0)])  # fmt: skip
     run = "survey-shapes-x"
     found = ablations(table, {(run, "closed_form-without-noise-smashed"): "no noise", (run, "words-without-x"): "no x"})
     assert list(found.columns) == list(ABLATION_COLUMNS)

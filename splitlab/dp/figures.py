@@ -35,7 +35,8 @@ def draw_curve(table: pd.DataFrame) -> Figure:
     """Draw accuracy, Fréchet distance and membership by ε, one row of panels per data set, one line per trainable set.
 
     `table` is one of `splitlab.dp.survey.COLUMNS`.
-    Lines are means over seeds, bars go from the least to the most. A measure that a data set lacks has no panel.
+    Lines are means over seeds, bars go from the least to the most. A measure that a data set lacks has no panel, and
+    a setting of which a seed was not measured no point.
     """
     datasets = list(table["dataset"].unique())
     figure, grid = subplots(len(datasets), 3, size=(14.0, 0.6 + 3.7 * len(datasets)))
@@ -65,15 +66,16 @@ def _panel(axis: Axes, table: pd.DataFrame, column: str, targets: Mapping[float,
     """Draw one measure of one data set; ε = ∞ stands to the right of the others."""
     infinite = len(targets)
     for number, (name, colour) in enumerate(COLOURS.items()):
-        own = table[table["trainable"] == name].dropna(subset=[column])
+        own = table[table["trainable"] == name]
         places = own["epsilon"].map(lambda e: infinite if e == float("inf") else targets[_nearest(e, targets)])
+        own = own[own[column].notna().groupby(places).transform("all")]  # a mean over fewer seeds is another
         grouped = own.groupby(places)[column].agg(["mean", "min", "max"])
         if len(grouped):
             low, high = grouped["mean"] - grouped["min"], grouped["max"] - grouped["mean"]
             where = [place + 0.06 * (number - 1) for place in grouped.index]
             axis.errorbar(where, grouped["mean"], [low, high], marker="o", capsize=3, color=colour, label=name)
     for name, dash in CONTRAST_LINES.items():
-        value = table[table["trainable"] == name][column].mean()
+        value = table[table["trainable"] == name][column].mean(skipna=False)
         if not pd.isna(value):
             axis.axhline(value, color="#7f7f7f", ls=dash, lw=1.2, label=name)
     if column == "mia_auc":

@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.claims import HOLDS, PARTLY, REFUTED, UNMEASURED, counted, percent
+from splitlab.claims import HOLDS, PARTLY, REFUTED
 from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.errors import InputError
-from splitlab.report import DASH, figure, lay_out, number
+from splitlab.report import DASH, figure, lay_out, mean_of, number
 from splitlab.tables import read_timed
 from splitlab.tradeoff import nominal
+from splitlab.words import UNMEASURED, counted, percent
 
 WORDS = {
     "attention": "attention only (DP-LDM)",
@@ -57,17 +58,21 @@ class DPMaterial:
         return sorted({nominal(e) for e in self.runs["epsilon"]})
 
     def values(self, trainable: str, target: float, column: str = "downstream_acc") -> pd.Series:
-        """Return a column's values over seeds where ε was asked to be `target`; none where there is no such run."""
+        """Return a column's values over seeds where ε was asked to be `target`.
+
+        None where there is no such run, or where one seed was not measured: the others would be fewer than is said.
+        """
         own = self.runs[self.runs["trainable"] == trainable]
-        return own[own["epsilon"].map(nominal) == target][column].dropna()
+        values = own[own["epsilon"].map(nominal) == target][column]
+        return values.iloc[:0] if values.isna().any() else values
 
     def mean(self, trainable: str, target: float, column: str = "downstream_acc") -> float:
         """Return their mean; NaN where there are none."""
         return float(self.values(trainable, target, column).mean())
 
     def contrast(self, name: str) -> float:
-        """Return the mean accuracy of a contrast row; NaN where it was not made."""
-        return float(self.judged[self.judged["trainable"] == name]["downstream_acc"].mean())
+        """Return the mean accuracy of a contrast row; NaN where it was not made, or not measured for every seed."""
+        return float(self.judged[self.judged["trainable"] == name]["downstream_acc"].mean(skipna=False))
 
     @property
     def floor(self) -> tuple[str, float]:
@@ -202,6 +207,9 @@ def _audit_claim(material: DPMaterial) -> tuple[str, str, str]:
         f"{_epsilon(float(str(e)))}: at least {own['audit_epsilon_lb'].max():.2f} (most of {counted(len(own), 'run')})"
         for e, own in groups
     ]
+    private = material.table["epsilon"].between(0, math.inf, inclusive="neither")
+    if absent := int((private & material.table["audit_epsilon_lb"].isna()).sum()):
+        entries.append(f"{UNMEASURED}: {counted(absent, 'run')}")
     return _claim(
         "The ε that is stated is true.",
         entries,
@@ -285,16 +293,20 @@ def table(material: DPMaterial) -> HTML:
 def _row(trainable: str, target: float, own: pd.DataFrame) -> tuple[str, ...]:
     mean = own.mean(numeric_only=True)
     tuned = trainable not in CONTRASTS
+
+    def measured(name: str, digits: int | None) -> str:
+        return mean_of(own[name], bool(own[name].notna().any()), digits, missing=UNMEASURED)
+
     return (
         html.escape(WORDS.get(trainable, trainable)),
         number(mean["n_trainable"] if tuned else None),
         DASH if trainable == REAL else "∞" if math.isinf(target) else f"{target:g}",
         number(mean["noise_multiplier"] if tuned else None, 2),
-        percent(float(mean["downstream_acc"])),
-        number(own["downstream_acc"].std(), 3),
-        number(mean["frechet"], 2),
-        number(mean["mia_auc"], 3),
-        number(mean["audit_epsilon_lb"], 2),
+        measured("downstream_acc", None),
+        number(own["downstream_acc"].std(skipna=False), 3),
+        measured("frechet", 2),
+        measured("mia_auc", 3),
+        measured("audit_epsilon_lb", 2),
         number(mean["step_s"], 2),
         str(len(own)),
     )

@@ -8,6 +8,7 @@ from splitlab import checkpoint, markup
 from splitlab.config import TrainConfig, parse
 from splitlab.explore import Artefacts, png
 from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported, run_rows
+from splitlab.words import UNMEASURED
 
 
 class Gallery(widgets.VBox):
@@ -39,7 +40,7 @@ class Gallery(widgets.VBox):
             config = parse(TrainConfig, record["config"], where=f"{folder}/record.json")
             overlap, edges = (record.get(f"control_{what}") for what in ("iou", "edges"))
             followed = f"disc overlap {overlap:.2f}, " if overlap is not None else ""
-            where = markup.NOT_MEASURED if edges is None else f"{edges:+.2f} (0: by chance)"
+            where = UNMEASURED if edges is None else f"{edges:+.2f} (0: by chance)"
             followed += f"edges where the hints want them {where}"
             self.about.value = markup.rows([*run_rows(config), ("follows the hints", followed)])
             self.first.max = (len(prompts) - 1) // self.shown * self.shown

@@ -13,6 +13,7 @@ from splitlab.datasets import load_split
 from splitlab.explore import Artefacts, attack_label, defences_label
 from splitlab.planner import Plan, Setting, plan, public_norm, shipped
 from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported
+from splitlab.words import UNMEASURED
 
 TARGETS = (0.05, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0)
 """Shares of images that the strongest attack may identify among 100."""
@@ -79,8 +80,8 @@ def proposal(found: Plan) -> str:
     one = found.setting
     numbers = {
         "identified by the strongest attack (chance 1 %)": f"{one.identification:.0%}",
-        "by who holds the candidates": markup.number(100 * one.ideal, 0, "%"),
-        "control": markup.number(one.control_iou, 2),
+        "by who holds the candidates": markup.number(100 * one.ideal, 0, "%", missing=UNMEASURED),
+        "control": markup.number(one.control_iou, 2, missing=UNMEASURED),
         "ε of one message": epsilon(found.epsilon_message),
         "ε of all messages of an image": epsilon(found.epsilon_run),
     }

@@ -1,0 +1,167 @@
+"""What was not scored or not measured, in the report: never a number, never "no", never a verdict."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fabricated
+import pandas as pd
+import pytest
+from test_report import attack_at, evidence, verdicts
+
+from splitlab import claims, report, survey_figures, survey_report
+from splitlab.dp import figures as dp_figures
+from splitlab.dp import report as dp_report
+from splitlab.evaluate import summary
+from splitlab.leaks import leaks, strongest
+from splitlab.words import UNMEASURED, UNSCORED, percent
+
+Change = Callable[[pd.DataFrame, pd.DataFrame], None]
+
+
+@pytest.fixture(scope="module")
+def material(base_path: Path) -> report.Material:
+    return report.load_material(**fabricated.world(base_path).folders)
+
+
+def unscored(column: str, *, run: str = "s1", whole: bool = True) -> Change:
+    """Take a score of the closed form away, in all buckets of a run or in its last."""
+
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        attack_at(0.1)(training, attacks)
+        own = attacks[(attacks["run"] == run) & (attacks["attack"] == "closed_form")].index
+        attacks.loc[own if whole else own[-1:], column] = math.nan
+
+    return change
+
+
+def test_a_missing_share_is_a_word() -> None:
+    assert percent(math.nan) == UNMEASURED
+
+
+def test_protection_is_not_claimed_from_attacks_that_were_not_scored(material: report.Material) -> None:
+    found = verdicts(evidence(material, unscored("psnr_db")))
+    assert {found[name] for name in ("floor", "prompts", "attacks")} == {UNMEASURED}
+    assert verdicts(evidence(material, unscored("hint_psnr_db", run="split")))["activation"] == UNMEASURED
+    assert claims.protection([math.nan], [math.nan]) == UNMEASURED
+    said = claims.claims(evidence(material, unscored("psnr_db")))[2].measured
+    assert "No attack on images was scored on s1." in said
+
+
+def test_a_bucket_that_was_not_scored_is_not_counted_in_n(material: report.Material) -> None:
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        own = attacks[(attacks["run"] == "split") & (attacks["attack"] == "closed_form")].index
+        assert len(own) == 2
+        attacks.loc[own[-1:], "psnr_db"] = math.nan
+
+    whole, part = (
+        strongest(leaks(found.attacks))["split"] for found in (material.evidence, evidence(material, change))
+    )
+    assert (whole.n_buckets, part.n_buckets) == (2, 1)
+    assert 0 < part.n < whole.n
+
+
+def test_identification_that_was_not_scored_is_not_told_as_a_number(material: report.Material) -> None:
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        attack_at(1.0)(training, attacks)
+        attacks["id_top1"] = math.nan
+
+    found = evidence(material, change)
+    assert (
+        "how many private images it picks out of a line-up was not measured"
+        in report.summary(replace(material, evidence=found)).data
+    )
+    assert f"identifies {UNMEASURED}" in str(strongest(leaks(found.attacks))["s1"])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("column", ["id_top1", "ssim"])
+def test_the_attack_table_says_what_was_not_scored(material: report.Material, column: str, whole: bool) -> None:
+    assert UNSCORED not in report.attack_table(material).data
+    found = replace(material, evidence=evidence(material, unscored(column, whole=whole)))
+    assert report.attack_table(found).data.count(f">{UNSCORED}<") == 1
+
+
+def test_a_dash_is_what_an_attack_does_not_try() -> None:
+    assert report.mean_of(pd.Series([math.nan, math.nan]), applies=False) == report.DASH
+    assert report.mean_of(pd.Series([0.5, math.nan]), applies=True) == UNSCORED
+    assert report.mean_of(pd.Series([0.5, 1.0]), applies=True) == percent(0.75)
+    assert report.mean_of(pd.Series([0.5, 1.0]), applies=True, digits=2) == "0.75"
+
+
+@pytest.mark.parametrize("column", ["up_bytes_per_sample", "down_bytes_per_sample"])
+def test_bytes_that_were_not_counted_are_not_none(material: report.Material, column: str) -> None:
+    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
+        training["control_iou"] = training["scheme"].map(lambda name: 0.2 if name == "no control" else 0.8)
+        training.loc[training["run"] == "s1", column] = math.nan
+
+    found = verdicts(evidence(material, change))
+    assert found["bytes"] == UNMEASURED
+    assert found["gradient"] == (UNMEASURED if column.startswith("down") else claims.HOLDS)
+
+
+def test_a_defence_that_was_not_judged_is_neither_yes_nor_no(material: report.Material) -> None:
+    judged = material.verdicts.assign(stops_adaptive=None, stops_paper_attacks=None, strongest_attack=None)
+    judged[["id_top1", "id_worst", "hint_id_top1", "both_id_top1", "paper_id_worst"]] = math.nan
+    found = replace(material, verdicts=judged)
+    html = survey_report.verdict_table(found).data
+    assert "nan" not in html
+    assert html.count(f">{UNMEASURED}<") == 7 * len(judged)
+    assert ">yes<" not in html
+    assert ">no<" not in html
+    said = survey_report.conclusion(found).data
+    assert (
+        f"0 keep the image from the strongest attacker that knows the defence; 0 keep image and hint; {UNMEASURED}:"
+        in said
+    )
+    assert survey_figures.draw_frontier(judged).axes
+
+
+def test_an_ablation_that_was_not_scored_says_so(material: report.Material) -> None:
+    found = material.ablations.assign(breaks=None, without_it=math.nan, note=math.nan)
+    html = survey_report.ablation_table(replace(material, ablations=found)).data
+    assert html.count(f">{UNSCORED}<") == 2 * len(found)  # what is left, and whether the attack breaks
+
+
+def test_the_summary_file_holds_no_mean_over_some_buckets(material: report.Material) -> None:
+    attacks = material.evidence.attacks.copy()
+    own = attacks[(attacks["run"] == "s1") & (attacks["attack"] == "closed_form")].index
+    assert len(own) == 1 or attacks.loc[own[:-1], "psnr_db"].notna().all()
+    attacks.loc[own[-1:], "psnr_db"] = math.nan
+    assert set(summary(material.evidence.training, attacks)["attack"]["s1"]["closed_form"]) == {"id_top1"}
+
+
+def seeds(column: str) -> pd.DataFrame:
+    """Return a table of private fine-tuning of which one seed of the attention rows lacks a measure."""
+    common = {"dataset": "digits", "delta": 1e-5, "n": 9, "n_test": 9, "n_samples": 9, "features": "f"}
+    common |= {"conditioning": "class", "n_trainable": 1, "noise_multiplier": 1.0, "step_s": 1.0}
+    common |= {"downstream_acc": 0.8, "frechet": 1.0, "mia_auc": 0.51, "audit_epsilon_lb": 0.5}
+    rows = [
+        common | {"trainable": name, "epsilon": epsilon, "seed": seed}
+        for name, epsilon in (("public base", 0.0), ("attention", 1.0), ("attention", math.inf), ("unet", 1.0))
+        for seed in (0, 1)
+    ]
+    table = pd.DataFrame(rows)
+    table.loc[2, column] = math.nan
+    return table
+
+
+@pytest.mark.parametrize("column", ["downstream_acc", "frechet", "mia_auc", "audit_epsilon_lb"])
+def test_a_mean_over_seeds_is_over_all_of_them_or_is_none(column: str, tmp_path: Path) -> None:
+    found = dp_report.DPMaterial(seeds(column), tmp_path)
+    assert math.isnan(found.mean("attention", 1.0, column))
+    row = next(part for part in dp_report.table(found).data.split("<tr>") if "attention only" in part)
+    assert row.count(f">{UNMEASURED}<") == 1
+    if column == "downstream_acc":
+        assert f"{UNMEASURED} (ε = 1)" in dp_report.conclusion(found).data
+    if column == "audit_epsilon_lb":
+        assert f"{UNMEASURED}: 1 run" in dp_report.claims_table(found).data
+
+
+def test_a_curve_has_no_point_where_a_seed_is_missing() -> None:
+    lines = [
+        dp_figures.draw_curve(table).axes[0].get_lines()[0].get_xdata()
+        for table in (seeds("frechet"), seeds("downstream_acc"))
+    ]
+    assert [len(places) for places in lines] == [2, 1]
