@@ -59,8 +59,7 @@ def load_model(kind: type[Model], folder: Path, **config: Any) -> Model:
             str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **options, **config
         )
     except Exception as error:  # the libraries raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder}: no {kind.__name__} can be made of it ({reason})") from None
+        raise InputError(f"{folder}: no {kind.__name__} can be made of it ({brief(error)})") from None
     _check_tensors(model, found, folder / files[0])
     return model.eval()
 
@@ -177,6 +176,11 @@ def _check_tensors(model: nn.Module, found: dict[str, Any], file: Path) -> None:
             raise InputError(
                 f"{file}: {len(tensors)} {problem}: {_some(tensors)}; use a complete {type(model).__name__}"
             )
+
+
+def brief(error: Exception) -> str:
+    """Return what a library's error says, on one line of no great length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

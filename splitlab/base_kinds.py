@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from splitlab.base_files import CONVERT, PICKLES, read_config
+from splitlab.base_files import CONVERT, PICKLES, brief, read_config
 from splitlab.errors import InputError
 
 PARTS = {
@@ -69,7 +69,6 @@ UNET = {
 SCHEDULERS = {kind.name for kind in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
 """Samplers of one kind of noise schedule, which is given by betas."""
 
-
 NO_SIGNAL = "from a last timestep without signal no noise prediction leads to an image; a model so trained predicts v"
 
 
@@ -123,6 +122,8 @@ def _what_else(folder: Path) -> str:
 
 def single_file(path: Path) -> str:
     """Say how to convert a model that is one file."""
+    if path.suffix not in (".safetensors", *PICKLES):
+        return f"{path}: a file; name a folder (an archive is unpacked first)"
     if path.suffix in PICKLES:
         return (
             f"{path}: pickled. Opening it runs its code, so it is never read here. Where you trust it, convert it: "
@@ -141,7 +142,11 @@ def _check_index(index: dict[str, Any], path: Path) -> None:
     if name not in PIPELINES:
         reason = next((f": {why}" for start, why in OTHERS.items() if name.startswith(start)), "")
         raise InputError(f"{path}: it is for {name}, not for Stable Diffusion 1.x{reason}")
-    parts = {part: entry[-1] for part, entry in index.items() if isinstance(entry, list) and part[0] != "_" and entry}
+    parts = {
+        part: entry[-1]
+        for part, entry in index.items()
+        if isinstance(entry, list) and entry and not part.startswith("_")
+    }
     for part, kind in parts.items():
         if part not in PARTS and part not in SPARE and kind is not None:
             raise InputError(f"{path}: it has a {part} ({kind}), which Stable Diffusion 1.x has not")
@@ -215,9 +220,10 @@ def load_scheduler(folder: Path) -> DDIMScheduler | PNDMScheduler:
         warnings.warn(f"{path}: sampling is by DDIM on the schedule of its {name}", stacklevel=4)
         name = "DDIMScheduler"
     try:
+        getattr(diffusers, name).from_config(config).set_timesteps(50)
         scheduler = getattr(diffusers, name).from_config(config)
     except Exception as error:  # whatever a wrong entry leads to
-        raise InputError(f"{path}: no schedule can be made of it ({error})") from None
+        raise InputError(f"{path}: no schedule can be made of it ({brief(error)})") from None
     _check_schedule(scheduler, path)
     return scheduler
 
@@ -252,7 +258,7 @@ def load_tokenizer(folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the libraries raise many types
-        raise InputError(f"{folder}: no tokenizer can be made of it ({error})") from None
+        raise InputError(f"{folder}: no tokenizer can be made of it ({brief(error)})") from None
     highest, known = max(tokenizer.get_vocab().values(), default=-1), text.vocab_size
     if not 0 <= highest < known:
         raise InputError(
@@ -271,8 +277,7 @@ def load_tokenizer(folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
 
 
 def square(folder: Path, default: int) -> dict[str, int]:
-    """Return a whole `sample_size` in place of one that is a list (the smaller edge) or missing (`default`)."""
+    """Return a whole `sample_size` in place of one that is a list (the smaller edge) or no size (`default`)."""
     size = read_config(folder / "config.json").get("sample_size")
-    if isinstance(size, int):
-        return {}
-    return {"sample_size": min((edge for edge in size or () if isinstance(edge, int)), default=default)}
+    edges = [edge for edge in (size if isinstance(size, list) else [size]) if type(edge) is int and edge > 0]
+    return {} if edges == [size] else {"sample_size": min(edges, default=default)}

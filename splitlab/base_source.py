@@ -1,6 +1,7 @@
 """Where a base model is: a folder, or an id on the Hugging Face hub."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-from splitlab.base_files import PICKLES, choose_weights
-from splitlab.base_kinds import PARTS, check_kind, single_file
+from splitlab.base_files import PICKLES, brief, choose_weights
+from splitlab.base_kinds import PARTS, check_kind, load_scheduler, single_file
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
 
@@ -31,7 +32,7 @@ def locate(source: str | Path) -> Path:
     Raises:
         InputError: there is no such folder, or the hub has no such model, asks for terms, or cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     for place in (path, ROOT / path):
         if place.is_dir():
             return place
@@ -80,6 +81,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     with _asking(repository, revision):
         folder = Path(huggingface_hub.snapshot_download(repository, revision=found.sha, allow_patterns=small))
     check_kind(folder)
+    load_scheduler(folder)
     for part, name in WEIGHTS.items():
         there = [file.removeprefix(f"{part}/") for file in names if file.startswith(f"{part}/")]
         small += [f"{part}/{file}" for file in choose_weights(there, name, f"{repository}/{part}")[1]]
@@ -101,7 +103,7 @@ def _asking(repository: str, revision: str | None) -> Iterator[None]:
     except OfflineModeIsEnabled:
         reason = "HF_HUB_OFFLINE is set, and the model is not in the hub's cache"
     except Exception as error:  # of sockets, of HTTP, of the disk
-        reason = f"the hub cannot be reached or the download failed ({str(error).strip() or type(error).__name__})"
+        reason = f"the hub cannot be reached or the download failed ({brief(error)})"
     else:
         return
     raise _Unreachable(reason)

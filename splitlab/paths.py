@@ -12,5 +12,5 @@ CACHE = ROOT / ".cache"
 
 def resolve(path: str | Path) -> Path:
     """Return `path` unchanged if absolute, else relative to the project root; `~` is the user's home."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # an unknown user's home stays as written
     return path if path.is_absolute() else ROOT / path

@@ -143,10 +143,19 @@ def test_a_variant_is_fetched_where_there_is_nothing_else(base: Base, hub: Threa
         assert load_base("org/name").digest != base.digest
 
 
-def test_weights_of_another_kind_of_model_are_not_even_fetched(hub: ThreadingHTTPServer):
-    file = hub.folders["org/name"] / "unet" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 9}))
-    with pytest.raises(InputError, match=r"base model org/name: cannot be loaded: .*unet: it takes 9 channels"):
+@pytest.mark.parametrize(
+    ("name", "entry", "reason"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "unet: it takes 9 channels"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "it predicts 'v_prediction'"),
+    ],
+)
+def test_weights_of_another_kind_are_not_even_fetched(
+    hub: ThreadingHTTPServer, name: str, entry: dict[str, object], reason: str
+):
+    file = hub.folders["org/name"] / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    with pytest.raises(InputError, match=f"base model org/name: cannot be loaded: .*{reason}"):
         load_base("org/name")
     assert not any(name.endswith(".safetensors") for name in hub.fetched)
 
