@@ -68,7 +68,7 @@ def main():
     for seed in range(asked.first, asked.first + asked.seeds):
         config = TrainConfig(
             dataset=asked.dataset, scheme="split_gradients", server="hijack", steps=asked.steps,
-            batch_size=asked.batch, lr=asked.lr, seed=seed,
+            batch_size=asked.batch, lr=asked.lr, seed=seed, published_key=seed,
         )  # fmt: skip
         began = time.process_time()
         sent, indices, server = honest(private) if asked.unsplit else hijacked(base, config, private, public)

@@ -52,7 +52,7 @@ from splitlab.guided import generate_guided
 from splitlab.identification import identified_as_sent, identified_by_likelihood
 from splitlab.metrics import disc_iou, edge_control, psnr_db
 from splitlab.recolour import VARIANTS, recolour, recoloured
-from splitlab.seeds import generator
+from splitlab.seeds import Key, generator
 from splitlab.split import client_send
 from splitlab.train import make_clients, train
 from splitlab.types import Knowledge
@@ -125,13 +125,15 @@ def read(dataset, split):
 
 def training_set(name, dataset, hidden):
     data = read(dataset, "public" if name == PUBLIC_ONLY else "private")
-    return recoloured(data, key="private") if hidden else data
+    return recoloured(data, key=Key.published("private")) if hidden else data
 
 
 def trained(name, dataset, steps, seed, base):
     """Train one cell, or read what was trained before: how well it is controlled, by the way it is asked for."""
     defences, hidden = DATASETS[dataset][0].get(name, (Defences(), False))
-    config = TrainConfig(dataset=dataset, defences=defences, steps=steps, seed=seed, record_messages=1)
+    config = TrainConfig(
+        dataset=dataset, defences=defences, steps=steps, seed=seed, published_key=seed, record_messages=1
+    )
     out = FOLDER / f"{name}-{digest({'config': config, 'base': base.digest, 'hidden': hidden})[:12]}"
     heldout = read(dataset, "heldout")
     if not (out / "record.json").exists():
@@ -217,7 +219,7 @@ def attacked(name, dataset, base, messages=1):
     private = candidates(dataset)
     sent, owners, prompts = sent_by_clients(private, dataset, defences, hidden, base, messages)
     public = read(dataset, "public")
-    public = recoloured(public, key="public") if hidden else public
+    public = recoloured(public, key=Key.published("public")) if hidden else public
     knowledge = Knowledge(base, "split", defences, private.size, public, cache=CACHE)
     if disguises(defences):
         ideal = ideal_shares_disguised(sent, knowledge, private, prompts, owners)
@@ -253,14 +255,14 @@ def sent_by_clients(private, dataset, defences, hidden, base, messages):
     """
     sent, owners, prompts = [], [], []
     for key in range(KEYS):
-        config = TrainConfig(dataset=dataset, defences=defences, batch_size=N // 2, seed=key)
-        own = recoloured(private, key=("private", key)) if hidden else private
+        config = TrainConfig(dataset=dataset, defences=defences, batch_size=N // 2, seed=key, published_key=key)
+        own = recoloured(private, key=Key.published(("private", key))) if hidden else private
         (client,) = make_clients(base, own, config, cache=CACHE)
         for step in range(2 * messages):
             message, truth = client_send(client, step, N // 2)
             sent.append(replace(from_bytes(message), client=key))
             owners.append(truth.indices + key * N)
-        prompts += disguised(own, defences, key=config.seed).prompts
+        prompts += disguised(own, defences, key=Key.published(key)).prompts
     return sent, torch.cat(owners), prompts
 
 

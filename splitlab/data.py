@@ -7,8 +7,9 @@ import itertools
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,14 @@ def image_set(
         sources=tuple(sources) if sources is not None else ("",) * len(prompts),
         digest=digest.hexdigest(),
     )
+
+
+def changed(data: ImageSet, **new: Any) -> ImageSet:
+    """Return a data set with other images, hints or prompts in place of its own, and the digest of that content."""
+    made = replace(data, **new)
+    parts = (made.images.numpy().tobytes(), made.hints.numpy().tobytes(), json.dumps(made.prompts).encode())
+    content = digest({str(number): hashlib.sha256(part).hexdigest() for number, part in enumerate(parts)})
+    return replace(made, digest=content)
 
 
 def _to_float(pixels: np.ndarray) -> Tensor:

@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from splitlab.base import noised
+from splitlab.base import noised as diffused
 from splitlab.config import Defences
 from splitlab.controlnet import coarsened, symsigmoid
+from splitlab.draws import integers, noised, normal, permutation, uniform
 from splitlab.errors import InputError
-from splitlab.seeds import generator
+from splitlab.seeds import Key, Source, source
 from splitlab.types import Observation
 
-Transform = Callable[[Observation, torch.Generator], Observation]
+Transform = Callable[[Observation, Source], Observation]
 
 FEATURES = ("noisy_latents", "smashed")
 """The fields that depend on the private image and that the label does not cover."""
@@ -36,7 +37,7 @@ class Defence:
 
 
 def draw_timesteps(
-    defences: Defences, batch: int, alphas_cumprod: Float[Tensor, " T"], draw: torch.Generator
+    defences: Defences, batch: int, alphas_cumprod: Float[Tensor, " T"], draw: Source
 ) -> Int[Tensor, " b"]:
     """Draw timesteps uniformly from [timestep_floor, T) (S1's timestep sampling policy).
 
@@ -52,7 +53,7 @@ def draw_timesteps(
     if defences.timestep_floor >= last:
         raise InputError(f"timestep_floor {defences.timestep_floor} leaves none of the {last} timesteps: lower it")
     group = defences.key_mixing or 1
-    drawn = torch.randint(defences.timestep_floor, last, (math.ceil(batch / group),), generator=draw)
+    drawn = integers(defences.timestep_floor, last, (math.ceil(batch / group),), draw)
     return drawn.repeat_interleave(group)[:batch]
 
 
@@ -76,7 +77,7 @@ def noised_once(
     defences: Defences,
     latents: Float[Tensor, "b c h w"],
     hint_latents: Float[Tensor, "b c h w"],
-    draws: Sequence[torch.Generator],
+    draws: Sequence[Source],
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
     """Bound latents and hint latents; with `noise_once`, noise them by one generator per image.
 
@@ -85,9 +86,10 @@ def noised_once(
     latents, hint_latents = bounded(defences, latents), bounded(defences, hint_latents)
     if not defences.noise_once:
         return latents, hint_latents
-    shape = (2, *latents.shape[1:])
-    noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
-    return latents + defences.feature_noise * noise[:, 0], hint_latents + defences.hint_noise * noise[:, 1]
+    std = torch.tensor([defences.feature_noise, defences.hint_noise])[:, None, None, None]
+    pairs = zip(torch.stack([latents, hint_latents], 1), draws, strict=True)
+    both = torch.stack([noised(pair, std, draw) for pair, draw in pairs])
+    return both[:, 0], both[:, 1]
 
 
 def noisy_state(
@@ -98,14 +100,14 @@ def noisy_state(
     Noise that was drawn once is in the latents already, so the matched client's scaling (`feature_scale`) is done here.
     """
     alphas = signal_level(defences, sent, alphas_cumprod)
-    state = noised(latents, noise, alphas)
+    state = diffused(latents, noise, alphas)
     return state * feature_scale(defences, alphas) if defences.noise_once else state
 
 
-def draw_noise(defences: Defences, shape: tuple[int, ...], draw: torch.Generator) -> Float[Tensor, "b c h w"]:
+def draw_noise(defences: Defences, shape: tuple[int, ...], draw: Source) -> Float[Tensor, "b c h w"]:
     """Draw the diffusion noise of a batch; samples that are mixed with one another share it."""
     group = defences.key_mixing or 1
-    drawn = torch.randn((math.ceil(shape[0] / group), *shape[1:]), generator=draw)
+    drawn = normal((math.ceil(shape[0] / group), *shape[1:]), draw)
     return drawn.repeat_interleave(group, 0)[: shape[0]]
 
 
@@ -168,18 +170,18 @@ def feature_scale(
     return 1 / math.sqrt(1 + defences.feature_noise**2)
 
 
-def fixed_noise_tensor(defences: Defences, shape: tuple[int, ...], client_key: int) -> Tensor:
+def fixed_noise_tensor(defences: Defences, shape: tuple[int, ...], client_key: Key) -> Tensor:
     """Return a client's secret tensor `[c, h, w]`, the same for every message it ever sends."""
-    return torch.randn(shape, generator=generator("fixed noise", client_key)) * defences.fixed_noise
+    return normal(shape, source("fixed noise", client_key)) * defences.fixed_noise
 
 
-def mixing_key(n: int, draw: torch.Generator) -> Float[Tensor, "n n"]:
+def mixing_key(n: int, draw: Source) -> Float[Tensor, "n n"]:
     """Draw a row-stochastic matrix, its rows uniform on the simplex (Dirichlet with all parameters 1)."""
-    weights = -torch.rand(n, n, generator=draw).clamp_min(1e-9).log()
+    weights = -uniform((n, n), draw).clamp_min(1e-9).log()
     return weights / weights.sum(1, keepdim=True)
 
 
-def transforms(defences: Defences, *, client_key: int) -> tuple[Defence, ...]:
+def transforms(defences: Defences, *, client_key: Key) -> tuple[Defence, ...]:
     """Return the transforms that `defences` switches on, in the order in which a client applies them."""
     floats = (*FEATURES, "noise", "encoder_hidden_states")
     anew = not defences.noise_once
@@ -199,7 +201,7 @@ def transforms(defences: Defences, *, client_key: int) -> tuple[Defence, ...]:
     return tuple(Defence(name, touches, apply) for active, name, touches, apply in chain if active)
 
 
-def protect(message: Observation, chain: tuple[Defence, ...], draw: torch.Generator) -> Observation:
+def protect(message: Observation, chain: tuple[Defence, ...], draw: Source) -> Observation:
     """Fold `chain` over a message."""
     for defence in chain:
         message = defence.apply(message, draw)
@@ -209,11 +211,10 @@ def protect(message: Observation, chain: tuple[Defence, ...], draw: torch.Genera
 def _one_draw(defences: Defences) -> Transform:
     """Noise the noisy latents; what is added to them is added to `smashed`, which was computed from them."""
 
-    def add(message: Observation, draw: torch.Generator) -> Observation:
-        clean = message.need("noisy_latents")
-        noise = torch.randn(clean.shape, generator=draw) * defences.feature_noise
-        sent = (clean + noise) * feature_scale(defences)
-        return replace(message, noisy_latents=sent, smashed=message.need("smashed") + (sent - clean))
+    def add(message: Observation, draw: Source) -> Observation:
+        clean, smashed = message.need("noisy_latents"), message.need("smashed")
+        sent = noised(clean, defences.feature_noise, draw) * feature_scale(defences)
+        return replace(message, noisy_latents=sent, smashed=smashed + (sent.to(smashed) - clean.to(smashed)))
 
     return add
 
@@ -221,15 +222,14 @@ def _one_draw(defences: Defences) -> Transform:
 def _hint_noise(defences: Defences) -> Transform:
     """Noise `smashed` alone, before anything else is done to it: its share of the noisy latents stays as it is sent."""
 
-    def add(message: Observation, draw: torch.Generator) -> Observation:
-        smashed = message.need("smashed")
-        return replace(message, smashed=smashed + defences.hint_noise * torch.randn(smashed.shape, generator=draw))
+    def add(message: Observation, draw: Source) -> Observation:
+        return replace(message, smashed=noised(message.need("smashed"), defences.hint_noise, draw))
 
     return add
 
 
 def _coarse_hints(defences: Defences) -> Transform:
-    def coarsen(message: Observation, draw: torch.Generator) -> Observation:
+    def coarsen(message: Observation, draw: Source) -> Observation:
         noisy_latents = message.need("noisy_latents")
         hints = message.need("smashed") - noisy_latents
         return replace(message, smashed=coarsened(hints, defences.coarse_hints) + noisy_latents)
@@ -238,20 +238,20 @@ def _coarse_hints(defences: Defences) -> Transform:
 
 
 def _own_draws(defences: Defences) -> Transform:
-    def add(message: Observation, draw: torch.Generator) -> Observation:
+    def add(message: Observation, draw: Source) -> Observation:
         fields = {name: message.need(name) for name in FEATURES}
-        sent = {k: v + defences.feature_noise * torch.randn(v.shape, generator=draw) for k, v in fields.items()}
+        sent = {name: noised(value, defences.feature_noise, draw) for name, value in fields.items()}
         return message.changed(**sent)
 
     return add
 
 
-def _symsigmoid(message: Observation, draw: torch.Generator) -> Observation:
+def _symsigmoid(message: Observation, draw: Source) -> Observation:
     return replace(message, smashed=symsigmoid(message.need("smashed")))
 
 
-def _add_fixed_noise(defences: Defences, client_key: int) -> Transform:
-    def add(message: Observation, draw: torch.Generator) -> Observation:
+def _add_fixed_noise(defences: Defences, client_key: Key) -> Transform:
+    def add(message: Observation, draw: Source) -> Observation:
         smashed = message.need("smashed")
         noise = fixed_noise_tensor(defences, tuple(smashed.shape[1:]), client_key)
         return replace(message, smashed=smashed + noise)
@@ -259,30 +259,30 @@ def _add_fixed_noise(defences: Defences, client_key: int) -> Transform:
     return add
 
 
-def _mix(defences: Defences, client_key: int) -> Transform:
-    def mix(message: Observation, draw: torch.Generator) -> Observation:
+def _mix(defences: Defences, client_key: Key) -> Transform:
+    def mix(message: Observation, draw: Source) -> Observation:
         n = defences.key_mixing
         if message.batch_size % n:
             raise InputError(f"key_mixing {n} does not divide a batch of {message.batch_size}: change either")
-        own = mixing_key(n, generator("mixing key", client_key))
+        own = mixing_key(n, source("mixing key", client_key))
         keys = [mixing_key(n, draw) if defences.fresh_keys else own for _ in range(message.batch_size // n)]
-        whole = torch.block_diag(*keys)
-        return message.changed(**{name: torch.einsum("ij,jchw->ichw", whole, message.need(name)) for name in FEATURES})
+        whole, fields = torch.block_diag(*keys), {name: message.need(name) for name in FEATURES}
+        return message.changed(**{k: torch.einsum("ij,jchw->ichw", whole.to(v), v) for k, v in fields.items()})
 
     return mix
 
 
-def _shuffle(defences: Defences, client_key: int) -> Transform:
+def _shuffle(defences: Defences, client_key: Key) -> Transform:
     """Permute patches alike in all maps, the label included: the server could not train otherwise."""
 
-    def shuffle(message: Observation, draw: torch.Generator) -> Observation:
+    def shuffle(message: Observation, draw: Source) -> Observation:
         side, latents = defences.patch_shuffle, message.need("noisy_latents")
         n, (height, width) = len(latents), latents.shape[2:]
         if height % side or width % side:
             raise InputError(f"patch_shuffle {side} does not divide latents of {height}x{width}: give a divisor")
         places = height * width // side**2
-        keys = draw if defences.fresh_keys else generator("patch key", client_key)
-        order = torch.stack([torch.randperm(places, generator=keys) for _ in range(n if defences.fresh_keys else 1)])
+        keys = draw if defences.fresh_keys else source("patch key", client_key)
+        order = torch.stack([permutation(places, keys) for _ in range(n if defences.fresh_keys else 1)])
         order = order.expand(n, -1)
         maps = {name: getattr(message, name) for name in (*FEATURES, "noise")}
         moved = {k: from_patches(to_patches(v, side), order, side) for k, v in maps.items() if v is not None}
@@ -303,9 +303,9 @@ def from_patches(patches: Float[Tensor, "n p d"], order: Int[Tensor, "n p"], sid
     return torch.nn.functional.fold(moved, length, side, stride=side)
 
 
-def _hide_prompts(message: Observation, draw: torch.Generator) -> Observation:
+def _hide_prompts(message: Observation, draw: Source) -> Observation:
     return replace(message, encoder_hidden_states=None)
 
 
-def _half(message: Observation, draw: torch.Generator) -> Observation:
+def _half(message: Observation, draw: Source) -> Observation:
     return message.map(lambda value: value.half() if value.is_floating_point() else value.to(torch.int16))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from splitlab.colours import COLOURS, are_shapes, rgb, split_prompt
 from splitlab.config import Defences
-from splitlab.data import ImageSet, digest
+from splitlab.data import ImageSet, changed
+from splitlab.draws import integers, noised
 from splitlab.errors import InputError
-from splitlab.seeds import generator
+from splitlab.seeds import Key, Source, source
 
 LAYOUT_SENSITIVITY = math.sqrt(3.0)
 """How far apart two layouts can be: three numbers, each in [0, 1]."""
@@ -35,22 +35,21 @@ def disguises(defences: Defences) -> bool:
     return defences.borrowed_colours or defences.turned or defences.layout_noise > 0
 
 
-def disguised(data: ImageSet, defences: Defences, *, key: object) -> ImageSet:
+def disguised(data: ImageSet, defences: Defences, *, key: Key) -> ImageSet:
     """Return a data set as its client uses it: every image and hint is replaced once, whatever is sent of it later.
 
     Args:
         data: the client's own images, hints and prompts.
         defences: `borrowed_colours`, `layout_noise` and `turned` count; without any, `data` is returned.
-        key: secret; seeds the draws.
+        key: what the draws follow from.
 
     Raises:
         InputError: colours are to be borrowed and the prompts do not name any.
     """
     if not disguises(defences):
         return data
-    draws = [generator("disguise", key, index) for index in range(len(data))]
-    chosen = [defences.borrowed_colours, defences.layout_noise, *([defences.turned] if defences.turned else [])]
-    new: dict[str, Any] = {"digest": digest({"data": data.digest, "key": str(key), "defences": chosen})}
+    draws = [source("disguise", key, index) for index in range(len(data))]
+    new: dict[str, Any] = {}
     hints = data.hints
     if defences.borrowed_colours:
         if not are_shapes(data.prompts):
@@ -61,13 +60,13 @@ def disguised(data: ImageSet, defences: Defences, *, key: object) -> ImageSet:
         prompts = tuple(borrowed_prompt(draw) for draw in draws)
         new |= {"images": in_colours(data.images, data.prompts, prompts), "prompts": prompts}
     if defences.turned:
-        turns = [int(torch.randint(SYMMETRIES, (1,), generator=draw)) for draw in draws]
+        turns = [int(integers(0, SYMMETRIES, (1,), draw)) for draw in draws]
         images = new.get("images", data.images)
         new["images"] = torch.stack([turn(one, by) for one, by in zip(images, turns, strict=True)])
         new["hints"] = hints = torch.stack([turn(one, by) for one, by in zip(hints, turns, strict=True)])
     if defences.layout_noise:
         new["hints"] = laid_out(hints, defences.layout_noise, draws)
-    return replace(data, **new)
+    return changed(data, **new)
 
 
 def turn(pictures: Float[Tensor, "*n h w"], by: int) -> Float[Tensor, "*n h w"]:
@@ -80,11 +79,11 @@ def every_turn(pictures: Float[Tensor, "m c h w"]) -> Float[Tensor, "r m c h w"]
     return torch.stack([turn(pictures, by) for by in range(SYMMETRIES)])
 
 
-def borrowed_prompt(draw: torch.Generator) -> str:
+def borrowed_prompt(draw: Source) -> str:
     """Draw a shapes prompt of two public colours, at least `LEAST_CONTRAST` apart, that says nothing of any image."""
     names = list(COLOURS)
     while True:
-        disc, ground = (names[int(torch.randint(len(names), (1,), generator=draw))] for _ in range(2))
+        disc, ground = (names[int(integers(0, len(names), (1,), draw))] for _ in range(2))
         if math.dist(rgb(disc), rgb(ground)) >= LEAST_CONTRAST:
             return f"{disc} circle with {ground} background"
 
@@ -135,9 +134,7 @@ def shrinkage(noise: float) -> float:
     return 1.0 / (1.0 + (noise / PRIOR_STD) ** 2)
 
 
-def laid_out(
-    hints: Float[Tensor, "n 3 h w"], noise: float, draws: Sequence[torch.Generator]
-) -> Float[Tensor, "n 3 h w"]:
+def laid_out(hints: Float[Tensor, "n 3 h w"], noise: float, draws: Sequence[Source]) -> Float[Tensor, "n 3 h w"]:
     """Replace each hint by a ring that shows its layout, noised and drawn in (`shrinkage`).
 
     Args:
@@ -145,7 +142,7 @@ def laid_out(
         noise: standard deviation of Gaussian noise on each of a layout's three numbers.
         draws: one generator per hint.
     """
-    numbers = layout(hints) + noise * torch.stack([torch.randn(3, generator=draw) for draw in draws])
+    numbers = torch.stack([noised(row, noise, draw) for row, draw in zip(layout(hints), draws, strict=True)])
     return rings(PRIOR_MEAN + shrinkage(noise) * (numbers - PRIOR_MEAN), hints.shape[-1])
 
 

@@ -70,6 +70,11 @@ def permutation(n: int, source: Source) -> Tensor:
     return torch.from_numpy(source.permutation(n))
 
 
+def new_key(published: int | None) -> Key:
+    """Return the published key of that seed; of None, a new secret one, which nothing keeps."""
+    return Key.secret() if published is None else Key.published(published)
+
+
 def run_key(state: Path, published: int | None, *, bound_to: str) -> Key:
     """Return a run's key: the published one, or a secret one that is kept beside the run's checkpoint while it lasts.
 
@@ -86,7 +91,7 @@ def run_key(state: Path, published: int | None, *, bound_to: str) -> Key:
         InputError: the checkpoint's secret is gone or damaged, or cannot be written.
     """
     if published is not None:
-        return Key.published(published)
+        return new_key(published)
     path = _secret_path(state)
     if not path.exists():
         if state.exists():

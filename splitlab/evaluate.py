@@ -19,7 +19,6 @@ from splitlab.base import Base, finite
 from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
-from splitlab.disguise import disguised
 from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
 from splitlab.params import load_split
@@ -128,19 +127,19 @@ def score_samples(
     if result.prompts is not None:
         pairs = zip(judged.tolist(), own.tolist(), strict=True)
         scores["prompt_exact"] = torch.tensor([result.prompts[i] == private.prompts[j] for i, j in pairs])
-    scores |= _identified(saved.result, known, own, judged, config)
+    scores |= _identified(saved.result, known, chosen, judged, config)
     spread = {name: torch.full((len(indices),), torch.nan) for name in scores}
     return {name: whole.index_copy(0, chosen, scores[name].float()) for name, whole in spread.items()}
 
 
 def _identified(
-    result: Reconstruction, known: RunTruth, own: Tensor, judged: Tensor, config: EvaluateConfig
+    result: Reconstruction, known: RunTruth, chosen: Tensor, judged: Tensor, config: EvaluateConfig
 ) -> dict[str, Tensor]:
     """Pick each sample's nearest among a line-up of private ones as its client could have sent them."""
-    defences, private = known.config.defences, known.private
-    sent = disguised(private, defences, key=known.config.seed).prompts
+    defences, private, own = known.config.defences, known.private, known.truth.indices[chosen]
     images, hints = (None if found is None else found[judged] for found in (result.images, result.hints))
-    prompts = [sent[i] for i in own.tolist()]
+    sent = known.truth.prompts
+    prompts = [sent[i] for i in chosen.tolist()] if sent else [private.prompts[i] for i in own.tolist()]
     line_up = _line_up(own, len(private), config)
     found = identified_as_sent(images, hints, private, prompts, line_up, defences)
     columns = {"image": "identified", "hint": "hint_identified", "both": "both_identified"}

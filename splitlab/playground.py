@@ -15,7 +15,7 @@ from splitlab.data import ImageSet
 from splitlab.defences import protect, transforms
 from splitlab.errors import InputError
 from splitlab.explore import PRIVATE, RECONSTRUCTED, WIRE, Groups, Picture, png, wire_pictures
-from splitlab.seeds import generator
+from splitlab.seeds import Key, generator
 from splitlab.types import Knowledge, Observation
 
 
@@ -63,7 +63,7 @@ class Playground:
         noise = torch.randn(self._latents[order].shape, generator=draw)
         noisy = self.base.noised(self._latents[order], noise, timesteps)
         message = Observation(0, 0, timesteps, noisy, self._hints[order] + noisy, noise)
-        return protect(message, transforms(defences, client_key=0), draw)
+        return protect(message, transforms(defences, client_key=Key.published(0)), draw)
 
     def trial(
         self, chosen: int, timestep: int, defences: Defences, *, send_label: bool = True, n_messages: int = 64

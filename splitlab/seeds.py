@@ -68,6 +68,13 @@ class Key:
         assert isinstance(self.seed, int), "the published keys of clients are numbered from a whole number"
         return Key.published(self.seed * 1000 + number)
 
+    def of_repeat(self, number: int) -> "Key":
+        """Return the key of repeat `number` of what this one is for."""
+        if self._secret:
+            return self.derived("repeat", number)
+        assert isinstance(self.seed, int), "the published keys of repeats are counted from a whole number"
+        return Key.published(self.seed + number)
+
     def stream(self) -> np.random.Generator:
         """Return a secret key's stream of draws, ChaCha20's (Bernstein 2008); derive a key for each stream."""
         assert self._secret, "a published key draws from torch's generators"

@@ -24,8 +24,9 @@ from splitlab.defences import (
     sent_timesteps,
     transforms,
 )
+from splitlab.draws import permutation
 from splitlab.errors import InputError
-from splitlab.seeds import generator
+from splitlab.seeds import SECRET, Key, Source, generator, source
 from splitlab.types import Observation, Truth
 from splitlab.wire import to_bytes
 
@@ -40,7 +41,8 @@ class Client:
         data: its private samples, encoded.
         indices: `[n]` where they stand in the whole private data set, for the evaluator.
         defences: what it does to a message.
-        key: secret; seeds its draws and its fixed noise.
+        key: what all its draws follow from; it is to be its own secret.
+        prompts: `n` as it sends them, where others are borrowed in place of the data's own; else empty.
     """
 
     number: int
@@ -48,24 +50,25 @@ class Client:
     data: Encoded
     indices: Tensor
     defences: Defences
-    key: int
+    key: Key
+    prompts: tuple[str, ...] = ()
 
     @cached_property
     def sent(self) -> Encoded:
         """What messages are made of: the data under the defences that come before any message (`noised_once`)."""
         keys = self.indices.tolist() if self.defences.noise_once else []
-        draws = [generator("noise once", self.client_key, index) for index in keys]
+        draws = [source("noise once", self.client_key, index) for index in keys]
         latents, hint_latents = noised_once(self.defences, self.data.latents, self.data.hint_latents, draws)
         return replace(self.data, latents=latents, hint_latents=hint_latents)
 
-    def draw(self, step: int) -> torch.Generator:
-        """Return this client's private generator for one step: resuming repeats it exactly."""
-        return generator("client", self.key, self.number, step)
+    def draw(self, step: int) -> Source:
+        """Return this client's private source of draws for one step: resuming repeats it exactly."""
+        return source("client", self.key, self.number, step)
 
-    @property
-    def client_key(self) -> int:
-        """The seed of this client's fixed noise."""
-        return self.key * 1000 + self.number
+    @cached_property
+    def client_key(self) -> Key:
+        """The key of what this client draws once: its fixed noise, mixing key, permutation, and noise per image."""
+        return self.key.of_client(self.number)
 
     @property
     def fixed_noise(self) -> Tensor | None:
@@ -96,7 +99,8 @@ def client_batch(client: Client, step: int, batch_size: int) -> tuple[Observatio
         noise=noise,
         encoder_hidden_states=client.data.text[chosen],
     )
-    return message, Truth(indices=client.indices[chosen], timesteps=timesteps, noise=noise), chosen
+    prompts = tuple(client.prompts[place] for place in chosen.tolist()) if client.prompts else ()
+    return message, Truth(client.indices[chosen], timesteps, noise, prompts), chosen
 
 
 def _epoch_batch(client: Client, step: int, batch_size: int) -> Tensor:
@@ -106,7 +110,7 @@ def _epoch_batch(client: Client, step: int, batch_size: int) -> Tensor:
         raise InputError(f"batch_size {batch_size} exceeds client {client.number}'s {n} samples: lower it")
     first = step * batch_size
     epochs = range(first // n, (first + batch_size - 1) // n + 1)
-    orders = [torch.randperm(n, generator=generator("epoch", client.key, client.number, e)) for e in epochs]
+    orders = [permutation(n, source("epoch", client.key, client.number, epoch)) for epoch in epochs]
     offset = first - epochs[0] * n
     return torch.cat(orders)[offset : offset + batch_size]
 
@@ -114,9 +118,12 @@ def _epoch_batch(client: Client, step: int, batch_size: int) -> Tensor:
 def client_send(client: Client, step: int, batch_size: int) -> tuple[bytes, Truth]:
     """Run S1's whole client for one step: what it returns as bytes is all the server ever sees."""
     message, truth, chosen = client_batch(client, step, batch_size)
-    message = replace(message, smashed=client.sent.hint_latents[chosen] + message.need("noisy_latents"))
+    hint_latents, noisy_latents = client.sent.hint_latents[chosen], message.need("noisy_latents")
+    if client.key.kind == SECRET:  # a rounded sum shows in its low bits what was taken off again, for noised latents
+        hint_latents, noisy_latents = hint_latents.double(), noisy_latents.double()
     chain = transforms(client.defences, client_key=client.client_key)
-    return to_bytes(protect(message, chain, client.draw(-1 - step))), truth
+    protected = protect(replace(message, smashed=hint_latents + noisy_latents), chain, client.draw(-1 - step))
+    return to_bytes(protected.map(lambda value: value.float() if value.dtype == torch.float64 else value)), truth
 
 
 def server_prediction(
@@ -199,5 +206,5 @@ def sample_bytes(latent_shape: Sequence[int], text_shape: Sequence[int], defence
     message = Observation(
         0, 0, torch.zeros(1, dtype=torch.int64), latents, latents, latents, torch.zeros(1, *text_shape)
     )
-    protected = protect(message, transforms(defences, client_key=0), generator("bytes"))
+    protected = protect(message, transforms(defences, client_key=Key.published(0)), generator("bytes"))
     return sum(tensor.nbytes for tensor in protected.tensors.values())

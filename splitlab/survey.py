@@ -1,7 +1,7 @@
 """Every defence judged alike: one transcript and one trained ControlNet per defence setting, all else equal."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from splitlab import checkpoint
 from splitlab.abreast import abreast
 from splitlab.base import Base
-from splitlab.config import GRIDS, AttackSpec, Defences, TrainConfig
+from splitlab.config import GRIDS, AttackSpec, Defences, TrainConfig, reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.errors import InputError
 from splitlab.train import record, train
@@ -38,6 +38,7 @@ class SurveyConfig:
         epochs: epochs over `epoch_samples` images in a transcript of `accumulate`.
         epoch_samples: how many images those are.
         batch_size, steps, seeds: of the training that shows what a setting costs.
+        published_key: see `splitlab.config.TrainConfig`; training of another seed has a key that differs by as much.
     """
 
     grid: str = "default"
@@ -53,6 +54,7 @@ class SurveyConfig:
     batch_size: int = 32
     steps: int = 300
     seeds: int = 1
+    published_key: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse grids and settings that do not exist."""
@@ -78,6 +80,7 @@ class SurveyConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             record_messages=self.messages,
+            published_key=self.published_key,
         )
 
     def runs(self) -> dict[str, TrainConfig]:
@@ -116,7 +119,7 @@ def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path, w
     cells = [(config.datasets[0], name) for name in config.settings]
     cells += [(dataset, name) for dataset in config.datasets[1:] for name in ("none", *config.default.get(dataset, ()))]
     tries = [
-        (dataset, name, TrainConfig(**(vars(config.run(dataset, name)) | {"seed": seed, "record_messages": 1})))
+        (dataset, name, replace(reseeded(config.run(dataset, name), seed), record_messages=1))
         for dataset, name in cells
         for seed in range(config.seeds)
     ]

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ControlNetModel
 from torch import Tensor
@@ -24,12 +25,14 @@ from splitlab.colours import are_shapes
 from splitlab.config import TrainConfig
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, predict_noise
 from splitlab.data import ImageSet, digest, partition
-from splitlab.disguise import disguised
+from splitlab.disguise import disguised, disguises
+from splitlab.draws import end_run, new_key, run_key
 from splitlab.errors import InputError
 from splitlab.guarantees import DELTA, guarantee
 from splitlab.paths import ROOT
+from splitlab.privacy import epsilon_entry
 from splitlab.schemes import Scheme, Step, make_scheme
-from splitlab.seeds import generator
+from splitlab.seeds import PUBLISHED, Key, generator
 from splitlab.split import Client, client_send
 from splitlab.types import Callback, Truth
 from splitlab.wire import Header, write_transcript, write_truth
@@ -65,10 +68,22 @@ class Progress:
             self.truths.append(step.truth)
 
 
-def make_clients(base: Base, private: ImageSet, config: TrainConfig, *, cache: Path | None = None) -> list[Client]:
-    """Encode the private data once, disguised where that is a defence, and share them out among the run's clients."""
-    private = disguised(private, config.defences, key=config.seed)
-    data = encoded(base, private, cache=cache)
+def make_clients(
+    base: Base, private: ImageSet, config: TrainConfig, *, key: Key | None = None, cache: Path | None = None
+) -> list[Client]:
+    """Encode the private data once, disguised where that is a defence, and share them out among the run's clients.
+
+    Args:
+        base: public models.
+        private: the clients' data.
+        config: the run.
+        key: what all clients' draws follow from; None: as `config` says, a secret one being new.
+        cache: folder for encoded data; what a secret key disguised is not kept there.
+    """
+    key = key or new_key(config.published_key)
+    private = disguised(private, config.defences, key=key)
+    lasting = key.kind == PUBLISHED or not disguises(config.defences)
+    data = encoded(base, private, cache=cache if lasting else None)
     n = min(config.samples or len(private), len(private))
     return [
         Client(
@@ -77,7 +92,8 @@ def make_clients(base: Base, private: ImageSet, config: TrainConfig, *, cache: P
             data=data[share.start : share.stop],
             indices=torch.arange(share.start, share.stop),
             defences=config.defences,
-            key=config.seed,
+            key=key,
+            prompts=private.prompts[share.start : share.stop] if config.defences.borrowed_colours else (),
         )
         for number, share in enumerate(partition(n, config.n_clients))
     ]
@@ -121,15 +137,17 @@ def train(
             the base model or the batch size, the loss is not finite, the disk is full, or a malicious server has no
             public data.
     """
-    depends = {"config": config, "base": base.digest, "data": private.digest, "torch": torch.__version__}
+    depends = {"config": config, "base": base.digest, "data": private.digest}
+    depends |= {"torch": torch.__version__, "numpy": np.__version__}
     if config.server == "hijack" and public is not None:
         depends["public"] = public.digest
     state = cache / f"train-{digest(depends)[:16]}.safetensors"
     written = storage.whole_folder(out, "train", known=FILES, apart={"cache": cache})
     with storage.alone(state, state.with_name(f".{state.name}.lock"), "a run of the same data and settings"):
         with written as folder:
-            record = _train(run, config, base, (private, heldout, public), folder, state, callback)
-        state.unlink(missing_ok=True)
+            key = run_key(state, config.published_key, bound_to=digest(depends))
+            record = _train(run, config, base, key, (private, heldout, public), folder, state, callback)
+        end_run(state)
     return record
 
 
@@ -137,6 +155,7 @@ def _train(
     run: str,
     config: TrainConfig,
     base: Base,
+    key: Key,
     data: tuple[ImageSet, ImageSet, ImageSet | None],
     folder: Path,
     state: Path,
@@ -144,7 +163,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train, with checkpoints at `state`, and write all outputs to the empty `folder`; return the record."""
     (private, heldout, public), cache = data, state.parent
-    clients = make_clients(base, private, config, cache=cache)
+    clients = make_clients(base, private, config, key=key, cache=cache)
     scheme = make_scheme(base, config, clients, private.hints, public=public)
     progress = _run(scheme, config, state, callback)
     controlnet = scheme.controlnet().eval()
@@ -155,7 +174,7 @@ def _train(
         "n_trainable": sum(p.numel() for p in controlnet.parameters()),
         "eval_loss": round(eval_loss(base, controlnet, heldout, cache=cache), 6),
         **control_scores(pictures, asked),
-        "privacy": _privacy(config, base, sum(len(client.data) for client in clients)),
+        "privacy": _privacy(config, base, sum(len(client.data) for client in clients), key.kind),
     }
 
     with storage.writing(folder / "controlnet"):
@@ -183,7 +202,8 @@ def record(
 ) -> None:
     """Write the first `record_messages` messages of a run of S1's split, and their truth, without training.
 
-    S1's client does not depend on the server's model, so they are those that `train` would record, bit for bit.
+    S1's client does not depend on the server's model, so they are those that `train` would record: of a published key,
+    bit for bit. Secret draws are another set every time.
 
     Args:
         run: the run's name.
@@ -247,10 +267,10 @@ def _checkpoint(scheme: Scheme, state: Path, step: int, progress: Progress) -> N
     tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
     for i, (message, truth) in enumerate(zip(progress.messages, progress.truths, strict=True)):
         tensors[f"message/{i}"] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-        tensors |= {f"truth/{i}/{name}": value for name, value in vars(truth).items()}
+        tensors |= {f"truth/{i}/{name}": value for name, value in truth.tensors.items()}
     totals = {name: getattr(progress, name) for name in ("up_bytes", "down_bytes", "client_s", "server_s")}
     meta = {"step": step, "n_messages": len(progress.messages), "totals": totals}
-    checkpoint.save(state, tensors, meta, private=True)
+    checkpoint.save(state, tensors, meta | {"prompts": [truth.prompts for truth in progress.truths]}, private=True)
 
 
 def _restore(scheme: Scheme, state: Path) -> tuple[int, Progress]:
@@ -258,7 +278,9 @@ def _restore(scheme: Scheme, state: Path) -> tuple[int, Progress]:
     checkpoint.restore_training_state(tensors, scheme.modules, scheme.optimizers)
     count: int = meta["n_messages"]  # type: ignore[assignment]
     messages = [tensors[f"message/{i}"].numpy().tobytes() for i in range(count)]
-    truths = [Truth(**{n: tensors[f"truth/{i}/{n}"] for n in ("indices", "timesteps", "noise")}) for i in range(count)]
+    prompts: list[list[str]] = meta["prompts"]  # type: ignore[assignment]
+    named = [{n: tensors[f"truth/{i}/{n}"] for n in ("indices", "timesteps", "noise")} for i in range(count)]
+    truths = [Truth(**one, prompts=tuple(texts)) for one, texts in zip(named, prompts, strict=True)]
     totals: dict[str, Any] = meta["totals"]  # type: ignore[assignment]
     return int(meta["step"]), Progress(tensors["losses"].tolist(), messages, truths, **totals)  # type: ignore[call-overload]
 
@@ -276,11 +298,12 @@ def _record(run: str, config: TrainConfig, base: Base, progress: Progress) -> di
     }
 
 
-def _privacy(config: TrainConfig, base: Base, n: int) -> dict[str, Any]:
+def _privacy(config: TrainConfig, base: Base, n: int, randomness: str) -> dict[str, Any]:
     """Account for the run: the events of what was sent of one image, their ε, or why there is none."""
     found = guarantee(config, base.alphas_cumprod, n=n)
-    value = round(found.epsilon, 4) if found.events else None
-    return {"events": [asdict(event) for event in found.events], "epsilon": value, "delta": DELTA, "why": found.why}
+    stated = epsilon_entry(round(found.epsilon, 4) if found.events else None, randomness)
+    events = [asdict(event) for event in found.events]
+    return {"events": events, "randomness": randomness, **stated, "delta": DELTA, "why": found.why}
 
 
 def control_scores(pictures: Tensor, asked: ImageSet) -> dict[str, float | None]:

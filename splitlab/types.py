@@ -99,11 +99,18 @@ class Truth:
         indices: `[b]` int64 positions in the private data set.
         timesteps: `[b]` int64.
         noise: `[b, c, h, w]` float32.
+        prompts: b texts as they were sent, where those were borrowed; empty where they are the data set's own.
     """
 
     indices: Tensor
     timesteps: Tensor
     noise: Tensor
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is not text, by name."""
+        return {"indices": self.indices, "timesteps": self.timesteps, "noise": self.noise}
 
 
 @dataclass(frozen=True)

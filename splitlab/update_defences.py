@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from splitlab.draws import integers, noised, uniform
 from splitlab.errors import InputError
 from splitlab.federated import share, share_each, training_loss
+from splitlab.seeds import Source
 from splitlab.updates import Update, UpdateTruth
 
 
@@ -143,7 +145,7 @@ def described(defence: UpdateDefence) -> str:
     return " ".join([type(defence).__name__, *levels])
 
 
-def protect(update: Update, defence: UpdateDefence, *, generator: torch.Generator) -> Update:
+def protect(update: Update, defence: UpdateDefence, *, generator: Source) -> Update:
     """Apply a defence that needs only the update; the result has the same names, shapes and types.
 
     Raises:
@@ -160,7 +162,7 @@ def share_protected(
     truth: UpdateTruth,
     defence: UpdateDefence,
     *,
-    generator: torch.Generator,
+    generator: Source,
     others: Sequence[UpdateTruth] = (),
     **arguments: Any,
 ) -> Update:
@@ -170,7 +172,7 @@ def share_protected(
         model: the model as the server sent it.
         truth: the client's batch.
         defence: any of this module's.
-        generator: of the defence's draws.
+        generator: of the defence's draws, from a key that the server does not know.
         others: the batches of the other clients, for secure aggregation.
         arguments: as for `share`.
 
@@ -192,7 +194,7 @@ def share_protected(
     return protect(update, defence, generator=generator)
 
 
-def dp_sgd(examples: Sequence[Update], defence: PerExample, *, generator: torch.Generator) -> Update:
+def dp_sgd(examples: Sequence[Update], defence: PerExample, *, generator: Source) -> Update:
     """Combine the updates of single examples as DP-SGD does; norms in float64, so that no clipped one exceeds C."""
     total: dict[str, Tensor] = {}
     for example in examples:
@@ -200,7 +202,7 @@ def dp_sgd(examples: Sequence[Update], defence: PerExample, *, generator: torch.
         factor = min(1.0, defence.max_grad_norm / max(float(_norm(values)), 1e-300))
         total = {name: total.get(name, 0.0) + factor * value for name, value in values.items()}
     std = defence.noise_multiplier * defence.max_grad_norm
-    noisy = {n: v + std * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in total.items()}
+    noisy = {name: noised(value, std, generator) for name, value in total.items()}
     return _sent(examples[0], {name: value / len(examples) for name, value in noisy.items()}, defence)
 
 
@@ -223,7 +225,7 @@ def soteria_scores(
     truth: UpdateTruth,
     layer: str,
     *,
-    generator: torch.Generator,
+    generator: Source,
     alphas_cumprod: Tensor,
     objective: str = "epsilon",
 ) -> Float[Tensor, " c"]:
@@ -253,7 +255,7 @@ def soteria_scores(
     finally:
         hook.remove()
     features = seen[0] if seen[0].ndim == 4 else seen[0].mT
-    signs = torch.randint(0, 2, features.shape, generator=generator) * 2.0 - 1.0
+    signs = integers(0, 2, features.shape, generator) * 2.0 - 1.0
     scores = []
     for channel in range(features.shape[1]):
         projected = (features[:, channel] * signs[:, channel]).sum()
@@ -278,22 +280,22 @@ def withhold(update: Update, defence: Soteria, scores: Float[Tensor, " c"]) -> U
     return _sent(update, update.gradients | {name: value * mask.to(value.dtype)}, defence)
 
 
-def _gaussian(values: dict[str, Tensor], defence: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _gaussian(values: dict[str, Tensor], defence: Any, generator: Source) -> dict[str, Tensor]:
     count = sum(value.numel() for value in values.values())
     whole = _norm(values) / count**0.5
     noisy = {}
     for name, value in values.items():
         rms = value.square().mean().sqrt() if defence.per == "tensor" else whole
-        noisy[name] = value + defence.rel * rms * torch.randn(value.shape, generator=generator)
+        noisy[name] = noised(value, defence.rel * rms, generator)
     return noisy
 
 
-def _clip(values: dict[str, Tensor], defence: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _clip(values: dict[str, Tensor], defence: Any, generator: Source) -> dict[str, Tensor]:
     factor = min(1.0, defence.max_norm / max(float(_norm(values)), 1e-300))
     return {name: value * factor for name, value in values.items()}
 
 
-def _top_k(values: dict[str, Tensor], defence: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _top_k(values: dict[str, Tensor], defence: Any, generator: Source) -> dict[str, Tensor]:
     flat = torch.cat([value.flatten() for value in values.values()])
     kept = torch.zeros_like(flat)
     best = flat.abs().topk(max(1, round(defence.fraction * len(flat)))).indices
@@ -302,22 +304,22 @@ def _top_k(values: dict[str, Tensor], defence: Any, generator: torch.Generator) 
     return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
-def _quantise(values: dict[str, Tensor], defence: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _quantise(values: dict[str, Tensor], defence: Any, generator: Source) -> dict[str, Tensor]:
     rounded = {}
     for name, value in values.items():
         step = value.abs().amax() / (2 ** (defence.bits - 1) - 1)
         levels = value / step.clamp_min(1e-30)
         if defence.stochastic:
-            levels = (levels + torch.rand(value.shape, generator=generator)).floor()
+            levels = (levels + uniform(value.shape, generator)).floor()
         rounded[name] = levels.round() * step
     return rounded
 
 
-def _sign(values: dict[str, Tensor], defence: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _sign(values: dict[str, Tensor], defence: Any, generator: Source) -> dict[str, Tensor]:
     return {name: value.sign() * value.abs().mean() for name, value in values.items()}
 
 
-ON_UPDATES: dict[type, Callable[[dict[str, Tensor], Any, torch.Generator], dict[str, Tensor]]] = {
+ON_UPDATES: dict[type, Callable[[dict[str, Tensor], Any, Source], dict[str, Tensor]]] = {
     GaussianNoise: _gaussian,
     Clip: _clip,
     TopK: _top_k,

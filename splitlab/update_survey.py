@@ -24,12 +24,13 @@ from splitlab.base_files import load_model
 from splitlab.config import GRIDS
 from splitlab.controlnet import LatentHintControlNet
 from splitlab.data import ImageSet
+from splitlab.draws import new_key, normal, permutation
 from splitlab.errors import InputError
 from splitlab.federated import TRAINABLE, ControlledUNet, InversionKnowledge, pixel_unet, plain_attention, share
 from splitlab.inversion import INVERSIONS
 from splitlab.inversion.saved import SavedInversion, guess, save_inversion, saved_inversion, timed
 from splitlab.paths import resolve
-from splitlab.seeds import generator
+from splitlab.seeds import Key, generator, source
 from splitlab.update_defences import (
     Clip,
     GaussianNoise,
@@ -220,6 +221,8 @@ class UpdateConfig:
         images: private images per cell and seed at the default grid; `full_images` at the full one.
         seeds: seeds per cell (of random weights, noise and attacker) at the default grid; `full_seeds` at the full one.
         lr: of the local steps of FedAvg.
+        published_key: seed of a published key that the clients' timesteps, noise and defences follow from, so that
+            others can repeat the recording; None: a secret, as the system's entropy.
     """
 
     grid: str = "default"
@@ -230,6 +233,7 @@ class UpdateConfig:
     full_images: int = 5
     full_seeds: int = 3
     lr: float = 0.01
+    published_key: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse grids and models that do not exist, and cells that would share a file."""
@@ -309,17 +313,20 @@ def record_updates(config: UpdateConfig, base: Base, load: LoadSplit, *, out: Pa
 
     Returns the cells' names.
     """
+    key = new_key(config.published_key)
     for cell, n, seeds in (bar := tqdm(config.cells, desc="record", mininterval=2)):
         bar.set_postfix_str(cell.name, refresh=False)
         for seed in range(seeds):
-            _record_cell(config, cell, base, load(cell.dataset, "private"), n, seed, out)
+            _record_cell(config, cell, base, load(cell.dataset, "private"), n, seed, key.of_repeat(seed), out)
     return [cell.name for cell, _, _ in config.cells]
 
 
-def _record_cell(config: UpdateConfig, cell: Cell, base: Base, private: ImageSet, n: int, seed: int, out: Path) -> None:
+def _record_cell(
+    config: UpdateConfig, cell: Cell, base: Base, private: ImageSet, n: int, seed: int, key: Key, out: Path
+) -> None:
     spec, defence = config.models[cell.model], make_defence(cell.defence)
     model = public_model(spec, base, seed)
-    truth = _truth(cell, spec, base, private, n, seed)
+    truth = _truth(cell, spec, base, private, n, seed, key)
     kind, _, steps = cell.update.partition("=")
     arguments: dict[str, Any] = {"trainable": cell.trainable, "objective": cell.objective, "kind": kind}
     arguments |= {"alphas_cumprod": base.alphas_cumprod, "dtype": getattr(torch, cell.dtype)}
@@ -328,7 +335,7 @@ def _record_cell(config: UpdateConfig, cell: Cell, base: Base, private: ImageSet
     parts = [truth[i : i + cell.batch] for i in range(0, len(truth), cell.batch)]
     for index in range(n):
         own, *others = parts[index * cell.clients : (index + 1) * cell.clients]
-        draw = generator("update defence", cell.name, seed, index)
+        draw = source("update defence", cell.name, key, index)
         if defence is None:
             update = share(model, own, **arguments)
         else:
@@ -336,29 +343,32 @@ def _record_cell(config: UpdateConfig, cell: Cell, base: Base, private: ImageSet
         write_update(out / "sent" / cell.name / f"{seed}-{index}.safetensors", update)
     facts = {name: getattr(truth, name) for name in ("timesteps", "noise", "text", "hint_latents")}
     granted = {name: value for name, value in facts.items() if value is not None}
-    checkpoint.save(out / "granted" / cell.name / f"{seed}.safetensors", granted, {"batch_size": cell.together})
+    meta = {"batch_size": cell.together}
+    checkpoint.save(out / "granted" / cell.name / f"{seed}.safetensors", granted, meta, private=True)
     write_update_truth(out / "truth" / cell.name / f"{seed}.safetensors", truth)
 
 
-def _truth(cell: Cell, spec: ModelSpec, base: Base, private: ImageSet, n_updates: int, seed: int) -> UpdateTruth:
+def _truth(
+    cell: Cell, spec: ModelSpec, base: Base, private: ImageSet, n_updates: int, seed: int, key: Key
+) -> UpdateTruth:
     """Draw images (the first, another stretch per seed), timesteps and noise of all updates of a cell."""
     n = n_updates * cell.together
     if n * (seed + 1) > len(private):
         raise InputError(f"{cell.name}: needs {n * (seed + 1)} private images, {cell.dataset} has {len(private)}")
     chosen = torch.arange(seed * n, (seed + 1) * n)
     pixels, prompts = private.images[chosen], tuple(private.prompts[i] for i in chosen.tolist())
-    draw = generator("updates", cell.model, cell.dataset, cell.timestep, cell.batch, seed)
+    draw = source("updates", cell.model, cell.dataset, cell.timestep, cell.batch, key)
     if cell.timestep < 0:
-        drawn = [torch.randperm(base.n_timesteps, generator=draw)[: cell.together] for _ in range(n_updates)]
+        drawn = [permutation(base.n_timesteps, draw)[: cell.together] for _ in range(n_updates)]
         timesteps = torch.cat(drawn)
     else:
         timesteps = torch.full((n,), cell.timestep)
     if spec.kind == "pixel":
         images = resized(pixels, spec.size)
-        return UpdateTruth(images, timesteps, torch.randn(images.shape, generator=draw))
+        return UpdateTruth(images, timesteps, normal(images.shape, draw))
     clean = base.encode(pixels)
     hints = base.encode(private.hints[chosen]) if spec.kind == "controlnet" else None
-    noise, text = torch.randn(clean.shape, generator=draw), base.encode_prompts(prompts)
+    noise, text = normal(clean.shape, draw), base.encode_prompts(prompts)
     return UpdateTruth(clean, timesteps, noise, text, hints, images=pixels, prompts=prompts)
 
 

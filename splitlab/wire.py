@@ -164,9 +164,9 @@ def _header(path: Path, meta: dict[str, Any]) -> Header:
 
 
 def write_truth(path: Path, truths: Sequence[Truth]) -> None:
-    """Write what only the clients knew, message by message, aligned with the transcript."""
-    tensors = {f"{i:06d}/{k}": v for i, t in enumerate(truths) for k, v in vars(t).items()}
-    checkpoint.save(path, tensors, {}, private=True)
+    """Write what only the clients knew, message by message as in the transcript, for its owner alone to read."""
+    tensors = {f"{i:06d}/{k}": v for i, t in enumerate(truths) for k, v in t.tensors.items()}
+    checkpoint.save(path, tensors, {"prompts": [text for truth in truths for text in truth.prompts]}, private=True)
 
 
 def read_truth(path: Path) -> Truth:
@@ -175,7 +175,7 @@ def read_truth(path: Path) -> Truth:
     Raises:
         InputError: the file is missing, damaged or no truth file.
     """
-    tensors, _ = checkpoint.load(path)
+    tensors, meta = checkpoint.load(path)
     names = sorted({key.partition("/")[0] for key in tensors})
     if not names:
         nobody = torch.zeros(0, dtype=torch.int64)
@@ -183,7 +183,8 @@ def read_truth(path: Path) -> Truth:
     columns = ("indices", "timesteps", "noise")
     if set(tensors) != {f"{n}/{c}" for n in names for c in columns}:
         raise InputError(f"{path}: not a truth file; `splitlab.wire.write_truth` makes one")
-    return Truth(**{c: torch.cat([tensors[f"{n}/{c}"] for n in names]) for c in columns})
+    prompts: list[str] = meta.get("prompts", [])  # type: ignore[assignment]
+    return Truth(**{c: torch.cat([tensors[f"{n}/{c}"] for n in names]) for c in columns}, prompts=tuple(prompts))
 
 
 def read_server(path: Path) -> dict[str, Tensor]:

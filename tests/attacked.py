@@ -45,7 +45,7 @@ def victims() -> ImageSet:
 
 @functools.cache
 def record(defences: Defences, *, n_messages: int = 2, batch: int = 32, samples: int = 0) -> tuple[Transcript, Truth]:
-    config = TrainConfig(defences=defences, samples=samples, batch_size=batch)
+    config = TrainConfig(defences=defences, samples=samples, batch_size=batch, published_key=0)
     (client,) = make_clients(shipped(), victims(), config, cache=CACHE)
     sent = [client_send(client, i, batch) for i in range(n_messages)]
     truths = [truth for _, truth in sent]

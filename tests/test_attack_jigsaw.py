@@ -54,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record(base: Base, victims: ImageSet, defences: Defences, n_clients: int = 1) -> tuple[Transcript, Truth]:
-    config = TrainConfig(defences=defences, n_clients=n_clients)
+    config = TrainConfig(defences=defences, n_clients=n_clients, published_key=0)
     clients = make_clients(base, victims, config)
     sent = [client_send(clients[i % n_clients], i // n_clients, 32) for i in range(N_MESSAGES)]
     header = Header("test", "shapes", "split", defences, victims.size, base.digest, n_clients)

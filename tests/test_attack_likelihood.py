@@ -15,6 +15,7 @@ from splitlab.config import Defences
 from splitlab.data import ImageSet, load
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
+from splitlab.seeds import Key
 from splitlab.split import Client, client_send, noise_loss
 from splitlab.types import Knowledge, Observation, Reconstruction
 from splitlab.wire import from_bytes
@@ -51,7 +52,7 @@ def send(shipped: Base, victims: ImageSet) -> Callable[..., tuple[Observation, t
     def message(
         defences: Defences, *, keep: int = 12, batch: int = 24, below: int = 1000
     ) -> tuple[Observation, torch.Tensor]:
-        client = Client(0, shipped, data, torch.arange(len(victims)), defences, key=5)
+        client = Client(0, shipped, data, torch.arange(len(victims)), defences, key=Key.published(5))
         payload, truth = client_send(client, 0, batch)
         chosen = (truth.timesteps < below).nonzero().flatten()[:keep]
         return from_bytes(payload).map(lambda value: value[chosen]), victims.images[truth.indices[chosen]]

@@ -75,7 +75,7 @@ def victims() -> ImageSet:
 
 
 def record(base: Base, victims: ImageSet, defences: Defences, n_clients: int = 2) -> tuple[Transcript, Truth]:
-    config = TrainConfig(defences=defences, n_clients=n_clients)
+    config = TrainConfig(defences=defences, n_clients=n_clients, published_key=0)
     clients = make_clients(base, victims, config)
     sent = [client_send(clients[i % n_clients], i // n_clients, 32) for i in range(N_MESSAGES)]
     header = Header("test", "shapes", "split", defences, victims.size, base.digest, n_clients)
@@ -306,7 +306,7 @@ def test_attacks_open_no_private_file(
 def test_the_u_shaped_split_leaks_its_noise_to_1e_4_and_its_images_with_it(
     shipped: Base, public: ImageSet, victims: ImageSet, defences: Defences
 ) -> None:
-    config = TrainConfig(scheme="u_shaped", defences=defences, batch_size=32)
+    config = TrainConfig(scheme="u_shaped", defences=defences, batch_size=32, published_key=0)
     scheme = make_scheme(shipped, config, make_clients(shipped, victims, config), victims.hints)
     steps = [scheme.step(number, 1e-3) for number in range(2)]
     transcript = Transcript(

@@ -21,6 +21,7 @@ from splitlab.defences import (
     transforms,
 )
 from splitlab.errors import InputError
+from splitlab.seeds import Key
 from splitlab.types import OBSERVATION_FIELDS, Observation
 
 EACH = [
@@ -47,7 +48,7 @@ def message(seed: int = 0) -> Observation:
 
 
 def applied(defences: Defences, sent: Observation, *, client_key: int = 7) -> Observation:
-    return protect(sent, transforms(defences, client_key=client_key), tiny.draw())
+    return protect(sent, transforms(defences, client_key=Key.published(client_key)), tiny.draw())
 
 
 def differs(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -58,7 +59,7 @@ def differs(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 @pytest.mark.parametrize("defences", EACH, ids=str)
 def test_a_defence_changes_the_fields_it_declares_and_no_other(defences: Defences):
-    (defence,) = transforms(defences, client_key=7)
+    (defence,) = transforms(defences, client_key=Key.published(7))
     before = message()
     after = defence.apply(before, tiny.draw())
     changed = {name for name in OBSERVATION_FIELDS if differs(getattr(before, name), getattr(after, name))}
@@ -74,15 +75,20 @@ def test_a_defence_leaves_its_input_as_it_was(defences: Defences):
 
 
 def test_no_defence_is_no_transform():
-    assert transforms(Defences(), client_key=0) == ()
+    assert transforms(Defences(), client_key=Key.published(0)) == ()
     # the floor decides how timesteps are drawn, the bound and noise drawn once what a message is made of
-    assert transforms(Defences(timestep_floor=600, latent_norm=9.0), client_key=0) == ()
-    assert transforms(Defences(feature_noise=1.0, matched=True, hint_noise=1.0, noise_once=True), client_key=0) == ()
+    assert transforms(Defences(timestep_floor=600, latent_norm=9.0), client_key=Key.published(0)) == ()
+    assert (
+        transforms(
+            Defences(feature_noise=1.0, matched=True, hint_noise=1.0, noise_once=True), client_key=Key.published(0)
+        )
+        == ()
+    )
 
 
 def test_all_together_act_in_the_order_of_their_fields():
     everything = Defences(symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
-    assert [d.name for d in transforms(everything, client_key=7)] == [
+    assert [d.name for d in transforms(everything, client_key=Key.published(7))] == [
         "symsigmoid",
         "fixed_noise",
         "hide_prompts",
@@ -90,7 +96,7 @@ def test_all_together_act_in_the_order_of_their_fields():
     ]
     before = message()
     after = applied(everything, before)
-    noise = fixed_noise_tensor(everything, (4, 4, 4), 7)
+    noise = fixed_noise_tensor(everything, (4, 4, 4), Key.published(7))
     assert torch.equal(after.need("smashed"), (symsigmoid(before.need("smashed")) + noise).half())
     assert after.encoder_hidden_states is None
 
@@ -99,7 +105,7 @@ def test_fixed_noise_is_one_tensor_per_client_and_another_for_every_other():
     defences = Defences(fixed_noise=0.5)
     added = [applied(defences, m, client_key=k).need("smashed") - m.need("smashed")
              for k in (7, 8) for m in (message(0), message(1))]  # fmt: skip
-    own = fixed_noise_tensor(defences, (4, 4, 4), 7)
+    own = fixed_noise_tensor(defences, (4, 4, 4), Key.published(7))
     for first, second in (added[:2], added[2:]):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-6)  # other messages, the same tensor
     torch.testing.assert_close(added[0], own.expand(3, -1, -1, -1), rtol=0, atol=1e-6)  # and for every sample
@@ -107,7 +113,8 @@ def test_fixed_noise_is_one_tensor_per_client_and_another_for_every_other():
 
 
 def test_fixed_noise_has_the_standard_deviation_asked_for():
-    draws = torch.cat([fixed_noise_tensor(Defences(fixed_noise=0.3), (4, 16, 16), key).flatten() for key in range(20)])
+    defences, keys = Defences(fixed_noise=0.3), map(Key.published, range(20))
+    draws = torch.cat([fixed_noise_tensor(defences, (4, 16, 16), key).flatten() for key in keys])
     # 20,480 draws: the standard error of their standard deviation is 0.5 %
     assert draws.std().item() == pytest.approx(0.3, rel=0.02)
     assert abs(draws.mean().item()) < 0.01
@@ -256,7 +263,7 @@ def test_a_key_stays_with_its_client_unless_it_is_fresh():
     one, other = message(0), message(0)
     for fresh in (False, True):
         defences = Defences(key_mixing=3, fresh_keys=fresh)
-        chain = transforms(defences, client_key=7)
+        chain = transforms(defences, client_key=Key.published(7))
         first, second = (protect(m, chain, tiny.draw(i)).need("smashed") for i, m in enumerate((one, other)))
         assert torch.equal(first, second) is not fresh
 

@@ -29,6 +29,7 @@ from splitlab.errors import InputError
 from splitlab.guided import generate_guided
 from splitlab.identification import identified_as_sent, identified_by_both
 from splitlab.metrics import iou, line_ups, outline_mask
+from splitlab.seeds import Key
 from splitlab.split import client_send
 from splitlab.train import make_clients
 from splitlab.types import Knowledge
@@ -75,12 +76,12 @@ def test_borrowed_colours_keep_the_disc_and_nothing_else_of_the_image():
 
 
 def test_disguises_are_drawn_once_per_image_from_a_secret_key():
-    one, again, other = (disguised(DATA, DISGUISE, key=key) for key in (1, 1, 2))
+    one, again, other = (disguised(DATA, DISGUISE, key=Key.published(seed)) for seed in (1, 1, 2))
     assert one.digest == again.digest != other.digest
     assert one.prompts == again.prompts != other.prompts
     assert torch.equal(one.hints, again.hints)
     assert not torch.equal(one.hints, other.hints)
-    assert torch.equal(disguised(DATA.subset(range(5)), DISGUISE, key=1).images, one.images[:5])
+    assert torch.equal(disguised(DATA.subset(range(5)), DISGUISE, key=Key.published(1)).images, one.images[:5])
 
 
 def test_guidance_one_asks_for_the_layout_whose_estimate_is_what_is_wanted():
@@ -103,7 +104,7 @@ def test_the_eight_turns_of_a_picture_are_all_there_are():
 
 def test_image_and_hint_are_turned_alike_once_and_by_a_secret():
     defences = Defences(turned=True)
-    sent, again, other = (disguised(DATA, defences, key=key) for key in (1, 1, 2))
+    sent, again, other = (disguised(DATA, defences, key=Key.published(seed)) for seed in (1, 1, 2))
     assert sent.prompts == DATA.prompts
     assert torch.equal(sent.images, again.images)
     assert not torch.equal(sent.images, other.images)
@@ -122,7 +123,7 @@ def test_image_and_hint_are_turned_alike_once_and_by_a_secret():
 
 def test_turned_samples_are_recognised_in_whatever_turn():
     defences = Defences(borrowed_colours=True, turned=True)
-    sent = disguised(DATA, defences, key=1)
+    sent = disguised(DATA, defences, key=Key.published(1))
     line_up = line_ups(len(DATA), torch.arange(len(DATA)), 20, tiny.draw())
     known = identified_as_sent(sent.images, sent.hints, DATA, sent.prompts, line_up, defences)
     assert set(known) == {"image", "hint", "both"}
@@ -135,7 +136,7 @@ def test_turned_samples_are_recognised_in_whatever_turn():
 
 def test_without_these_defences_nothing_changes():
     defences = Defences(feature_noise=1.0, matched=True, timestep_floor=800, hint_noise=1.0, hide_prompts=True)
-    assert disguised(DATA, defences, key=1) is DATA
+    assert disguised(DATA, defences, key=Key.published(1)) is DATA
     assert str(defences) == "timestep_floor=800 feature_noise=1 matched hint_noise=1 hide_prompts"
 
 
@@ -170,7 +171,7 @@ def test_conventional_split_learning_is_refused():
 
 def test_prompts_without_colours_are_refused():
     with pytest.raises(InputError, match="which say what to recolour"):
-        disguised(replace(DATA, prompts=("a face",) * len(DATA)), Defences(borrowed_colours=True), key=1)
+        disguised(replace(DATA, prompts=("a face",) * len(DATA)), Defences(borrowed_colours=True), key=Key.published(1))
 
 
 def test_no_control_is_the_base_and_more_of_it_changes_more(base):
@@ -218,12 +219,12 @@ def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned
     shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
     defences = replace(DISGUISE, layout_noise=noise, turned=turned)
     public = load(ROOT / "data/public/shapes.zip", limit=600)
-    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=64))
+    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=64, published_key=0))
     message, truth = client_send(client, 0, 64)
     knowledge = Knowledge(shipped, "split", defences, private.size, public)
     found = run_attack("undisguise", [from_bytes(message)], knowledge, generator=tiny.draw())
     line_up = line_ups(64, truth.indices, 64, tiny.draw())
-    prompts = disguised(private, defences, key=0).prompts
+    prompts = disguised(private, defences, key=Key.published(0)).prompts
     sent = tuple(prompts[i] for i in truth.indices)
     known = identified_as_sent(found.images, found.hints, private, sent, line_up, defences)
     share = known["hint"].float().mean()
@@ -238,7 +239,7 @@ def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned
 def test_messages_of_one_disguise_are_put_together(once):
     shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
     defences = replace(DISGUISE, turned=True, feature_noise=3.0, timestep_floor=600, noise_once=once)
-    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=32))
+    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=32, published_key=0))
     sent = [client_send(client, step, 32) for step in range(24)]
     messages, truth = [from_bytes(message) for message, _ in sent], torch.cat([told.indices for _, told in sent])
     knowledge = Knowledge(shipped, "split", defences, 32, load(ROOT / "data/public/shapes.zip", limit=600))
@@ -247,7 +248,7 @@ def test_messages_of_one_disguise_are_put_together(once):
     images, alone = torch.as_tensor(every.images), torch.as_tensor(first.images)
     for index in range(64):
         assert torch.equal(*images[(truth == index).nonzero()[:2, 0]])
-    prompts = disguised(private, defences, key=0).prompts
+    prompts = disguised(private, defences, key=Key.published(0)).prompts
     seen, shown = discs(images, [prompts[i] for i in truth]), discs(alone, [prompts[i] for i in truth[:64]])
     gallery = every_turn(discs(private.images, private.prompts))
 
@@ -275,7 +276,9 @@ def test_turned_photographs_are_undisguised_also_where_their_plain_encodings_are
     private = public.subset(range(16))  # so that somebody who weighs them in the right turn knows them
     encoded(shipped, public, cache=tmp_path)
     defences = Defences(feature_noise=0.1, matched=True, turned=True)
-    (client,) = make_clients(shipped, private, TrainConfig(dataset="photos", defences=defences, batch_size=16))
+    (client,) = make_clients(
+        shipped, private, TrainConfig(dataset="photos", defences=defences, batch_size=16, published_key=0)
+    )
     message, truth = client_send(client, 0, 16)
     knowledge = Knowledge(shipped, "split", defences, private.size, public, cache=tmp_path)
     found = run_attack("undisguise", [from_bytes(message)], knowledge, generator=tiny.draw())

@@ -30,6 +30,7 @@ from splitlab.evaluate import (
     yardsticks,
 )
 from splitlab.generate import write_split
+from splitlab.seeds import Key
 from splitlab.train import train
 from splitlab.types import Reconstruction
 
@@ -199,8 +200,9 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 def test_disguised_samples_are_recognised_as_they_were_sent(run: Path, base: Base, private: ImageSet) -> None:
     known = run_truth(run, base, private)
     defences = Defences(borrowed_colours=True, turned=True)
-    hidden = replace(known, config=replace(known.config, defences=defences))
-    sent, own = disguised(private, defences, key=known.config.seed), known.truth.indices
+    sent, own = disguised(private, defences, key=Key.published(0)), known.truth.indices
+    truth = replace(known.truth, prompts=tuple(sent.prompts[i] for i in own.tolist()))
+    hidden = replace(known, config=replace(known.config, defences=defences), truth=truth)
     result = Reconstruction(images=sent.images[own], hints=sent.hints[own])
     scores = score_samples(replace(saved("x", result.images), result=result), hidden, CONFIG, localise=False)
     for name in ("identified", "hint_identified", "both_identified"):

@@ -8,6 +8,7 @@ from scipy.stats import norm
 from splitlab.attacks.posterior import public_posterior
 from splitlab.identification import identified_by_both, identified_by_likelihood
 from splitlab.recolour import VARIANTS, recolour, recoloured
+from splitlab.seeds import Key
 
 
 def gallery(n: int, seed: int) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_colours_have_48_symmetries_and_secret_ones_stay_with_their_image():
     images = torch.linspace(-0.9, 0.7, 3).view(1, 3, 1, 1)
     seen = {tuple(recolour(images, i).flatten().tolist()) for i in range(len(VARIANTS))}
     assert len(seen) == 48
-    hidden, again, other = (recoloured(data, key=key) for key in ("a", "a", "b"))
+    hidden, again, other = (recoloured(data, key=Key.published(seed)) for seed in ("a", "a", "b"))
     assert torch.equal(hidden.images, again.images)
     assert not torch.equal(hidden.images, other.images)
     assert len({data.digest, hidden.digest, other.digest}) == 3

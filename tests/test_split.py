@@ -8,6 +8,7 @@ from splitlab.config import Defences
 from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet, symsigmoid
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
+from splitlab.seeds import Key
 from splitlab.split import (
     Client,
     attach_hint_encoder,
@@ -26,7 +27,14 @@ SD15_LATENTS, SD15_TEXT = (4, 64, 64), (77, 768)
 
 
 def client(base: Base, data: ImageSet, defences: Defences | None = None, *, number: int = 0, key: int = 0) -> Client:
-    return Client(number, base, encoded(base, data), torch.arange(100, 100 + len(data)), defences or Defences(), key)
+    return Client(
+        number,
+        base,
+        encoded(base, data),
+        torch.arange(100, 100 + len(data)),
+        defences or Defences(),
+        Key.published(key),
+    )
 
 
 def test_without_defences_a_message_is_what_the_paper_says(base: Base, private: ImageSet):
@@ -108,7 +116,7 @@ def test_noise_drawn_once_does_not_average_out(base: Base, private: ImageSet):
     assert left.std().item() == pytest.approx(2.0, rel=0.1)  # 768 draws: standard error 2.6 %
     other = client(base, private, defences, key=1)
     assert not torch.equal(other.sent.latents, owner.sent.latents)
-    part = Client(0, base, encoded(base, private)[3:6], torch.arange(103, 106), defences, 0)
+    part = Client(0, base, encoded(base, private)[3:6], torch.arange(103, 106), defences, Key.published(0))
     assert torch.equal(part.sent.latents, owner.sent.latents[3:6])  # a pure function of key and sample
 
 

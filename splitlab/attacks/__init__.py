@@ -36,6 +36,7 @@ from splitlab.config import AttackSpec, Defences
 from splitlab.data import ImageSet
 from splitlab.disguise import disguised
 from splitlab.errors import InputError
+from splitlab.seeds import Key
 from splitlab.seeds import generator as splitlab_generator
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction
 from splitlab.wire import Transcript, read_transcript
@@ -84,7 +85,9 @@ def run_attack(
     if attack not in ATTACKS:
         raise InputError(f"no attack is called {attack!r}; there are {', '.join(ATTACKS)}")
     if attack != "undisguise":  # that one disguises the public data itself; all others imitate clients with them
-        knowledge = replace(knowledge, public=disguised(knowledge.public, knowledge.defences, key="attacker"))
+        knowledge = replace(
+            knowledge, public=disguised(knowledge.public, knowledge.defences, key=Key.published("attacker"))
+        )
     denied = [name for name in knowledge.ignored if name not in FACTS]
     seen = [observation.without(*denied) for observation in observations]
     began, worked = time.perf_counter(), time.process_time()

@@ -20,6 +20,7 @@ from splitlab.defences import (
     sent_timesteps,
     transforms,
 )
+from splitlab.seeds import Key
 from splitlab.types import Knowledge, Observation
 
 
@@ -60,7 +61,7 @@ def imitate(
 def _secretless(defences: Defences) -> tuple[Defence, ...]:
     """Return the transforms that need no key; keys that the attacker does not know are drawn anew."""
     keyed = bool(defences.key_mixing or defences.patch_shuffle)
-    return transforms(replace(defences, fixed_noise=0.0, fresh_keys=keyed), client_key=0)
+    return transforms(replace(defences, fixed_noise=0.0, fresh_keys=keyed), client_key=Key.published(0))
 
 
 def imitate_known(

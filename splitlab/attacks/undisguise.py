@@ -18,6 +18,7 @@ from splitlab.data import ImageSet, digest
 from splitlab.disguise import SYMMETRIES, colours_of, discs, disguised, disguises, every_turn, layout, sent_layout
 from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
+from splitlab.seeds import Key
 from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
@@ -99,7 +100,7 @@ def _rehearsed(
     """Disguise and send public samples, and return the share recognised by the hint at every sharpness."""
     public, defences = knowledge.public, knowledge.defences
     own = torch.randperm(len(public), generator=draw)[:N_REHEARSED]
-    part = disguised(public.subset(own.tolist()), defences, key=("rehearsal", int(own[0])))
+    part = disguised(public.subset(own.tolist()), defences, key=Key.published(("rehearsal", int(own[0]))))
     data = encoded(knowledge.base, part)
     message, _ = imitate(data, knowledge, len(own), draw, chosen=torch.arange(len(own)))
     prompts = part.prompts if defences.borrowed_colours else ()

@@ -236,7 +236,14 @@ def mu_lower_bound(first: Float[Tensor, " n"], second: Float[Tensor, " m"], *, c
 
 
 def audit_message(
-    base: Base, defences: Defences, neighbours: Encoded, *, n: int = 4000, seed: int = 0, confidence: float = 0.95
+    base: Base,
+    defences: Defences,
+    neighbours: Encoded,
+    *,
+    n: int = 4000,
+    seed: int = 0,
+    key: Key | None = None,
+    confidence: float = 0.95,
 ) -> float:
     """Return a lower bound on the μ of one message of S1's client, from n messages of each of two neighbours.
 
@@ -252,6 +259,7 @@ def audit_message(
         neighbours: two encoded samples.
         n: messages of each.
         seed: of the client's draws.
+        key: of the client's draws, to audit another kind of them; None: published keys of `seed`.
         confidence: of the bound.
     """
     images, hints = (bounded(defences, x).double() for x in (neighbours.latents, neighbours.hint_latents))
@@ -259,7 +267,8 @@ def audit_message(
 
     def scores(which: int) -> Tensor:
         data = Encoded(*(value[which : which + 1].expand(n, *value.shape[1:]) for value in vars(neighbours).values()))
-        client = Client(0, base, data, torch.arange(n), defences, key=2 * seed + which)
+        own = key.of_repeat(which) if key else Key.published(2 * seed + which)
+        client = Client(0, base, data, torch.arange(n), defences, key=own)
         seen = from_bytes(client_send(client, 0, n)[0]).float()
         alphas = signal_level(defences, seen.need("timesteps"), base.alphas_cumprod)
         unlabelled = seen.need("noisy_latents") / feature_scale(defences, alphas) - (1 - alphas).sqrt() * seen.need(
