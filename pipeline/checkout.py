@@ -19,7 +19,7 @@ BYSTANDERS = (".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def room(gigabytes: float) -> str | None:
-    """Return what is wrong with the place: it cannot be written, or has less free space than needed; None if nothing."""
+    """Return what is wrong with the place: it cannot be written, or is too full; None if nothing is."""
     if not os.access(ROOT, os.W_OK):
         return f"{ROOT} cannot be written by this user; clone into a folder of your own"
     free = shutil.disk_usage(ROOT).free / 1e9
