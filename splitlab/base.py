@@ -1,7 +1,7 @@
 """The public world: VAE, text encoder, U-Net and noise schedule of any Stable Diffusion 1.x directory or hub id."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -239,12 +239,31 @@ def _digest(pipeline: StableDiffusionPipeline) -> str:
 
 
 def encoded(base: Base, data: ImageSet, *, cache: Path | None = None) -> Encoded:
-    """Encode a data set once: from then on it is read from `cache`, keyed by the content of both."""
-    path = cache / f"encoded-{base.encoding[:16]}-{data.digest[:16]}.safetensors" if cache else None
+    """Encode images, hints and prompts once: from then on they are read from `cache`, keyed by the content of both.
+
+    Raises:
+        InputError: the data set has no hints or no prompts.
+    """
+    hints, prompts = data.need_hints(), data.need_prompts()
+
+    def make() -> dict[str, Tensor]:
+        return vars(Encoded(base.encode(data.images), base.encode(hints), base.encode_prompts(prompts)))
+
+    return Encoded(**_kept("encoded", base, data, cache, make))
+
+
+def encoded_images(base: Base, data: ImageSet, *, cache: Path | None = None) -> Float[Tensor, "n c h w"]:
+    """Encode the images alone once, for what needs neither hints nor prompts."""
+    return _kept("latents", base, data, cache, lambda: {"latents": base.encode(data.images)})["latents"]
+
+
+def _kept(
+    kind: str, base: Base, data: ImageSet, cache: Path | None, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    path = cache / f"{kind}-{base.encoding[:16]}-{data.digest[:16]}.safetensors" if cache else None
     if path and path.exists():
-        tensors, _ = checkpoint.load(path, remedy=checkpoint.CACHED)
-        return Encoded(**tensors)
-    result = Encoded(base.encode(data.images), base.encode(data.hints), base.encode_prompts(data.prompts))
+        return checkpoint.load(path, remedy=checkpoint.CACHED)[0]
+    tensors = make()
     if path:
-        checkpoint.save(path, vars(result), {}, private=True)
-    return result
+        checkpoint.save(path, tensors, {}, private=True)
+    return tensors

@@ -2,75 +2,103 @@
 
 import hashlib
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from splitlab.config import parse
-from splitlab.data import ImageSet, digest, load
+from splitlab.data import ImageSet, digest, image_set
 from splitlab.errors import InputError
+from splitlab.files import open_files
+from splitlab.layouts import Listing, open_listing, split_off
 from splitlab.paths import resolve
+from splitlab.reading import ReadOptions, column_of, read
 
 SPLITS = ("private", "public", "heldout")
 """The splits that every data set has; beside them it may have `private-test`."""
 
+PLACES = (*SPLITS, "private_test", "source")
+"""The fields of `DatasetConfig` that say where something is."""
+
 
 @dataclass(frozen=True)
-class DatasetConfig:
+class DatasetConfig(ReadOptions):
     """One data set: an entry of the section `datasets`.
 
-    A source is a folder or zip in imagefolder layout, or `hub:<id>[@<split>]`; paths are relative to the project root.
+    It has three splits, or one `source` that is divided. A source is a folder, zip or Parquet file in one of the
+    layouts of `splitlab.layouts`, `<path>@<split>` of what has several, or `hub:<id>[@<split>]`; paths are relative to
+    the project root, and nothing is copied from there.
 
     Attributes:
         private: the source of the private split, which no attack may read.
         public: the source of the public split: what the adversary has.
         heldout: the source of the held-out split, which nothing is trained on.
         private_test: the source of further private samples, never trained on, that classifiers are tested on (S3).
-        size: the height and width of the images, pixels; 0: the first image's.
-        limit: read the first that many samples of each split only; 0: all.
+        source: what is divided, in place of the splits above.
+        fractions: the share of each split in it, e.g. `{private: 0.4, public: 0.5, heldout: 0.1}`; what is left over is
+            not used. Equal files, and rows of one `source` column value, come into one split.
+        seed: of the division; public.
     """
 
     private: str = ""
     public: str = ""
     heldout: str = ""
     private_test: str = ""
-    size: int = 0
-    limit: int = 0
+    source: str = ""
+    fractions: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a set without its splits."""
-        if missing := [split for split in SPLITS if not getattr(self, split)]:
-            raise InputError(f"no {', '.join(missing)}: a data set needs a source for each of {', '.join(SPLITS)}")
-        for one, other in itertools.combinations(SPLITS, 2):
-            if self.source(one) == self.source(other):
+        super().__post_init__()
+        if bool(self.source) != bool(self.fractions):
+            raise InputError("source and fractions go together: what is divided, and how; give both or neither")
+        given = self.fractions if self.source else {split: 1.0 for split in PLACES if getattr(self, split)}
+        if missing := [split for split in SPLITS if split not in given]:
+            raise InputError(
+                f"no {', '.join(missing)}: a data set needs {', '.join(SPLITS)}, each a source or a fraction"
+            )
+        if self.source:
+            self._check_fractions()
+        for one, other in itertools.combinations((*SPLITS, "private_test"), 2):
+            if not self.source and getattr(self, other) and self.place(one) == self.place(other):
                 raise InputError(
-                    f"the {one} and the {other} split are both {self.source(one)}: what an attacker may read and "
+                    f"the {one} and the {other} split are both {self.place(one)}: what an attacker may read and "
                     "what he may not must be different images; give each split its own source"
                 )
-        for name in ("size", "limit"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
-    def source(self, split: str) -> str:
-        """Return the source of `split`, a path absolute.
+    def _check_fractions(self) -> None:
+        if both := [split for split in PLACES[:-1] if getattr(self, split)]:
+            raise InputError(f"both source and {both[0]}: give one source with fractions, or a source for each split")
+        if unknown := set(self.fractions) - set(PLACES[:-1]):
+            raise InputError(f"fractions: {', '.join(sorted(unknown))} is none of {', '.join(PLACES[:-1])}")
+        shares = self.fractions.values()
+        if not all(0 < share < 1 for share in shares) or sum(shares) > 1 + 1e-9:
+            raise InputError(f"fractions must be above 0 and 1 at most together, got {self.fractions}")
+
+    def place(self, split: str) -> str:
+        """Return where `split` is, as `splitlab.layouts.open_listing` takes it, paths absolute.
 
         Raises:
             InputError: the data set has no such split.
         """
         name = split.replace("-", "_")
-        source = getattr(self, name) if name in (*SPLITS, "private_test") else ""
-        if not source:
-            there = [name for name in (*SPLITS, "private_test") if getattr(self, name)]
-            raise InputError(f"no split {split!r}; there: {', '.join(there)}. Give {name}: a source, or use another")
-        return source if source.startswith("hub:") else str(resolve(Path(source).expanduser()).resolve())
+        there = list(self.fractions) if self.source else [one for one in PLACES[:-1] if getattr(self, one)]
+        if name not in there:
+            raise InputError(f"no split {split!r}; there: {', '.join(there)}. Give {name} its source, or use another")
+        given = self.source or getattr(self, name)
+        if given.startswith("hub:"):
+            return str(given)
+        path, part = split_off(str(resolve(Path(given).expanduser())))
+        return f"{path.resolve()}@{part}" if part else str(path.resolve())
 
 
 def dataset_config(name: str, params: Mapping[str, Any]) -> DatasetConfig:
     """Return what a data set's name stands for: an entry of `params["datasets"]`, or else a path or `hub:<id>`.
 
-    The path of a folder stands for its three parts `private`, `public` and `heldout`, folders or zips; `hub:<id>` for
-    the hub's splits of those names.
+    The path of a folder stands for its parts `private`, `public` and `heldout`: folders, zips or Parquet files;
+    `hub:<id>` for the hub's splits of those names.
 
     Raises:
         InputError: there is no such entry, or the path does not have the three parts.
@@ -91,13 +119,13 @@ def dataset_config(name: str, params: Mapping[str, Any]) -> DatasetConfig:
         raise InputError(
             f"{folder}: no {', '.join(missing)} in it. The path of a data set is a folder with the three parts "
             f"{', '.join(SPLITS)}; what is one set of images needs an entry in the section datasets of params.yaml, "
-            "which says where the three splits are"
+            "which says where the three splits are, or how one source is divided"
         )
     return parse(DatasetConfig, {split: str(part) for split, part in parts.items()}, where=name)
 
 
 def _part(folder: Path, split: str) -> Path | None:
-    return next((path for path in (folder / split, folder / f"{split}.zip") if path.exists()), None)
+    return next((path for end in ("", ".zip", ".parquet") if (path := folder / f"{split}{end}").exists()), None)
 
 
 def load_split(dataset: str, split: str, params: Mapping[str, Any], *, limit: int | None = None) -> ImageSet:
@@ -113,34 +141,73 @@ def load_split(dataset: str, split: str, params: Mapping[str, Any], *, limit: in
         InputError: there is no such data set or split, or it cannot be read.
     """
     config = dataset_config(dataset, params)
-    limits = [n for n in (config.limit, limit) if n]
-    return load(config.source(split), size=config.size or None, limit=min(limits, default=None))
+    listing = open_listing(config.place(split), image_column=config.columns.get("image", ""))
+    indices: Sequence[int] = range(min(config.limit or len(listing.rows), len(listing.rows)))
+    if config.source:
+        indices = divided(listing, config, indices)[split.replace("-", "_")]
+    return image_set(*read(listing, config, indices[:limit]))
+
+
+def divided(listing: Listing, config: DatasetConfig, indices: Sequence[int]) -> dict[str, list[int]]:
+    """Divide the rows `indices` of one source: split -> its rows, in their order.
+
+    The division depends on the seed and on the content of the files, not on their order.
+
+    Raises:
+        InputError: a split would be empty.
+    """
+    image = column_of(listing, config, "image", needed=True)
+    source = column_of(listing, config, "source")
+    groups: dict[str, list[int]] = {}
+    for index in indices:
+        row = listing.rows[index]
+        original = str(row.get(source) or "") if source else ""
+        if not original:
+            try:
+                original = hashlib.sha256(listing.read(row.get(image))[1]).hexdigest()
+            except InputError as error:
+                raise InputError(f"{listing.name}: {listing.place(index)}: column {image}: {error}") from None
+        groups.setdefault(original, []).append(index)
+    order = sorted(groups, key=lambda original: hashlib.sha256(f"{config.seed}/{original}".encode()).digest())
+    parts: dict[str, list[int]] = {split: [] for split in PLACES if split in config.fractions}
+    edges = [round(len(indices) * share) for share in itertools.accumulate(config.fractions[split] for split in parts)]
+    done = 0
+    for original in order:
+        split = next((split for split, edge in zip(parts, edges, strict=True) if done < edge), None)
+        done += len(groups[original])
+        if split:
+            parts[split] += groups[original]
+    if empty := [split for split, part in parts.items() if not part]:
+        raise InputError(
+            f"{listing.name}: {len(indices)} rows leave nothing for {', '.join(empty)}; change the fractions"
+        )
+    return {split: sorted(part) for split, part in parts.items()}
 
 
 def content_digest(dataset: str, split: str, params: Mapping[str, Any]) -> str:
     """Return the SHA-256 of what a split is made from, without decoding it.
 
     It covers the bytes and names of its files, or the hub's revision, and the options of its entry, but no path: a data
-    set that is moved keeps its digest.
+    set that is moved keeps its digest. The splits of one divided source differ by their names.
 
     Raises:
         InputError: there is no such data set or split.
     """
     config = dataset_config(dataset, params)
-    options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in (*SPLITS, "private_test")}
-    return digest({"options": options, "content": source_digest(config.source(split))})
+    place = config.place(split)
+    options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PLACES}
+    return digest({"options": options, "content": source_digest(place), "part": split if config.source else ""})
 
 
-def source_digest(source: str) -> str:
-    """Return the SHA-256 of a source's files (names and bytes), or of the hub's revision."""
-    if source.startswith("hub:"):
-        return digest({"hub": source, "revision": _hub_revision(source)})
-    path = Path(source)
-    if not path.exists():
-        raise InputError(f"{path}: no such data set; `dvc pull` fetches the shipped ones")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-    named = {"" if file == path else file.relative_to(path).as_posix(): _file_digest(file) for file in files}
-    return digest(named)
+def source_digest(place: str) -> str:
+    """Return the SHA-256 of a source's files (names and bytes) or the hub's revision, and of the split asked for."""
+    if place.startswith("hub:"):
+        return digest({"hub": place, "revision": _hub_revision(place)})
+    path, part = split_off(place)
+    if path.is_file():
+        return digest({"": _file_digest(path), "part": part})
+    names = open_files(path).names
+    return digest({name: _file_digest(path / stored) for name, stored in sorted(names.items())} | {"part": part})
 
 
 def _file_digest(path: Path) -> str:
@@ -148,11 +215,11 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hub_revision(source: str) -> str:
+def _hub_revision(place: str) -> str:
     import datasets
 
-    repository = source.removeprefix("hub:").partition("@")[0]
+    repository = place.removeprefix("hub:").partition("@")[0]
     try:
         return str(datasets.load_dataset_builder(repository).hash)
     except Exception as error:  # datasets raises many types, from network to parsing
-        raise InputError(f"{source}: cannot be looked up ({error}); check the name and the network") from None
+        raise InputError(f"{place}: cannot be looked up ({error}); check the name and the network") from None

@@ -50,7 +50,7 @@ def disguised(data: ImageSet, defences: Defences, *, key: Key) -> ImageSet:
         return data
     draws = [source("disguise", key, index) for index in range(len(data))]
     new: dict[str, Any] = {}
-    hints = data.hints
+    hints = data.need_hints()
     if defences.borrowed_colours:
         if not are_shapes(data.prompts):
             raise InputError(

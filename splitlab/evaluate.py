@@ -21,6 +21,7 @@ from splitlab.config import EvaluateConfig, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
+from splitlab.overlap import refuse_overlap
 from splitlab.params import load_split
 from splitlab.seeds import generator
 from splitlab.tables import write_table
@@ -119,7 +120,7 @@ def score_samples(
         scores |= {"mse": metrics.mse(found, images), "psnr_db": metrics.psnr_db(found, images)}
         scores |= {"ssim": metrics.ssim(found, images)}
     if result.hints is not None:
-        hints, found = private.hints[own], result.hints[judged]
+        hints, found = private.need_hints()[own], result.hints[judged]
         scores["hint_psnr_db"] = metrics.psnr_db(found, hints)
         if localise:
             masks = (torch.stack([metrics.outline_mask(hint) for hint in group]) for group in (found, hints))
@@ -345,13 +346,9 @@ def disjoint(dataset: str, params: Mapping[str, Any]) -> ImageSet:
     Raises:
         InputError: the attackers' public data share images with it, compared by content.
     """
-    private, public = (load_split(dataset, split, params) for split in ("private", "public"))
-    if shared := private.image_hashes() & public.image_hashes():
-        raise InputError(
-            f"data set {dataset}: {len(shared)} of the public images are private ones, so no attack that uses public "
-            "data would mean anything; give a public split without them"
-        )
-    return private
+    splits = {split: load_split(dataset, split, params) for split in ("private", "public")}
+    refuse_overlap(splits, dataset=dataset)
+    return splits["private"]
 
 
 def yardsticks(dataset: str, base: Base, heldout: ImageSet, *, samples: int = 64) -> list[dict[str, Any]]:

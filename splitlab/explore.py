@@ -282,7 +282,7 @@ def wire_pictures(message: Observation, base: Base) -> list[Picture]:
 def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Groups:
     """Show one sample: what is private, what the server receives, what the attack makes of it."""
     index = int(view.known.truth.indices[sample])
-    image, hint = (to_uint8(group[index]) for group in (view.known.private.images, view.known.private.hints))
+    image, hint = (to_uint8(group[index]) for group in (view.known.private.images, view.known.private.need_hints()))
     picture, found = (None if part is None else png(part[sample]) for part in (one.images, one.hints))
     missing = "this attack does not try"
     message = view.seen.map(lambda value: value[sample : sample + 1])

@@ -177,7 +177,7 @@ def draw_grid(recorded: Recorded, base: Base, private: ImageSet, picked: Picked,
     of_images = {name: one for name, one in shown.items() if one.images is not None}
     rows |= {_wrapped(name): torch.as_tensor(one.images) for name, one in of_images.items()}
     start = len(rows) + 1
-    rows["private hint"] = private.hints[picked.indices]
+    rows["private hint"] = private.need_hints()[picked.indices]
     of_hints = {name: one for name, one in shown.items() if one.hints is not None and one.images is None}
     rows |= {f"hint by {_wrapped(name)}": torch.as_tensor(one.hints) for name, one in of_hints.items()}
     for name in ("inverse_network", "closed_form"):

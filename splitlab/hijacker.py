@@ -166,9 +166,9 @@ class HijackingServer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(splitlab_generator("hijacking", seed).initial_seed())
             self.networks = hijacking_networks(base, public.size)
-        self.networks.pilot.fit(public.hints)
-        self._hints = public.hints
-        self._mean, covariance = _statistics(self.networks.pilot(public.hints[:1000]))
+        self.networks.pilot.fit(public.need_hints())
+        self._hints = public.need_hints()
+        self._mean, covariance = _statistics(self.networks.pilot(self._hints[:1000]))
         self._covariance = covariance + feature_noise**2 * torch.eye(len(covariance))
         parts = {"decoder": self.networks.decoder, "discriminator": self.networks.discriminator}
         self.modules: dict[str, nn.Module] = {"hijacker": self.networks}

@@ -80,9 +80,9 @@ def identified_as_sent(
     if images is not None:
         known["image"] = _first_is_nearest(line_up_errors(images, gallery, line_up, turned=turned))
     if hints is not None:
-        known["hint"] = _first_is_nearest(line_up_errors(hints, private.hints, line_up, turned=turned))
+        known["hint"] = _first_is_nearest(line_up_errors(hints, private.need_hints(), line_up, turned=turned))
     if images is not None and hints is not None:
-        known["both"] = identified_by_both(images, hints, gallery, private.hints, line_up, turned=turned)
+        known["both"] = identified_by_both(images, hints, gallery, private.need_hints(), line_up, turned=turned)
     return known
 
 

@@ -51,7 +51,7 @@ class Playground:
         self.base, self.cache = base, cache
         self.images = images.subset(range(n_client))
         self._public = images.subset(range(n_client, len(images)))
-        self._latents, self._hints = base.encode(self.images.images), base.encode(self.images.hints)
+        self._latents, self._hints = base.encode(self.images.images), base.encode(self.images.need_hints())
         self._ceiling = metrics.psnr_db(base.decode(self._latents), self.images.images)
 
     def messages(self, chosen: int, timestep: int, defences: Defences, n_messages: int) -> Observation:
@@ -85,7 +85,7 @@ class Playground:
         first, truth = sent.map(lambda value: value[:1]), self.images
         hints = solved.hints
         assert hints is not None, "scheme split solves for hints"
-        shown = [png(to_uint8(one)) for one in (truth.images[chosen], truth.hints[chosen], image, hints[0])]
+        shown = [png(to_uint8(one)) for one in (truth.images[chosen], truth.need_hints()[chosen], image, hints[0])]
         pictures = [Picture(caption, content) for caption, content in zip(("image", "hint") * 2, shown, strict=True)]
         groups: Groups = [
             (PRIVATE, "a public image plays the part", pictures[:2]),
@@ -96,7 +96,7 @@ class Playground:
             groups,
             method,
             float(metrics.psnr_db(image[None], truth.images[chosen : chosen + 1])),
-            float(metrics.psnr_db(hints[:1], truth.hints[chosen : chosen + 1])),
+            float(metrics.psnr_db(hints[:1], truth.need_hints()[chosen : chosen + 1])),
             float(self._ceiling[chosen]),
             sum(value.nbytes for value in first.tensors.values()),
         )

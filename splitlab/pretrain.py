@@ -161,7 +161,7 @@ def make_text_encoder(config: PretrainConfig, tokenizer: CLIPTokenizer) -> CLIPT
 
 def _train_vae(vae: AutoencoderKL, public: dict[str, ImageSet], config: PretrainConfig, state: Path) -> list[float]:
     """Fit the autoencoder to images and hints: squared error and a weak pull of the posterior to N(0, 1)."""
-    pools = {name: torch.cat([data.images, data.hints]) for name, data in public.items()}
+    pools = {name: torch.cat([data.images, data.need_hints()]) for name, data in public.items()}
     weights = {name: torch.tensor([3.0] * len(data) + [1.0] * len(data)) for name, data in public.items()}
 
     def step_loss(step: int) -> Tensor:

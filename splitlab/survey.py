@@ -14,6 +14,7 @@ from splitlab.base import Base
 from splitlab.config import GRIDS, AttackSpec, Defences, TrainConfig, reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.errors import InputError
+from splitlab.overlap import refuse_overlaps
 from splitlab.train import record, train
 
 UTILITY_COLUMNS = ("dataset", "setting", "defences", "steps", "seed", "eval_loss", "control_iou", "control_edges")
@@ -101,7 +102,11 @@ def record_survey(
     """Record every transcript of the grid below `seen`, and what its server did not see below `hidden`.
 
     Returns the runs' names.
+
+    Raises:
+        InputError: the splits of a data set share images.
     """
+    refuse_overlaps((one.dataset for one in config.runs().values()), load)
     for run, one in tqdm(config.runs().items(), desc="record"):
         files = {"transcript": seen / run / "transcript.safetensors", "truth": hidden / run / "truth.safetensors"}
         record(run, one, base, load(one.dataset, "private"), cache=cache, **files)

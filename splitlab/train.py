@@ -29,6 +29,7 @@ from splitlab.disguise import disguised, disguises
 from splitlab.draws import end_run, new_key, run_key
 from splitlab.errors import InputError
 from splitlab.guarantees import DELTA, guarantee
+from splitlab.overlap import refuse_overlap
 from splitlab.paths import ROOT
 from splitlab.privacy import epsilon_entry
 from splitlab.schemes import Scheme, Step, make_scheme
@@ -127,15 +128,15 @@ def train(
         out: folder to write; it is made. One that exists is replaced only if it holds a run's outputs and nothing else.
         cache: folder for encoded data and checkpoints. A call that was interrupted goes on from its last checkpoint
             when repeated, and ends with bit-identical weights.
-        public: what a malicious server learns from; an honest one makes no use of it.
+        public: what a malicious server learns from; an honest one makes no use of it, but it must be apart.
         callback: `(what, done, total, loss)`.
 
     Returns the record, as written.
 
     Raises:
-        InputError: before the first step: `out` holds other files, or another run is writing it; the data do not fit
-            the base model or the batch size, the loss is not finite, the disk is full, or a malicious server has no
-            public data.
+        InputError: before the first step: `out` holds other files, or another run is writing it; the splits share
+            images, or have no hints or prompts; the data do not fit the base model or the batch size, the loss is not
+            finite, the disk is full, or a malicious server has no public data.
     """
     depends = {"config": config, "base": base.digest, "data": private.digest}
     depends |= {"torch": torch.__version__, "numpy": np.__version__}
@@ -163,13 +164,16 @@ def _train(
 ) -> dict[str, Any]:
     """Train, with checkpoints at `state`, and write all outputs to the empty `folder`; return the record."""
     (private, heldout, public), cache = data, state.parent
+    public_too = {"public": public} if public else {}
+    refuse_overlap({"private": private, "heldout": heldout} | public_too, dataset=config.dataset)
+    asked = heldout.subset(range(min(config.eval_samples, len(heldout))))
+    prompts, hints = asked.need_prompts(), asked.need_hints()
     clients = make_clients(base, private, config, key=key, cache=cache)
-    scheme = make_scheme(base, config, clients, private.hints, public=public)
+    scheme = make_scheme(base, config, clients, private.need_hints(), public=public)
     progress = _run(scheme, config, state, callback)
     controlnet = scheme.controlnet().eval()
-    asked = heldout.subset(range(min(config.eval_samples, len(heldout))))
     draw = generator(config.seed, "generate")
-    pictures = generate(control_pipeline(base, controlnet), asked.prompts, asked.hints, generator=draw)
+    pictures = generate(control_pipeline(base, controlnet), prompts, hints, generator=draw)
     record = _record(run, config, base, progress) | {
         "n_trainable": sum(p.numel() for p in controlnet.parameters()),
         "eval_loss": round(eval_loss(base, controlnet, heldout, cache=cache), 6),
@@ -179,8 +183,8 @@ def _train(
 
     with storage.writing(folder / "controlnet"):
         controlnet.save_pretrained(folder / "controlnet")
-    samples = {"images": to_uint8(pictures), "hints": to_uint8(asked.hints)}
-    checkpoint.save(folder / "samples.safetensors", samples, {"prompts": asked.prompts})
+    samples = {"images": to_uint8(pictures), "hints": to_uint8(hints)}
+    checkpoint.save(folder / "samples.safetensors", samples, {"prompts": prompts})
     write_transcript(folder / "transcript.safetensors", _header(run, config, base, private), progress.messages)
     write_truth(folder / "truth.safetensors", progress.truths)
     hijacker = scheme.modules.get("hijacker")
@@ -314,8 +318,8 @@ def control_scores(pictures: Tensor, asked: ImageSet) -> dict[str, float | None]
     """
     shapes = are_shapes(asked.prompts)
     return {
-        "control_iou": round(metrics.disc_iou(pictures, asked.hints).mean().item(), 4) if shapes else None,
-        "control_edges": round(metrics.edge_control(pictures, asked.hints).mean().item(), 4),
+        "control_iou": round(metrics.disc_iou(pictures, asked.need_hints()).mean().item(), 4) if shapes else None,
+        "control_edges": round(metrics.edge_control(pictures, asked.need_hints()).mean().item(), 4),
     }
 
 
@@ -327,7 +331,7 @@ def eval_loss(base: Base, controlnet: ControlNetModel, heldout: ImageSet, *, cac
     timesteps = torch.linspace(0, base.n_timesteps - 1, len(data)).long()[torch.randperm(len(data), generator=draw)]
     noise = torch.randn(data.latents.shape, generator=draw)
     noisy = base.noised(data.latents, noise, timesteps)
-    hints = data.hint_latents if isinstance(controlnet, LatentHintControlNet) else (heldout.hints + 1.0) / 2.0
+    hints = data.hint_latents if isinstance(controlnet, LatentHintControlNet) else (heldout.need_hints() + 1.0) / 2.0
     total = 0.0
     for part in torch.arange(len(data)).split(64):
         control = controlnet(noisy[part], timesteps[part], data.text[part], controlnet_cond=hints[part])

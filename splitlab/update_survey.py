@@ -29,6 +29,7 @@ from splitlab.errors import InputError
 from splitlab.federated import TRAINABLE, ControlledUNet, InversionKnowledge, pixel_unet, plain_attention, share
 from splitlab.inversion import INVERSIONS
 from splitlab.inversion.saved import SavedInversion, guess, save_inversion, saved_inversion, timed
+from splitlab.overlap import refuse_overlaps
 from splitlab.paths import resolve
 from splitlab.seeds import Key, generator, source
 from splitlab.update_defences import (
@@ -312,7 +313,11 @@ def record_updates(config: UpdateConfig, base: Base, load: LoadSplit, *, out: Pa
     """Be the clients: write every update of the grid below `out`/sent, what else there is to `granted` and `truth`.
 
     Returns the cells' names.
+
+    Raises:
+        InputError: the splits of a data set share images, or have too few.
     """
+    refuse_overlaps((cell.dataset for cell, _, _ in config.cells), load)
     key = new_key(config.published_key)
     for cell, n, seeds in (bar := tqdm(config.cells, desc="record", mininterval=2)):
         bar.set_postfix_str(cell.name, refresh=False)
@@ -356,7 +361,7 @@ def _truth(
     if n * (seed + 1) > len(private):
         raise InputError(f"{cell.name}: needs {n * (seed + 1)} private images, {cell.dataset} has {len(private)}")
     chosen = torch.arange(seed * n, (seed + 1) * n)
-    pixels, prompts = private.images[chosen], tuple(private.prompts[i] for i in chosen.tolist())
+    pixels = private.images[chosen]
     draw = source("updates", cell.model, cell.dataset, cell.timestep, cell.batch, key)
     if cell.timestep < 0:
         drawn = [permutation(base.n_timesteps, draw)[: cell.together] for _ in range(n_updates)]
@@ -366,8 +371,9 @@ def _truth(
     if spec.kind == "pixel":
         images = resized(pixels, spec.size)
         return UpdateTruth(images, timesteps, normal(images.shape, draw))
-    clean = base.encode(pixels)
-    hints = base.encode(private.hints[chosen]) if spec.kind == "controlnet" else None
+    clean, texts = base.encode(pixels), private.need_prompts()
+    prompts = tuple(texts[i] for i in chosen.tolist())
+    hints = base.encode(private.need_hints()[chosen]) if spec.kind == "controlnet" else None
     noise, text = normal(clean.shape, draw), base.encode_prompts(prompts)
     return UpdateTruth(clean, timesteps, noise, text, hints, images=pixels, prompts=prompts)
 

@@ -148,7 +148,7 @@ def _make(root: Path, base_path: Path) -> World:
             attack_and_save(transcript, spec, 0, base, public, out=out, cache=root / "cache")
     survey = parse(SurveyConfig, params["survey"], where="survey")
     places = {"seen": root / "survey" / "transcripts", "hidden": root / "survey" / "truth"}
-    record_survey(survey, base, lambda dataset, split: private, cache=root / "cache", **places)
+    record_survey(survey, base, tiny.splits(private), cache=root / "cache", **places)
     out = root / "survey" / "reconstructions"
     attack_survey(survey, base, lambda dataset, split: public, seen=places["seen"], out=out, cache=root / "cache")
     config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
@@ -162,7 +162,12 @@ def _make(root: Path, base_path: Path) -> World:
     ]
     pd.DataFrame(costs, columns=list(UTILITY_COLUMNS)).to_csv(folders["utility"], index=False)
     evaluate_all(root / "runs", root / "reconstructions", base, params, config, **folders)
-    make_updates(parse(UpdateConfig, UPDATES, where="updates"), base, {"private": private, "public": public}, root)
+    make_updates(
+        parse(UpdateConfig, UPDATES, where="updates"),
+        base,
+        {"private": private, "public": public, "heldout": heldout},
+        root,
+    )
     make_private(base, root)
     return World(root, params)
 

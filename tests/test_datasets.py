@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
+from PIL import Image
 
 from splitlab import generate
-from splitlab.data import load
+from splitlab.data import _to_uint8, load
 from splitlab.datasets import SPLITS, content_digest, load_split
 from splitlab.errors import InputError
 from splitlab.params import load_params
@@ -69,7 +71,10 @@ def test_one_imagefolder_does_not_stand_for_three_splits(root: Path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"public": ""}, r"datasets\.mine: no public: a data set needs a source for each of private, public, heldout"),
+        (
+            {"public": ""},
+            r"datasets\.mine: no public: a data set needs private, public, heldout, each",
+        ),
         ({"pubilc": "x"}, r"datasets\.mine: unknown key pubilc"),
         ({"limit": -1}, "limit must be 0 or more, got -1"),
         ({"size": "big"}, r"datasets\.mine\.size: expected int"),
@@ -118,3 +123,133 @@ def test_the_content_digest_of_a_folder_sees_every_file_but_hidden_ones(tmp_path
     assert content_digest("mine", "private", params) == before
     (tmp_path / "private" / "deep" / "a.png").rename(tmp_path / "private" / "deep" / "b.png")
     assert content_digest("mine", "private", params) != before
+
+
+def folder_of(path: Path, n: int, *, copies: int = 0, kind: str = "png") -> Path:
+    """Write n pictures, the first `copies` of them twice."""
+    path.mkdir(parents=True)
+    pixels = _to_uint8(tiny.small_set(n).images)
+    for i in range(n):
+        Image.fromarray(pixels[i]).save(path / f"{i:03}.{kind}")
+    for i in range(copies):
+        (path / f"copy{i:03}.{kind}").write_bytes((path / f"{i:03}.{kind}").read_bytes())
+    return path
+
+
+FRACTIONS = {"private": 0.5, "public": 0.3, "heldout": 0.2}
+
+
+def divided(folder: Path, **options: object) -> dict:
+    return {"datasets": {"mine": {"source": str(folder), "fractions": FRACTIONS} | options}}
+
+
+def names(params: dict) -> dict[str, tuple[str, ...]]:
+    return {split: load_split("mine", split, params).sources for split in SPLITS}
+
+
+def test_one_source_is_divided_by_seed_and_by_content(tmp_path: Path):
+    source = folder_of(tmp_path / "mine", 20)
+    parts = names(divided(source))
+    assert [len(parts[split]) for split in SPLITS] == [10, 6, 4]
+    assert len({name for part in parts.values() for name in part}) == 20
+    assert all(list(part) == sorted(part) for part in parts.values())
+    assert names(divided(source)) == parts != names(divided(source, seed=1))
+    (source / "000.png").rename(source / "zzz.png")  # the division is of contents, not of places
+    moved = names(divided(source))
+    assert [{name.replace("zzz", "000") for name in moved[split]} for split in SPLITS] == [
+        set(parts[s]) for s in SPLITS
+    ]
+    reordered = {split: FRACTIONS[split] for split in reversed(SPLITS)}
+    assert names(divided(source, fractions=reordered)) == moved
+
+
+def test_what_is_left_over_belongs_to_no_split_and_a_limit_comes_first(tmp_path: Path):
+    source = folder_of(tmp_path / "mine", 20)
+    some = names(divided(source, fractions={"private": 0.2, "public": 0.2, "heldout": 0.1, "private_test": 0.1}))
+    assert [len(some[split]) for split in SPLITS] == [4, 4, 2]
+    limited = names(divided(source, limit=10))
+    assert sorted(name for part in limited.values() for name in part) == [f"{i:03}.png" for i in range(10)]
+    assert len(load_split("mine", "private", divided(source), limit=3)) == 3
+
+
+def test_equal_files_and_what_stems_from_one_original_come_into_one_split(tmp_path: Path):
+    source = folder_of(tmp_path / "mine", 20, copies=20)
+    parts = names(divided(source))
+    for part in parts.values():
+        assert {name.removeprefix("copy") for name in part if name.startswith("copy")} == {
+            name for name in part if not name.startswith("copy")
+        }
+    rows = "".join(f"{i:03}.png,p{i % 4}\n" for i in range(20))
+    (source / "metadata.csv").write_text(f"file_name,patient\n{rows}")
+    quarters = {"private": 0.5, "public": 0.25, "heldout": 0.25}
+    patients = names(divided(source, columns={"source": "patient"}, fractions=quarters))
+    assert [len(set(patients[split])) for split in SPLITS] == [2, 1, 1]
+    assert set(patients["private"]).isdisjoint(patients["public"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"fractions": {"private": 0.5, "public": 0.5}}, "no heldout: a data set needs"),
+        ({"fractions": FRACTIONS | {"private": 0.6}}, "fractions must be above 0 and 1 at most together"),
+        ({"fractions": FRACTIONS | {"private": 0}}, "fractions must be above 0"),
+        ({"fractions": FRACTIONS | {"private": ".inf"}}, "fractions.private: expected float"),
+        ({"fractions": FRACTIONS | {"train": 0.1}}, "fractions: train is none of private, public, heldout"),
+        ({"fractions": {}}, "source and fractions go together"),
+        ({"source": "", "fractions": FRACTIONS}, "source and fractions go together"),
+        ({"private": "elsewhere"}, "both source and private: give one source with fractions"),
+        ({"fractions": FRACTIONS | {"heldout": 0.001}}, "20 rows leave nothing for heldout; change the fractions"),
+        ({"size": [8, 8]}, r"size: expected int, got \[8, 8\]"),
+        ({"columns": {"image": "img"}}, "no column img among image; say which holds it"),
+    ],
+)
+def test_divisions_that_cannot_be_made_are_refused(tmp_path: Path, options: dict, says: str):
+    with pytest.raises(InputError, match=says):
+        load_split("mine", "private", divided(folder_of(tmp_path / "mine", 20), **options))
+
+
+def test_parts_of_a_folder_may_be_folders_zips_and_parquet_files(tmp_path: Path):
+    folder_of(tmp_path / "mine" / "private", 3)
+    generate.write_split(tmp_path / "mine" / "public.zip", tiny.samples(4, seed=1))
+    picture = Image.fromarray(_to_uint8(tiny.small_set(1, seed=2).images)[0])
+    rows = datasets.Dataset.from_dict({"image": [picture]}, features=datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(str(tmp_path / "mine" / "heldout.parquet"))
+    assert [len(load_split(str(tmp_path / "mine"), split, {})) for split in SPLITS] == [3, 4, 1]
+    assert len({content_digest(str(tmp_path / "mine"), split, {}) for split in SPLITS}) == 3
+
+
+def test_hub_sets_with_train_and_test_need_an_entry_only(tmp_path: Path):
+    """As people have them: two Parquet files in one folder, images under another name, labels in place of captions."""
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    for split, seed, n in (("train", 0, 10), ("test", 1, 4)):
+        pixels = _to_uint8(tiny.small_set(n, size=14, seed=seed).images)
+        columns = {"img": [Image.fromarray(one).convert("L") for one in pixels], "label": [i % 2 for i in range(n)]}
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        rows.to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    entry = {
+        "source": f"{tmp_path}@train",
+        "fractions": {"private": 0.5, "public": 0.3, "heldout": 0.2},
+        "columns": {"image": "img"},
+        "prompts": "a photograph of a {label}",
+        "size": 16,
+        "resize": "stretch",
+        "hints": "canny",
+    }
+    private = load_split("pets", "private", {"datasets": {"pets": entry}})
+    assert len(private) == 5
+    assert set(private.prompts) == {"a photograph of a cat", "a photograph of a dog"}
+    assert private.images.shape == private.need_hints().shape == (5, 3, 16, 16)
+    assert (private.images == private.images[:, :1]).all()  # grey became RGB
+    with pytest.raises(InputError, match="it has the splits test, train; name one"):
+        load_split("pets", "private", {"datasets": {"pets": entry | {"source": str(tmp_path)}}})
+
+
+def test_the_hubs_revision_is_the_digest_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Builder:
+        hash = "1f2e"
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: Builder)
+    before = [content_digest("hub:a/b", split, {}) for split in SPLITS]
+    assert len(set(before)) == 3
+    Builder.hash = "9c8b"
+    assert not set(before) & {content_digest("hub:a/b", split, {}) for split in SPLITS}

@@ -184,7 +184,10 @@ def test_public_data_that_hold_private_images_are_refused(tmp_path: Path) -> Non
         write_split(tmp_path / split / "tiny.zip", chosen)
     sources = {split: str(tmp_path / split / "tiny.zip") for split in ("private", "public", "heldout")}
     params = {"datasets": {"tiny": sources}}
-    with pytest.raises(InputError, match="1 of the public images are private ones"):
+    with pytest.raises(
+        InputError,
+        match=r"1 of the 3 private images are public images too, the first tiny2 \(public: tiny2\)",
+    ):
         disjoint("tiny", params)
     (tmp_path / "clean" / "tiny.zip").replace(tmp_path / "public" / "tiny.zip")
     assert len(disjoint("tiny", params)) == 3

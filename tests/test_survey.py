@@ -41,7 +41,7 @@ def test_the_default_grid_is_listed_and_the_full_one_is_everything():
 
 def test_a_transcript_for_accumulation_shows_each_image_once_per_epoch(base: Base, private: ImageSet, tmp_path: Path):
     chosen = config(accumulate=("noise",))
-    names = record_survey(chosen, base, lambda *_: private, seen=tmp_path / "seen", hidden=tmp_path / "hidden")
+    names = record_survey(chosen, base, tiny.splits(private), seen=tmp_path / "seen", hidden=tmp_path / "hidden")
     truth = read_truth(tmp_path / "hidden" / names[1] / "truth.safetensors")
     assert truth.indices.bincount().tolist() == [2] * 6
 

@@ -125,18 +125,18 @@ def test_what_was_granted_is_not_counted_as_found(table: pd.DataFrame):
 
 def test_an_interrupted_attack_goes_on_where_it_was(base: Base, private: ImageSet, tmp_path: Path):
     one = config(case())
-    record_updates(one, base, lambda *_: private, out=tmp_path)
-    attack_updates(one, base, lambda *_: private, recorded=tmp_path, out=tmp_path / "inv")
+    record_updates(one, base, tiny.splits(private), out=tmp_path)
+    attack_updates(one, base, tiny.splits(private), recorded=tmp_path, out=tmp_path / "inv")
     path = tmp_path / "inv" / "pixel-tiny-t100-b1" / "timesteps-0.safetensors"
     before = path.stat().st_mtime_ns
-    attack_updates(one, base, lambda *_: private, recorded=tmp_path, out=tmp_path / "inv")
+    attack_updates(one, base, tiny.splits(private), recorded=tmp_path, out=tmp_path / "inv")
     assert path.stat().st_mtime_ns == before
 
 
 def test_an_attack_that_cannot_says_why(base: Base, private: ImageSet, tmp_path: Path):
     one = config(case(attacks=(InversionSpec("dlg"),)))
-    record_updates(one, base, lambda *_: private, out=tmp_path)
-    attack_updates(one, base, lambda *_: private, recorded=tmp_path, out=tmp_path / "inv")
+    record_updates(one, base, tiny.splits(private), out=tmp_path)
+    attack_updates(one, base, tiny.splits(private), recorded=tmp_path, out=tmp_path / "inv")
     saved = load_inversion(tmp_path / "inv" / "pixel-tiny-t100-b1" / "dlg-0.safetensors")
     assert saved.images is None
     assert "needs knowledge.noise" in saved.refused
@@ -144,7 +144,7 @@ def test_an_attack_that_cannot_says_why(base: Base, private: ImageSet, tmp_path:
 
 def test_aggregated_clients_stand_behind_one_update(base: Base, private: ImageSet, tmp_path: Path):
     one = config(case(defences=("aggregation=3",), timesteps=(-1,), images=2))
-    record_updates(one, base, lambda *_: private, out=tmp_path)
+    record_updates(one, base, tiny.splits(private), out=tmp_path)
     truth = read_update_truth(next((tmp_path / "truth").glob("*/0.safetensors")))
     updates = sorted((tmp_path / "sent").glob("*/*.safetensors"))
     assert (len(truth), len(updates)) == (6, 2)
@@ -156,7 +156,7 @@ def test_aggregated_clients_stand_behind_one_update(base: Base, private: ImageSe
 
 def test_more_images_than_there_are_is_one_clear_error(base: Base, private: ImageSet, tmp_path: Path):
     with pytest.raises(InputError, match="needs 40 private images, tiny has 12"):
-        record_updates(config(case(images=40)), base, lambda *_: private, out=tmp_path)
+        record_updates(config(case(images=40)), base, tiny.splits(private), out=tmp_path)
 
 
 def test_adapters_are_the_same_for_server_and_client(base: Base):

@@ -1,5 +1,6 @@
 """Random models and small data for the tests: Stable Diffusion's layout, a few thousand weights, no training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,12 @@ def small_set(n: int, *, size: int = SIZE, seed: int = 0) -> ImageSet:
     images = np.stack([sample.image for sample in drawn])
     hints = np.stack([np.repeat(sample.hint[..., None], 3, axis=2) for sample in drawn])
     return image_set(images, hints, [sample.text for sample in drawn], [sample.source for sample in drawn])
+
+
+def splits(private: ImageSet) -> Callable[[str, str], ImageSet]:
+    """Return how a stage loads data: `private`, and two others that share no image with it."""
+    others = {split: small_set(3, size=private.size, seed=seed) for seed, split in enumerate(("public", "heldout"), 90)}
+    return lambda dataset, split: (others | {"private": private})[split]
 
 
 def save_base(path: Path, *, seed: int = 0) -> Path:

@@ -131,7 +131,7 @@ def likelihood(
         found = knowledge.base.decode(solved)
         if hints == "optimise":
             problem = _Problem(solved, torch.full_like(solved[:, :1, :1, :1], ACCURACY), found, "exact")
-            weight = TV["exact"] / mean_gradient(knowledge.public.hints)
+            weight = TV["exact"] / mean_gradient(knowledge.public.need_hints())
             search = _Search("pixels", weight, steps, LR["pixels"] if space == "latents" else lr, batch)
             found, _ = _minimise(problem, search, knowledge.base, "likelihood of hints", callback)
     return Reconstruction(images, found, used=used, objective=tuple(objective), n_evals=steps)

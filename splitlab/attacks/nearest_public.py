@@ -53,7 +53,7 @@ def nearest_public(
     view, std = latent_view(seen, knowledge)
     rehearsal = Rehearsal(seen, observations, knowledge, generator)
     raw = rehearsal.clamp(hint_latents(seen, observations, knowledge))
-    images, hints = public.images.flatten(1), public.hints.flatten(1)
+    images, hints = public.images.flatten(1), public.need_hints().flatten(1)
     objective: tuple[float, ...] = ()
     if not sharpness:
         own = rehearsal.chosen
@@ -72,7 +72,7 @@ def nearest_public(
     used = used or used_fields(seen)
     return Reconstruction(
         (weights @ images).view(-1, *public.images.shape[1:]),
-        (weights @ hints).view(-1, *public.hints.shape[1:]),
+        (weights @ hints).view(-1, *public.need_hints().shape[1:]),
         used=used if raw is None else (*used, "smashed"),
         objective=objective,
         n_evals=1,

@@ -17,7 +17,7 @@ def mean_public(
     """Answer every message with the mean public image and hint: the least squared error without information."""
     n = sum(observation.batch_size for observation in observations)
     public = knowledge.public
-    mean, hint = (part.mean(0, keepdim=True).expand(n, -1, -1, -1) for part in (public.images, public.hints))
+    mean, hint = (part.mean(0, keepdim=True).expand(n, -1, -1, -1) for part in (public.images, public.need_hints()))
     return Reconstruction(mean.clone(), hint.clone())
 
 
@@ -31,4 +31,4 @@ def random_public(
     """Answer every message with a random public image and its hint."""
     n = sum(observation.batch_size for observation in observations)
     chosen = torch.randint(len(knowledge.public), (n,), generator=generator)
-    return Reconstruction(knowledge.public.images[chosen], knowledge.public.hints[chosen])
+    return Reconstruction(knowledge.public.images[chosen], knowledge.public.need_hints()[chosen])

@@ -124,7 +124,7 @@ class _Gallery:
     def __init__(self, knowledge: Knowledge):
         self.knowledge = knowledge
         self.public = in_every_turn(knowledge.public) if knowledge.defences.turned else knowledge.public
-        self.layouts = layout(self.public.hints)
+        self.layouts = layout(self.public.need_hints())
         borrowed = knowledge.defences.borrowed_colours
         self.discs = discs(self.public.images, self.public.prompts) if borrowed else None
 
@@ -166,7 +166,8 @@ class _Gallery:
 
     def drawn(self, weights: Float[Tensor, "n m"]) -> Float[Tensor, "n 3 s s"]:
         """Return weighted means of public hints."""
-        return (weights @ self.public.hints.flatten(1)).view(-1, *self.public.hints.shape[1:])
+        hints = self.public.need_hints()
+        return (weights @ hints.flatten(1)).view(-1, *hints.shape[1:])
 
     def pictures(self, weights: Float[Tensor, "n m"], prompts: Sequence[str]) -> Float[Tensor, "n 3 s s"]:
         """Return weighted means of public images, in the colours that were borrowed if any were."""
@@ -202,7 +203,7 @@ def in_every_turn(public: ImageSet) -> ImageSet:
     return replace(
         public,
         images=every_turn(public.images).flatten(0, 1),
-        hints=every_turn(public.hints).flatten(0, 1),
+        hints=every_turn(public.need_hints()).flatten(0, 1),
         prompts=public.prompts * SYMMETRIES,
         sources=public.sources * SYMMETRIES,
         digest=digest({"data": public.digest, "in every turn": SYMMETRIES}),

@@ -85,7 +85,7 @@ def unsplit(
         tries.append(_search(clone, smashed, knowledge, settings, generator, told))
     hints, misfits = min(tries, key=lambda tried: tried[1][-1])
     if calibrate:
-        hints = calibrated(hints, knowledge.public.hints)
+        hints = calibrated(hints, knowledge.public.need_hints())
     return Reconstruction(hints=hints, used=("smashed",), objective=tuple(misfits), n_evals=epochs * restarts)
 
 
@@ -125,7 +125,7 @@ def _search(
     told: Callable[[int, float], None],
 ) -> tuple[Tensor, list[float]]:
     """Run one restart: return hints `[n, 3, s, s]` and every epoch's misfit."""
-    mean = _mean_hint(knowledge.public.hints)
+    mean = _mean_hint(knowledge.public.need_hints())
     start = mean + 0.05 * torch.randn((len(smashed), *mean.shape[1:]), generator=draw)
     parts = [part.clone().requires_grad_() for part in start.clamp(-1.0, 1.0).split(settings.batch)]
     wanted, scale = smashed.split(settings.batch), smashed.square().mean()

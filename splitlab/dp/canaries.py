@@ -45,9 +45,10 @@ def insert(private: ImageSet, canary: ImageSet, times: int) -> ImageSet:
             f"a canary is one image of the private data's size, inserted 0 or more times; got {len(canary)} of "
             f"{canary.size} pixels for data of {private.size}, {times} times"
         )
+    hinted = private.hints is not None and canary.hints is not None
     both = ImageSet(
         images=torch.cat([private.images, canary.images]),
-        hints=torch.cat([private.hints, canary.hints]),
+        hints=torch.cat([private.need_hints(), canary.need_hints()]) if hinted else None,
         prompts=(*private.prompts, *canary.prompts),
         sources=(*private.sources, *canary.sources),
         digest="",

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitlab import checkpoint, storage
-from splitlab.base import Base, encoded
+from splitlab.base import Base, encoded_images
 from splitlab.data import ImageSet, digest
 from splitlab.dp.conditioning import CONDITIONINGS, Denoiser, denoiser, make_conditioning, save_embedder
 from splitlab.dp.engine import (
@@ -267,9 +267,10 @@ def _finetune(
 ) -> dict[str, Any]:
     """Fine-tune, with checkpoints at `path`, and write all outputs to the empty `folder`; return the record."""
     how = mechanism(config, len(private))
-    data = encoded(base, private, cache=path.parent)
+    prompts = private.prompts if config.conditioning == "none" else private.need_prompts()
+    latents = encoded_images(base, private, cache=path.parent)
     conditioning = make_conditioning(
-        base, config.conditioning, private.prompts, classes=config.classes, train_embedder=config.embedder
+        base, config.conditioning, prompts, classes=config.classes, train_embedder=config.embedder
     )
     model = denoiser(base, conditioning)
     if start:
@@ -279,7 +280,7 @@ def _finetune(
     if path.exists():
         _resume(state, path, settings, config.steps)
     state.key = run_key(path, config.published_key, bound_to=digest(settings))
-    _run(state, config, how, (data.latents, conditioning.conditions), path, settings, base.n_timesteps, callback)
+    _run(state, config, how, (latents, conditioning.conditions), path, settings, base.n_timesteps, callback)
 
     events = (*history, *how.events(state.steps))
     spent = epsilon_of(events, config.delta, accountant=config.accountant) if how.noise_multiplier else math.inf

@@ -47,7 +47,7 @@ def warped_copies(data: ImageSet, copies: int, *, std: float, seed: int = 0) -> 
     bent = [warped(data.images, std=std, generator=generator(seed, "warp", number)) for number in range(copies)]
     return ImageSet(
         torch.cat(bent),
-        data.hints.repeat(copies, 1, 1, 1),
+        None if data.hints is None else data.hints.repeat(copies, 1, 1, 1),
         data.prompts * copies,
         data.sources * copies,
         digest({"data": data.digest, "copies": copies, "std": std, "seed": seed, "handles": HANDLES}),

@@ -27,6 +27,7 @@ from splitlab.dp.membership import membership_auc
 from splitlab.dp.public import warped_copies
 from splitlab.dp.sample import Tuned, load_tuned, sample, untuned
 from splitlab.errors import InputError
+from splitlab.overlap import refuse_overlap
 from splitlab.privacy import recorded_epsilon
 from splitlab.seeds import generator
 
@@ -154,9 +155,11 @@ class Judge:
         """Name the features of the Fréchet distance."""
         return "classifier of public images" if self.eyes else "latents of the public VAE, 4 x 4"
 
-    def asked(self) -> list[int] | list[str]:
-        """Return what to generate: all classes alike, or the test split's prompts in turn."""
+    def asked(self) -> list[int] | list[str] | int:
+        """Return what to generate: all classes alike, the test split's prompts in turn, or so many images."""
         n = self.config.n_samples
+        if self.config.common.conditioning == "none":
+            return n
         if self.config.common.conditioning == "class":
             return [i % len(self.classes) for i in range(n)]
         prompts = self.classes or self.test.prompts
@@ -191,8 +194,9 @@ def make_judge(config: DPSurveyConfig, base: Base, load: LoadSplit, *, cache: Pa
         private, test = private.subset(order[config.withheld :]), private.subset(order[: config.withheld])
     else:
         test = load(dataset, config.test_split)
+    refuse_overlap({"private": private, "public": public, "test": test}, dataset=dataset)
     eyes, names = None, sorted(set(public.prompts))
-    if len(names) <= MANY:
+    if 1 < len(names) <= MANY:
         labels = labels_of(public.prompts, names)
         eyes = train_classifier(public.images, labels, n_classes=len(names), seed=0, steps=config.classifier_steps)
     start = public_start(config, base, public, cache=cache) if config.start else None
