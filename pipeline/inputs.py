@@ -40,10 +40,10 @@ def reads(params: Mapping[str, Any]) -> dict[str, set[Split]]:
     shares = params["pretrain"].get("shares", ("shapes", "photos", "digits"))
     return stages | {
         "pretrain": _pairs(shares, {"public"}),
-        "survey-record": _pairs(surveyed, {"private"}),
+        "survey-record": _pairs(surveyed, trained),
         "survey-utility": _pairs(surveyed, {"private", "heldout"}),
         "survey-attack": _pairs(surveyed, {"public"}),
-        "updates-record": _pairs(updates, {"private"}),
+        "updates-record": _pairs(updates, trained),
         "updates-attack": _pairs(updates, {"public"}),
         "updates-evaluate": _pairs(updates, {"private"}),
         "evaluate": _pairs({*runs.values(), *surveyed}, trained),
@@ -73,8 +73,8 @@ def sources(dataset: str, params: Mapping[str, Any]) -> dict[str, Any]:
     folder = _path(dataset)
     if not folder.exists():
         raise MissingInput(f"no data set {dataset!r}: neither in the section datasets of params.yaml nor a folder")
-    parts = {split: (folder / split, folder / f"{split}.zip") for split in SPLITS}
-    return {split: str(path) for split, both in parts.items() for path in both if path.exists()}
+    parts = {split: [folder / f"{split}{end}" for end in ("", ".zip", ".parquet")] for split in SPLITS}
+    return {split: str(path) for split, places in parts.items() for path in places if path.exists()}
 
 
 class Digests:
@@ -117,9 +117,10 @@ class Digests:
             return None
         for name in (split, "source"):
             source = entry.get(name)
-            if isinstance(source, str) and not source.startswith("hub:") and not _path(source).exists():
+            if isinstance(source, str) and source and not source.startswith("hub:") and not _place(source):
                 raise MissingInput(f"data set {dataset}: {name} is {source}, and there is no such file or folder")
-        return _digest(self.content({name: entry[name] for name in entry if name == split or name not in SPLITS}))
+        kept = {name: entry[name] for name in entry if name == split or name not in SPLITS}
+        return _digest(kept | {name: self.content(kept[name]) for name in (split, "source") if name in kept})
 
     def content(self, value: Any) -> Any:
         """Return `value` with the contents of files and folders in place of their paths."""
@@ -127,8 +128,9 @@ class Digests:
             return {str(name): self.content(part) for name, part in value.items()}
         if isinstance(value, list):
             return [self.content(part) for part in value]
-        if isinstance(value, str) and value and _path(value).exists():
-            return {"content": self.path(_path(value))}
+        if isinstance(value, str) and (place := _place(value)):
+            path, part = place
+            return {"content": self.path(path)} | ({"part": part} if part else {})
         return value
 
     def keep(self) -> None:
@@ -139,6 +141,13 @@ class Digests:
 
 def _path(text: str) -> Path:
     return ROOT / Path(text).expanduser()
+
+
+def _place(text: str) -> tuple[Path, str] | None:
+    """Return the file or folder that `text` names and the split in it, `<path>@<split>`; None if there is none."""
+    path, _, part = text.rpartition("@")
+    named = ((text, ""), (path, part))
+    return next(((_path(name), split) for name, split in named if name and _path(name).exists()), None)
 
 
 def _digest(content: Any) -> str:

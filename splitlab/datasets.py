@@ -3,14 +3,13 @@
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from splitlab.config import parse
-from splitlab.data import ImageSet, digest, image_set
+from splitlab.data import ImageSet, image_set
 from splitlab.errors import InputError
-from splitlab.files import open_files
 from splitlab.layouts import Listing, open_listing, split_off
 from splitlab.paths import resolve
 from splitlab.reading import ReadOptions, column_of, read
@@ -182,44 +181,3 @@ def divided(listing: Listing, config: DatasetConfig, indices: Sequence[int]) -> 
             f"{listing.name}: {len(indices)} rows leave nothing for {', '.join(empty)}; change the fractions"
         )
     return {split: sorted(part) for split, part in parts.items()}
-
-
-def content_digest(dataset: str, split: str, params: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of what a split is made from, without decoding it.
-
-    It covers the bytes and names of its files, or the hub's revision, and the options of its entry, but no path: a data
-    set that is moved keeps its digest. The splits of one divided source differ by their names.
-
-    Raises:
-        InputError: there is no such data set or split.
-    """
-    config = dataset_config(dataset, params)
-    place = config.place(split)
-    options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PLACES}
-    return digest({"options": options, "content": source_digest(place), "part": split if config.source else ""})
-
-
-def source_digest(place: str) -> str:
-    """Return the SHA-256 of a source's files (names and bytes) or the hub's revision, and of the split asked for."""
-    if place.startswith("hub:"):
-        return digest({"hub": place, "revision": _hub_revision(place)})
-    path, part = split_off(place)
-    if path.is_file():
-        return digest({"": _file_digest(path), "part": part})
-    names = open_files(path).names
-    return digest({name: _file_digest(path / stored) for name, stored in sorted(names.items())} | {"part": part})
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hub_revision(place: str) -> str:
-    import datasets
-
-    repository = place.removeprefix("hub:").partition("@")[0]
-    try:
-        return str(datasets.load_dataset_builder(repository).hash)
-    except Exception as error:  # datasets raises many types, from network to parsing
-        raise InputError(f"{place}: cannot be looked up ({error}); check the name and the network") from None

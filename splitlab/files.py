@@ -78,9 +78,11 @@ def open_files(path: Path) -> Files:
         return Files(path.parent, {path.name: path.name}, lambda name: (path.parent / name).read_bytes())
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # zipfile raises many types for damaged archives
         raise InputError(f"{path}: not a zip file ({error}); restore it with `dvc pull` or give a folder") from None
-    return Files(path, _named(path, (i.filename for i in archive.infolist() if not i.is_dir())), _unpacker(archive))
+    return Files(
+        path, _named(path, (name for name in archive.namelist() if not name.endswith("/"))), _unpacker(archive)
+    )
 
 
 def _regular(path: Path) -> Path:

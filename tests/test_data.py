@@ -111,7 +111,8 @@ def test_a_file_that_is_no_image_is_named(folder: Path, damage):
 
 
 def test_an_image_of_another_size_is_named(folder: Path, damage):
-    Image.new("RGB", (20, 16)).save(folder / "00001.png")
+    for name in ("00001.png", "00001_hint.png"):
+        Image.new("RGB", (20, 16)).save(folder / name)
     with pytest.raises(
         InputError,
         match=r"row 1 .*: image 00001\.png is 20x16 pixels, expected 16x16; let the data set's entry say size, resize",

@@ -7,7 +7,7 @@ from PIL import Image
 
 from splitlab import generate
 from splitlab.data import _to_uint8, load
-from splitlab.datasets import SPLITS, content_digest, load_split
+from splitlab.datasets import SPLITS, dataset_config, load_split
 from splitlab.errors import InputError
 from splitlab.params import load_params
 
@@ -42,7 +42,7 @@ def test_every_shipped_split_is_where_the_section_says():
     params = load_params()
     assert set(params["datasets"]) == {"shapes", "photos", "photos64", "digits"}
     for name in params["datasets"]:
-        assert len({content_digest(name, split, params) for split in SPLITS}) == 3
+        assert all(Path(dataset_config(name, params).place(split)).exists() for split in SPLITS)
 
 
 def test_a_name_and_the_path_of_a_folder_with_three_parts_are_the_same_data(root: Path):
@@ -99,30 +99,6 @@ def test_unknown_names_and_splits_say_what_there_is(root: Path):
         load_split("mine", "private-test", entry(root))
     with pytest.raises(InputError, match="no split 'train'"):
         load_split("mine", "train", entry(root))
-
-
-def test_the_content_digest_sees_bytes_names_and_options_and_no_path(root: Path, tmp_path: Path):
-    before = content_digest("mine", "private", entry(root))
-    assert content_digest("mine", "private", entry(root, limit=2)) != before
-    moved = root.rename(tmp_path / "elsewhere")
-    assert content_digest("mine", "private", entry(moved)) == before
-    assert content_digest(str(moved), "private", {}) == before
-    content = (moved / "private.zip").read_bytes()
-    (moved / "private.zip").write_bytes(content + b"!")
-    assert content_digest("mine", "private", entry(moved)) != before
-
-
-def test_the_content_digest_of_a_folder_sees_every_file_but_hidden_ones(tmp_path: Path):
-    sources = {split: str(tmp_path / split) for split in SPLITS}
-    for split in SPLITS:
-        (tmp_path / split / "deep").mkdir(parents=True)
-        (tmp_path / split / "deep" / "a.png").write_bytes(split.encode())
-    params = {"datasets": {"mine": sources}}
-    before = content_digest("mine", "private", params)
-    (tmp_path / "private" / ".DS_Store").write_bytes(b"x")
-    assert content_digest("mine", "private", params) == before
-    (tmp_path / "private" / "deep" / "a.png").rename(tmp_path / "private" / "deep" / "b.png")
-    assert content_digest("mine", "private", params) != before
 
 
 def folder_of(path: Path, n: int, *, copies: int = 0, kind: str = "png") -> Path:
@@ -215,7 +191,6 @@ def test_parts_of_a_folder_may_be_folders_zips_and_parquet_files(tmp_path: Path)
     rows = datasets.Dataset.from_dict({"image": [picture]}, features=datasets.Features({"image": datasets.Image()}))
     rows.to_parquet(str(tmp_path / "mine" / "heldout.parquet"))
     assert [len(load_split(str(tmp_path / "mine"), split, {})) for split in SPLITS] == [3, 4, 1]
-    assert len({content_digest(str(tmp_path / "mine"), split, {}) for split in SPLITS}) == 3
 
 
 def test_hub_sets_with_train_and_test_need_an_entry_only(tmp_path: Path):
@@ -242,14 +217,3 @@ def test_hub_sets_with_train_and_test_need_an_entry_only(tmp_path: Path):
     assert (private.images == private.images[:, :1]).all()  # grey became RGB
     with pytest.raises(InputError, match="it has the splits test, train; name one"):
         load_split("pets", "private", {"datasets": {"pets": entry | {"source": str(tmp_path)}}})
-
-
-def test_the_hubs_revision_is_the_digest_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Builder:
-        hash = "1f2e"
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: Builder)
-    before = [content_digest("hub:a/b", split, {}) for split in SPLITS]
-    assert len(set(before)) == 3
-    Builder.hash = "9c8b"
-    assert not set(before) & {content_digest("hub:a/b", split, {}) for split in SPLITS}

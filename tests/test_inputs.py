@@ -107,6 +107,19 @@ def test_options_of_an_entry_count_and_places_do_not(project: Path, tmp_path: Pa
     assert changed(project, before) == set()
 
 
+def test_a_split_of_a_source_counts_and_so_does_its_name(project: Path, tmp_path: Path) -> None:
+    def part_of(name: str) -> Callable[[dict[str, Any]], object]:
+        return lambda params: params["datasets"]["mine"].update(private=f"{tmp_path}/mine@{name}")
+
+    set_params(project, part_of("train"))
+    before = written(project)
+    set_params(project, part_of("test"))
+    assert "data/train/mine.json" in changed(project, before)
+    before = written(project)
+    (tmp_path / "mine/private/mine-private.png").write_bytes(b"changed")
+    assert "data/train/mine.json" in changed(project, before)
+
+
 def test_one_source_and_the_hub_have_digests_too(project: Path, tmp_path: Path) -> None:
     def one_source(params: dict[str, Any]) -> None:
         params["datasets"]["mine"] = {"source": str(tmp_path / "mine/private"), "fractions": {"private": 0.5}}

@@ -87,8 +87,10 @@ def same(dataset: str, split: str) -> ImageSet:
 def test_no_run_trains_on_overlapping_splits(base: Base, tmp_path: Path, shared: str):
     splits = {"heldout": OTHER, "public": tiny.small_set(4, seed=3)} | {shared: ONE}
     with pytest.raises(InputError, match=f"data set tiny: 6 of the 6 .* images are {shared} images too"):
-        train("x", tiny.config(), base, ONE, splits["heldout"], public=splits["public"], out=tmp_path, cache=tmp_path)
-    assert not list(tmp_path.iterdir())
+        places = {"out": tmp_path / "out", "cache": tmp_path / "cache"}
+        train("x", tiny.config(), base, ONE, splits["heldout"], public=splits["public"], **places)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_nothing_is_recorded_or_fine_tuned_on_overlapping_splits(base: Base, tmp_path: Path):
