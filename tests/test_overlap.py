@@ -86,8 +86,8 @@ def same(dataset: str, split: str) -> ImageSet:
 @pytest.mark.parametrize("shared", ["heldout", "public"])
 def test_no_run_trains_on_overlapping_splits(base: Base, tmp_path: Path, shared: str):
     splits = {"heldout": OTHER, "public": tiny.small_set(4, seed=3)} | {shared: ONE}
+    places = {"out": tmp_path / "out", "cache": tmp_path / "cache"}
     with pytest.raises(InputError, match=f"data set tiny: 6 of the 6 .* images are {shared} images too"):
-        places = {"out": tmp_path / "out", "cache": tmp_path / "cache"}
         train("x", tiny.config(), base, ONE, splits["heldout"], public=splits["public"], **places)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.safetensors"))
