@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,7 +15,8 @@ from splitlab.errors import InputError
 from splitlab.formats import describe_file
 from splitlab.storage import whole_file
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 32 * 2**20
 OTHER = "name a file that splitlab wrote"
 REMADE = "move it aside and run the stage that makes it (`dvc repro`)"
 """What to do about an output of the pipeline that is not what it was."""
@@ -84,16 +86,31 @@ def load(path: Path, *, remedy: str = "") -> tuple[dict[str, Tensor], dict[str, 
         InputError: the file is missing or damaged.
     """
     try:
+        _check_size(path)
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+            text = (file.metadata() or {}).get("meta", "{}")
+            meta = json.loads(text) if len(text) <= MAX_JSON_BYTES else None
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, RecursionError) as error:
         raise unreadable(path, error, remedy) from None
     if not isinstance(meta, dict):
         raise InputError(f"{path}: what it says of itself is {type(meta).__name__}, not keys and values; {OTHER}")
     return tensors, meta
+
+
+def _check_size(path: Path) -> None:
+    """Refuse what would take more memory than there is, before any of it is taken."""
+    size, free = path.stat().st_size, psutil.virtual_memory().available
+    if path.is_file() and size > free:
+        raise InputError(f"{path}: {size} bytes, and {free} bytes of memory are free; use a larger machine")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER_BYTES < header < size:
+        raise InputError(f"{path}: a header of {header} bytes, more than any file of weights has; name the right file")
 
 
 def unreadable(path: Path, error: Exception, remedy: str = "") -> InputError:

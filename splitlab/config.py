@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, TypeVar, get_type_hints
 
@@ -87,10 +87,10 @@ class Defences:
         """Refuse values no client could apply."""
         if self.timestep_floor < 0:
             raise InputError(f"timestep_floor must be 0 or more, got {self.timestep_floor}")
-        if not self.latent_norm >= 0:
+        if not 0 <= self.latent_norm < math.inf:
             raise InputError(f"latent_norm is a norm and must be 0 or more (0: off), got {self.latent_norm}")
         for name in ("fixed_noise", "feature_noise", "hint_noise", "layout_noise"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is a standard deviation and must be 0 or more, got {getattr(self, name)}")
         if self.coarse_hints < 0 or self.coarse_hints == 1:
             raise InputError(f"coarse_hints is a number of frequencies, 2 or more (0: all), got {self.coarse_hints}")
@@ -281,6 +281,25 @@ def parse(kind: type[T], values: object, *, where: str) -> T:
         return kind(**arguments)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def parse_exactly(kind: type[T], values: object, *, where: str) -> T:
+    """Build a dataclass from JSON that a program wrote: as `parse`, but text is never taken for a number.
+
+    Raises:
+        InputError: see `parse`.
+    """
+    result = parse(kind, values, where=where)
+    _compare(values, asdict(result), where)  # type: ignore[call-overload]
+    return result
+
+
+def _compare(given: Any, read: Mapping[str, Any], where: str) -> None:
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            _compare(value, read[name], f"{where}.{name}")
+        elif value != read[name]:
+            raise InputError(f"{where}.{name}: expected {type(read[name]).__name__}, got {value!r}; write it again")
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

@@ -124,7 +124,7 @@ class Artefacts:
     def _read(self, recorded: Recorded, saved: Sequence[Path]) -> RunView:
         run, folder = recorded.name, recorded.truth.parent
         config = parse(TrainConfig, checkpoint.load_json(recorded.record)["config"], where=str(recorded.record))
-        transcript = read_transcript(recorded.transcript, base_digest=self.base.digest)
+        transcript = read_transcript(recorded.transcript, base=self.base)
         truth, private = read_truth(recorded.truth), self.split(config.dataset, "private")
         seen = stack(transcript.observations)
         n = len(truth.indices)

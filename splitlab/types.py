@@ -200,7 +200,7 @@ def stack(observations: Sequence[Observation]) -> Observation:
     """Concatenate messages into one observation over all their samples, float32; `client` and `sequence` are -1.
 
     Raises:
-        InputError: there are no messages, or they carry different fields.
+        InputError: there are no messages, or they carry different fields or shapes.
     """
     if not observations:
         raise InputError("no messages to attack; the transcript is empty")
@@ -212,6 +212,10 @@ def stack(observations: Sequence[Observation]) -> Observation:
                 f"the first message {sorted(names)}; attack messages of one protocol at a time"
             )
     parts = [observation.float() for observation in observations]
+    for name in names:
+        shapes = {tuple(getattr(part, name).shape[1:]) for part in parts}
+        if len(shapes) > 1:
+            raise InputError(f"the messages carry {name} of different shapes {shapes}; attack messages of one run")
     return Observation(-1, -1, **{name: torch.cat([getattr(p, name) for p in parts]) for name in sorted(names)})
 
 

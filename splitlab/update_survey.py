@@ -44,7 +44,7 @@ from splitlab.update_defences import (
     UpdateDefence,
     share_protected,
 )
-from splitlab.updates import Update, UpdateTruth, read_update, write_update, write_update_truth
+from splitlab.updates import Update, UpdateTruth, read_granted, read_update, write_update, write_update_truth
 
 GRANTS = ("batch_size", "timesteps", "noise", "text", "hint_latents")
 KINDS = ("pixel", "latent", "controlnet", "lora")
@@ -406,8 +406,7 @@ def _attack_cell(
     model = public_model(spec, base, seed)
     sent = sorted((recorded / "sent" / cell.name).glob(f"{seed}-*.safetensors"))
     updates = [read_update(path, model=model) for path in sent]
-    granted = recorded / "granted" / cell.name / f"{seed}.safetensors"
-    facts, meta = checkpoint.load(granted, remedy=checkpoint.REMADE)
+    facts, batch = read_granted(recorded / "granted" / cell.name / f"{seed}.safetensors")
     folder, n = out / cell.name, len(updates) * cell.together
     size = spec.size if spec.kind == "pixel" else public.images.shape[-1]
     draw = generator("no information", cell.name, seed)
@@ -416,7 +415,7 @@ def _attack_cell(
     for attack in cell.attacks:
         path = folder / f"{attack.name}-{seed}.safetensors"
         if not path.exists():
-            known = _knowledge(model, spec, base, attack, facts, int(str(meta["batch_size"])))
+            known = _knowledge(model, spec, base, attack, facts, batch)
             save_inversion(path, _attack(attack, updates, known, cell, seed))
 
 

@@ -4,7 +4,8 @@
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from splitlab import checkpoint
-from splitlab.config import parse
+from splitlab.config import parse_exactly
 from splitlab.errors import InputError
 
 VERSION = 1
 KINDS = ("gradient", "fedavg")
 OBJECTIVES = ("epsilon", "v_prediction")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+AXES = {"clean": 4, "timesteps": 1, "noise": 4, "text": 3, "hint_latents": 4, "images": 4}
+"""Of what a client alone knows, for one local step."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Update:
             raise InputError(f"update: kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if self.objective not in OBJECTIVES:
             raise InputError(f"update: objective {self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
-        if self.local_steps < 1 or (self.kind == "fedavg" and not self.lr > 0):
+        smallest = 0.0 if self.kind == "gradient" else math.ulp(0.0)
+        if self.local_steps < 1 or not smallest <= self.lr < math.inf:
             raise InputError(
                 f"update: local_steps must be 1 or more and lr positive, got {self.local_steps} and {self.lr}"
             )
@@ -195,7 +200,7 @@ def read_update(
     elif fields.get("version") != VERSION:
         raise InputError(f"{path}: update version {fields.get('version')}, expected {VERSION}; share it again")
     else:
-        header = asdict(parse(_Header, fields, where=f"{path}: header"))
+        header = asdict(parse_exactly(_Header, fields, where=f"{path}: header"))
         update = Update(tensors, **{k: v for k, v in header.items() if k != "version"})
     if model is not None:
         check_update(update, model, where=str(path))
@@ -219,4 +224,41 @@ def read_update_truth(path: str | Path) -> UpdateTruth:
     needed = {"clean", "timesteps", "noise"}
     if not isinstance(prompts, list) or not needed <= set(tensors) <= set(UpdateTruth.__dataclass_fields__):
         raise InputError(f"{path}: not the truth of an update; `splitlab.federated.write_update_truth` makes one")
+    n = len(_checked_facts(tensors, path))
+    if len(prompts) not in (0, n) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"{path}: {len(prompts)} prompts for {n} samples; record the updates again")
     return UpdateTruth(**tensors, prompts=tuple(prompts))
+
+
+def read_granted(path: Path) -> tuple[dict[str, Tensor], int]:
+    """Read the facts that a threat model may grant about the updates of a cell, and the batch size.
+
+    Raises:
+        InputError: the file is missing, damaged or holds no such facts.
+    """
+    tensors, meta = checkpoint.load(path, remedy=checkpoint.REMADE)
+    batch = meta.get("batch_size")
+    if (
+        type(batch) is not int
+        or batch < 1
+        or not {"timesteps", "noise"} <= set(tensors) <= set(AXES) - {"clean", "images"}
+    ):
+        raise InputError(f"{path}: not the facts of recorded updates; {checkpoint.REMADE}")
+    if len(_checked_facts(tensors, path)) % batch:
+        raise InputError(f"{path}: its samples are no whole number of batches of {batch}; {checkpoint.REMADE}")
+    return tensors, batch
+
+
+def _checked_facts(tensors: Mapping[str, Tensor], path: str | Path) -> Tensor:
+    """Return the timesteps of one local step, once all that is there is of one number of samples."""
+    steps = tensors["timesteps"].ndim - 1  # an axis in front for local steps that draw their own
+    for name, tensor in tensors.items():
+        axes = AXES[name] + (max(0, steps) if name in ("timesteps", "noise") else 0)
+        checkpoint.field(tensors, name, axes, (torch.int64,) if name == "timesteps" else FLOATS, path)
+        if 0 in tensor.shape:
+            raise InputError(f"{path}: {name} is of shape {tuple(tensor.shape)}; record the updates again")
+    timesteps = tensors["timesteps"][0] if steps else tensors["timesteps"]
+    samples = {len(value[0] if steps and name in ("timesteps", "noise") else value) for name, value in tensors.items()}
+    if len(samples) > 1 or steps > 1 or tensors["timesteps"].min() < 0:
+        raise InputError(f"{path}: its samples differ in number, or a timestep is below 0; record the updates again")
+    return timesteps

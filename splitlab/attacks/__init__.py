@@ -131,7 +131,7 @@ def attack_transcript(
         InputError: the transcript, the data and the base model do not belong together.
     """
     if not isinstance(transcript, Transcript):
-        transcript = read_transcript(transcript, base_digest=base.digest)
+        transcript = read_transcript(transcript, base=base)
     knowledge = make_knowledge(transcript, base, public, ignore=ignore, cache=cache, server=server)
     draw = splitlab_generator("attack", attack, *ignore, seed)
     return run_attack(attack, transcript.observations, knowledge, generator=draw, options=options, callback=callback)
