@@ -118,18 +118,24 @@ class Base:
         Raises:
             InputError: a prompt has more tokens than the text model takes.
         """
-        ids = self._tokens(prompts)
+        ids = self.token_ids(prompts)
         unique, inverse = torch.unique(ids, dim=0, return_inverse=True)
         hidden = torch.cat([self.text_encoder(part).last_hidden_state for part in unique.split(batch)])
         return hidden[inverse]
 
-    def _tokens(self, prompts: Sequence[str]) -> Int[Tensor, "b l"]:
+    def token_ids(self, prompts: Sequence[str]) -> Int[Tensor, "b l"]:
+        """Tokenise prompts to the text model's full length.
+
+        Raises:
+            InputError: a prompt has more tokens than the text model takes.
+        """
         length = self.tokenizer.model_max_length
         encoded = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False)
-        for prompt, ids in zip(prompts, encoded.input_ids, strict=True):
+        for index, ids in enumerate(encoded.input_ids):
             if len(ids) > length:
                 raise InputError(
-                    f"the prompt {prompt!r} has {len(ids)} tokens, the text model takes {length}: shorten it"
+                    f"prompt {index}, {prompts[index]!r:.100}, has {len(ids)} tokens, the text model takes {length}: "
+                    "shorten it, or let the data set's entry say long_captions: truncate"
                 )
         return torch.tensor(encoded.input_ids)
 

@@ -2,20 +2,24 @@
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from splitlab.captions import shortened, tokenizer_of
 from splitlab.config import parse
 from splitlab.data import ImageSet, image_set
 from splitlab.errors import InputError
 from splitlab.layouts import Listing, open_listing, split_off
 from splitlab.paths import resolve
-from splitlab.reading import ReadOptions, column_of, read
+from splitlab.reading import ReadOptions, Samples, column_of, read
 
 SPLITS = ("private", "public", "heldout")
 """The splits that every data set has; beside them it may have `private-test`."""
+
+LONG_CAPTIONS = ("refuse", "truncate")
 
 PLACES = (*SPLITS, "private_test", "source")
 """The fields of `DatasetConfig` that say where something is."""
@@ -38,6 +42,8 @@ class DatasetConfig(ReadOptions):
         fractions: the share of each split in it, e.g. `{private: 0.4, public: 0.5, heldout: 0.1}`; what is left over is
             not used. Equal files, and rows of one `source` column value, come into one split.
         seed: of the division; public.
+        long_captions: "refuse" those of more tokens than the base's text model takes, where they are encoded; or
+            "truncate" them behind the last word that fits, and say how many.
     """
 
     private: str = ""
@@ -47,10 +53,13 @@ class DatasetConfig(ReadOptions):
     source: str = ""
     fractions: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+    long_captions: str = "refuse"
 
     def __post_init__(self) -> None:
         """Refuse a set without its splits."""
         super().__post_init__()
+        if self.long_captions not in LONG_CAPTIONS:
+            raise InputError(f"long_captions {self.long_captions!r} is unknown; choose {' or '.join(LONG_CAPTIONS)}")
         if bool(self.source) != bool(self.fractions):
             raise InputError("source and fractions go together: what is divided, and how; give both or neither")
         given = self.fractions if self.source else {split: 1.0 for split in PLACES if getattr(self, split)}
@@ -144,7 +153,24 @@ def load_split(dataset: str, split: str, params: Mapping[str, Any], *, limit: in
     indices: Sequence[int] = range(min(config.limit or len(listing.rows), len(listing.rows)))
     if config.source:
         indices = divided(listing, config, indices)[split.replace("-", "_")]
-    return image_set(*read(listing, config, indices[:limit]))
+    samples = read(listing, config, indices[:limit])
+    if config.long_captions == "truncate":
+        samples = _truncated(samples, f"data set {dataset}, {split}", params)
+    return image_set(*samples)
+
+
+def _truncated(samples: Samples, name: str, params: Mapping[str, Any]) -> Samples:
+    """Cut long captions and say how many there were."""
+    tokenizer = tokenizer_of(params["base"]["source"])
+    prompts = shortened(samples.prompts, tokenizer)
+    cut = [index for index, prompt in enumerate(prompts) if prompt != samples.prompts[index]]
+    if cut:
+        warnings.warn(
+            f"{name}: {len(cut)} of {len(prompts)} captions were cut to the {tokenizer.model_max_length} tokens that "
+            f"the text model takes, the first that of {samples.sources[cut[0]] or f'sample {cut[0]}'}",
+            stacklevel=3,
+        )
+    return samples._replace(prompts=prompts)
 
 
 def divided(listing: Listing, config: DatasetConfig, indices: Sequence[int]) -> dict[str, list[int]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from splitlab.annotators import canny
 from splitlab.colours import COLOURS, rgb
 
 Pixels = NDArray[np.uint8]
@@ -167,14 +168,6 @@ def rendered_digits(n: int, rng: np.random.Generator, prefix: str, size: int = 3
 
 def _digit_prompt(digit: int) -> str:
     return f"the digit {DIGIT_WORDS[digit]}"
-
-
-def canny(image: Pixels) -> Pixels:
-    """Return the Canny edges of an RGB image `[h, w, 3]` as `[h, w]` uint8 in {0, 255}."""
-    from skimage.color import rgb2gray
-    from skimage.feature import canny as edges
-
-    return np.where(edges(rgb2gray(image), sigma=1.0), 255, 0).astype(np.uint8)
 
 
 def _rgb8(picture: NDArray[np.generic]) -> Pixels:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ImageColor
 
 from splitlab.annotators import ANNOTATORS
+from splitlab.captions import caption
 from splitlab.errors import InputError
 from splitlab.layouts import LAYOUT, PICTURE_COLUMNS, Listing
 from splitlab.pictures import CROP, RESAMPLING, RESIZE, Pixels, decode, fit, resized
@@ -214,22 +215,3 @@ class _Reader:
         if str(label) not in names:
             raise InputError(f"column {self.label}: {label!r} is none of the {len(names)} classes; see labels")
         return caption(names[str(label)], "labels")
-
-
-def caption(value: Any, column: str) -> str:
-    """Return a caption as it is.
-
-    Raises:
-        InputError: it is no text, empty, or no Unicode; nothing is chosen or converted silently.
-    """
-    if isinstance(value, list | tuple):
-        raise InputError(f"column {column}: a list of {len(value)} captions; choose one, a text is needed")
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise InputError(f"column {column}: no caption; write one, or name no text column if there are none")
-    if not isinstance(value, str):
-        raise InputError(f"column {column}: {value!r} is a {type(value).__name__}; a text is needed")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"column {column}: half a surrogate pair, which is no character; mend the text") from None
-    return value

@@ -6,6 +6,7 @@ import tiny
 from PIL import Image
 
 from splitlab import generate
+from splitlab.base import Base
 from splitlab.data import _to_uint8, load
 from splitlab.datasets import SPLITS, dataset_config, load_split
 from splitlab.errors import InputError
@@ -217,3 +218,32 @@ def test_hub_sets_with_train_and_test_need_an_entry_only(tmp_path: Path):
     assert (private.images == private.images[:, :1]).all()  # grey became RGB
     with pytest.raises(InputError, match="it has the splits test, train; name one"):
         load_split("pets", "private", {"datasets": {"pets": entry | {"source": str(tmp_path)}}})
+
+
+def test_long_captions_are_cut_on_demand_and_counted(tmp_path: Path, base_path: Path, base: Base):
+    for split in SPLITS:
+        folder_of(tmp_path / split, 3)
+    captions = ["red circle", "red circle with navy background " * 9 + "end", "x" * 400]
+    lines = "".join(f"{i:03}.png,{caption}\n" for i, caption in enumerate(captions))
+    (tmp_path / "private" / "metadata.csv").write_text(f"file_name,text\n{lines}")
+    entry = {split: str(tmp_path / split) for split in SPLITS}
+    params = {"base": {"source": str(base_path)}, "datasets": {"mine": entry}}
+    whole = load_split("mine", "private", params)
+    assert whole.prompts == tuple(captions)
+    with pytest.raises(
+        InputError, match=r"prompt 1, .* has \d+ tokens, the text model takes 16.*long_captions: truncate"
+    ):
+        base.encode_prompts(whole.prompts)
+    params["datasets"]["mine"] = entry | {"long_captions": "truncate"}
+    with pytest.warns(
+        UserWarning, match=r"mine, private: 2 of 3 captions were cut to the 16 tokens .* that of 001\.png"
+    ):
+        cut = load_split("mine", "private", params)
+    assert cut.prompts[0] == captions[0]
+    assert all(long.startswith(short) and short for long, short in zip(captions, cut.prompts, strict=True))
+    assert cut.prompts[1].endswith(("red", "circle", "with", "navy", "background"))
+    assert base.encode_prompts(cut.prompts).shape[0] == 3
+    assert [len(ids) for ids in base.tokenizer(list(cut.prompts)).input_ids[1:]] == [16, 16]
+    params["datasets"]["mine"] = entry | {"long_captions": "shorten"}
+    with pytest.raises(InputError, match="long_captions 'shorten' is unknown; choose refuse or truncate"):
+        load_split("mine", "private", params)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from splitlab import generate
+from splitlab import annotators, generate
 from splitlab.colours import COLOURS, rgb, split_prompt
 from splitlab.data import load
 from splitlab.paths import ROOT
@@ -136,10 +136,10 @@ def test_digit_prompts_name_the_digit():
 def test_canny_marks_an_edge_where_there_is_one():
     step = np.zeros((32, 32, 3), np.uint8)
     step[:, 16:] = 255
-    edges = generate.canny(step)
+    edges = annotators.canny(step)
     assert set(np.unique(edges)) == {0, 255}
     assert set(np.flatnonzero(edges[16])) <= {15, 16}  # the step lies between these two columns
-    assert not generate.canny(np.full((32, 32, 3), 90, np.uint8)).any()
+    assert not annotators.canny(np.full((32, 32, 3), 90, np.uint8)).any()
 
 
 @shipped

@@ -55,7 +55,7 @@ def shared(base: Base, texts: tuple[str, ...], **arguments) -> Update:
 
 
 def test_states_of_prefixes_are_the_text_models_own(shipped: Base):
-    encoder, ids = PrefixEncoder(shipped.text_encoder), shipped._tokens(TWO)
+    encoder, ids = PrefixEncoder(shipped.text_encoder), shipped.token_ids(TWO)
     states = shipped.encode_prompts(TWO)
     prefixes = encoder.start(int(ids[0, 0]))[torch.tensor([0, 0])]
     for position in range(1, ids.shape[1]):

@@ -119,20 +119,6 @@ def text_embedder(base: Base) -> TextEmbedder:
     return TextEmbedder(encoder)
 
 
-def token_ids(base: Base, prompts: Sequence[str]) -> Int[Tensor, "n l"]:
-    """Tokenise prompts to the text model's full length.
-
-    Raises:
-        InputError: a prompt has more tokens than the text model takes.
-    """
-    length = base.tokenizer.model_max_length
-    rows = base.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
-    for prompt, ids in zip(prompts, rows, strict=True):
-        if len(ids) > length:
-            raise InputError(f"the prompt {prompt!r} has {len(ids)} tokens, the text model takes {length}: shorten it")
-    return torch.tensor(rows)
-
-
 def labels_of(prompts: Sequence[str], classes: Sequence[str]) -> Int[Tensor, " n"]:
     """Return each prompt's class.
 
@@ -176,7 +162,7 @@ def make_conditioning(
             return Conditioning(kind, class_embedder(base, classes), labels)
         return Conditioning(kind, None, base.encode_prompts(classes)[labels])
     if train_embedder:
-        return Conditioning(kind, text_embedder(base), token_ids(base, prompts))
+        return Conditioning(kind, text_embedder(base), base.token_ids(prompts))
     return Conditioning(kind, None, base.encode_prompts(prompts))
 
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from splitlab import checkpoint
 from splitlab.base import Base
 from splitlab.base_files import load_model
-from splitlab.dp.conditioning import ClassEmbedder, TextEmbedder, labels_of, token_ids
+from splitlab.dp.conditioning import ClassEmbedder, TextEmbedder, labels_of
 from splitlab.errors import InputError
 
 
@@ -88,7 +88,7 @@ def hidden_states(base: Base, tuned: Tuned, asked: Sequence[str] | Sequence[int]
         return base.encode_prompts([""]).expand(asked, -1, -1)
     if tuned.conditioning == "text":
         prompts = [str(prompt) for prompt in asked]
-        return base.encode_prompts(prompts) if tuned.embedder is None else tuned.embedder(token_ids(base, prompts))
+        return base.encode_prompts(prompts) if tuned.embedder is None else tuned.embedder(base.token_ids(prompts))
     if len(asked) and isinstance(asked[0], str):
         labels = labels_of([str(prompt) for prompt in asked], tuned.classes)
     else:
@@ -129,7 +129,7 @@ def sample(
     states = hidden_states(base, tuned, asked)
     empty = base.encode_prompts([""])
     if tuned.conditioning == "text" and tuned.embedder is not None:
-        empty = tuned.embedder(token_ids(base, [""]))
+        empty = tuned.embedder(base.token_ids([""]))
     shape = base.latent_shape(size or tuned.unet.config.sample_size * base.pipeline.vae_scale_factor)
     images = [torch.zeros(0, 3, *(base.pipeline.vae_scale_factor * edge for edge in shape[1:]))]
     for part in tqdm(states.split(batch), desc="sample", leave=False, mininterval=2):

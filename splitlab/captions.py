@@ -1,0 +1,62 @@
+"""Captions: texts as they are, or refused; those that a text model cannot take whole are cut on demand only."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from splitlab.base_kinds import load_tokenizer
+from splitlab.base_source import locate
+from splitlab.errors import InputError
+
+
+def caption(value: Any, column: str) -> str:
+    """Return a caption as it is.
+
+    Raises:
+        InputError: it is no text, empty, or no Unicode; nothing is chosen or converted silently.
+    """
+    if isinstance(value, list | tuple):
+        raise InputError(f"column {column}: a list of {len(value)} captions; choose one, a text is needed")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise InputError(f"column {column}: no caption; write one, or name no text column if there are none")
+    if not isinstance(value, str):
+        raise InputError(f"column {column}: {value!r} is a {type(value).__name__}; a text is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"column {column}: half a surrogate pair, which is no character; mend the text") from None
+    return value
+
+
+def tokenizer_of(source: str | Path) -> CLIPTokenizer:
+    """Load the tokenizer of a base model alone; `model_max_length` is what the text model takes.
+
+    Raises:
+        InputError: there is no such base model, or its tokenizer or text model's configuration is damaged.
+    """
+    folder = locate(source)
+    try:
+        text = CLIPTextConfig.from_pretrained(str(folder / "text_encoder"), local_files_only=True)
+    except Exception as error:  # the library raises many types
+        raise InputError(f"{folder / 'text_encoder'}: no configuration can be read ({error})") from None
+    return load_tokenizer(folder / "tokenizer", text)
+
+
+def shortened(captions: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
+    """Cut captions to the tokens that the text model takes, behind the last word that fits; shorter ones stay."""
+    lengths = [len(ids) for ids in tokenizer(list(captions)).input_ids]
+    longest = tokenizer.model_max_length
+    return [_cut(text, tokenizer) if length > longest else text for text, length in zip(captions, lengths, strict=True)]
+
+
+def _cut(text: str, tokenizer: CLIPTokenizer) -> str:
+    def overflow(end: int) -> bool:
+        return len(tokenizer(text[:end]).input_ids) > tokenizer.model_max_length
+
+    words = [word.end() for word in re.finditer(r"\S+", text)]
+    ends = range(len(text)) if overflow(words[0]) else words  # one word alone may be too long: then within it
+    return text[: ends[bisect_right(ends, False, key=overflow) - 1]]
