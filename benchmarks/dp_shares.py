@@ -228,7 +228,6 @@ def main():
     parser.add_argument("--only", nargs="+", choices=["candidates", "run", "images"])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
     params = load_params()
     base, data = load_base(params["base"]["source"]), load_split("digits", "private", params)
     latents, text = encoded(base, data, cache=CACHE).latents, base.encode_prompts(data.prompts)

@@ -54,6 +54,7 @@ from splitlab.metrics import disc_iou, edge_control, psnr_db
 from splitlab.recolour import VARIANTS, recolour, recoloured
 from splitlab.seeds import Key, generator
 from splitlab.split import client_send
+from splitlab.tables import write_table
 from splitlab.train import make_clients, train
 from splitlab.types import Knowledge
 from splitlab.wire import from_bytes
@@ -233,7 +234,6 @@ def attacked(name, dataset, base, messages=1):
         psnr = psnr_db(found.images, private.images[owners % N]).mean().item()
         rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": KEYS * N})
     rows.sort(key=lambda row: -row["id_worst"])
-    FOLDER.mkdir(parents=True, exist_ok=True)
     save_json(path, {"rows": rows})
     return rows
 
@@ -390,8 +390,7 @@ def main():
             new |= {key: value for key, value in rows[name].items() if key.startswith("control") or key == "n_seeds"}
         rows[name] = new
         table = pd.DataFrame([rows[key] for key in order if key in rows]).round(4)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(path, index=False, lineterminator="\n")
+        write_table(table, path)
         print(pd.Series(new).to_string(), flush=True)
     print(table.to_string(index=False))
 

@@ -16,6 +16,7 @@ from matched_client import SETTINGS, N, attacked
 
 from splitlab import ROOT, load_base
 from splitlab.artefacts import read_table
+from splitlab.tables import write_table
 
 TABLE = ROOT / "reports/metrics/whole_run.csv"
 MEASURED = ("matched-1", "floor-800", "coarse-1.8", "coarse-1.8-once", "disguised", "turned", "turned-once")
@@ -38,7 +39,7 @@ def main():
             row |= {"messages": messages, "id_chance": 1 / N} | attacked(name, "shapes", base, messages)[0]
             rows[name, messages] = row
             order = sorted(rows, key=lambda key: (list(SETTINGS).index(key[0]), key[1]))
-            pd.DataFrame([rows[key] for key in order]).round(4).to_csv(TABLE, index=False, lineterminator="\n")
+            write_table(pd.DataFrame([rows[key] for key in order]).round(4), TABLE)
             print(pd.Series(row).to_string(), flush=True)
 
 

@@ -8,6 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from splitlab.storage import whole_file
+
 DPI = 110
 STYLE = {
     "font.size": 10.0,
@@ -51,5 +53,6 @@ def fill(axes: Any, rows: Mapping[str, Tensor]) -> None:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure without the versions and dates that would make equal figures differ; return `path`."""
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=DPI, metadata={"Software": None})
     return path

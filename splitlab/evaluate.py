@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
-from splitlab import checkpoint, metrics
+from splitlab import checkpoint, metrics, storage
 from splitlab.artefacts import SavedReconstruction, load_reconstruction, read_table
 from splitlab.base import Base, finite
 from splitlab.colours import are_shapes
@@ -330,13 +330,13 @@ def evaluate_all(
         out, every = scores / f"{run.name}.safetensors", run.parent == runs
         rows += evaluate_run(run, found, base, split(dataset), config, out=out, every=every)
     training_table, attack_table = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
-    metrics.mkdir(parents=True, exist_ok=True)
     judged = verdicts(attack_table, read_table(utility) if utility else None, base.alphas_cumprod)
     frames = {"training": training_table, "split_attacks": attack_table, "split_verdicts": judged}
     for name, frame in (frames | {"ablations": ablations(attack_table, refused)}).items():
         write_table(frame, metrics / f"{name}.csv")
     content = summary(training_table, attack_table)
-    (metrics / "summary.json").write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    storage.write_text(metrics / "summary.json", text + "\n")
     return training_table, attack_table
 
 

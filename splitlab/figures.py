@@ -24,6 +24,7 @@ from splitlab.errors import InputError
 from splitlab.evaluate import buckets
 from splitlab.params import load_split
 from splitlab.survey_figures import draw_frontier, draw_matrix
+from splitlab.tables import write_table
 from splitlab.tradeoff import tradeoff
 from splitlab.tradeoff_figures import draw_tradeoff
 from splitlab.types import stack
@@ -82,7 +83,6 @@ def draw_figures(
     training, attacks = (read_table(metrics / f"{name}.csv") for name in ("training", "split_attacks"))
     config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
     base = load_base(params["base"]["source"])
-    out.mkdir(parents=True, exist_ok=True)
     recorded = [Recorded.of_run(run, runs, reconstructions) for run in params["attacks"]]
     if survey is not None:
         recorded += [Recorded.of_survey(path.name, survey) for path in sorted((survey / "truth").iterdir())]
@@ -109,7 +109,7 @@ def draw_figures(
         drawn.append(save_figure(draw_frontier(own), out / f"frontier-{dataset}.png"))
         drawn.append(save_figure(draw_matrix(attacks, dataset, list(own["setting"])), out / f"matrix-{dataset}.png"))
     points = tradeoff(metrics, alphas_cumprod=base.alphas_cumprod)
-    points.to_csv(out / "tradeoff.csv", index=False, lineterminator="\n")
+    write_table(points, out / "tradeoff.csv")
     return [*drawn, save_figure(draw_tradeoff(points), out / "tradeoff.png")]
 
 

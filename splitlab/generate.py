@@ -10,6 +10,7 @@ import csv
 import io
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +22,13 @@ from tqdm import tqdm
 
 from splitlab.annotators import canny
 from splitlab.colours import COLOURS, rgb
+from splitlab.errors import InputError
+from splitlab.storage import whole_file
 
 Pixels = NDArray[np.uint8]
+HEADINGS = ("file_name", "conditioning_image_file_name", "text", "source")
+"""Of a split's metadata.csv."""
+
 
 SHAPE_SPLITS = {"public": 4000, "heldout": 256, "private": 1000}
 PHOTO_SPLITS = {"public": 3000, "heldout": 256, "private": 300}
@@ -185,11 +191,14 @@ def _resize(pixels: Pixels, size: int) -> Pixels:
 
 
 def write_split(path: Path, samples: Iterable[Sample], *, total: int | None = None) -> int:
-    """Write `samples` to the zip `path` in imagefolder layout, byte for byte reproducible; return how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    """Write `samples` to the zip `path` in imagefolder layout, byte for byte reproducible; return how many.
+
+    Raises:
+        InputError: there is a file that this function did not write, or none can be written.
+    """
+    refuse_foreign(path)
     rows = []
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for index, sample in enumerate(
             tqdm(samples, total=total, desc=f"{path.parent.name}/{path.stem}", mininterval=2)
         ):
@@ -199,11 +208,30 @@ def write_split(path: Path, samples: Iterable[Sample], *, total: int | None = No
             rows.append([*names, sample.text, sample.source])
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["file_name", "conditioning_image_file_name", "text", "source"])
+        writer.writerow(HEADINGS)
         writer.writerows(rows)
         _add(archive, "metadata.csv", table.getvalue().encode())
-    partial.replace(path)
     return len(rows)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to take the place of a file that `write_split` did not write.
+
+    Raises:
+        InputError: there is one.
+    """
+    if not path.exists():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            *pictures, last = archive.infolist()
+            names = [f"{index // 2:05d}{'_hint' * (index % 2)}.png" for index in range(len(pictures))]
+            same = [entry.filename for entry in pictures] == names and last.filename == "metadata.csv"
+            headings = archive.read(last)[:200].decode().partition("\n")[0] if same else ""
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error):
+        headings = ""
+    if headings != ",".join(HEADINGS):
+        raise InputError(f"{path}: splitlab.generate did not write this, and it stays; name another folder, or move it")
 
 
 def _png(pixels: Pixels) -> bytes:
@@ -268,9 +296,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where to write, one folder a data set")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    for name, splits in datasets(arguments.seed).items():
-        for split, samples in splits.items():
-            write_split(arguments.folder / split / f"{name}.zip", samples())
+    written = {
+        arguments.folder / split / f"{name}.zip": samples
+        for name, splits in datasets(arguments.seed).items()
+        for split, samples in splits.items()
+    }
+    try:
+        for path in written:
+            refuse_foreign(path)
+        for path, samples in written.items():
+            write_split(path, samples())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

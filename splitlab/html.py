@@ -12,6 +12,7 @@ from nbformat import NotebookNode
 from traitlets.config import Config
 
 from splitlab.paths import ROOT
+from splitlab.storage import writing
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
 """Content security policy of the page: the browser refuses every request, whatever a cell may have put into it."""
@@ -92,15 +93,16 @@ document.addEventListener("keydown", event => {
 
 def execute(notebook: Path, executed: Path, parameters: Mapping[str, str]) -> NotebookNode:
     """Run a notebook from the project root with papermill; keep the executed copy and return it."""
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        str(notebook),
-        str(executed),
-        parameters=dict(parameters),
-        kernel_name="python3",
-        progress_bar=False,
-        cwd=str(ROOT),
-    )
+    with writing(executed):
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            parameters=dict(parameters),
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(ROOT),
+        )
     return nbformat.read(executed, as_version=4)
 
 

@@ -72,7 +72,7 @@ class ReadOptions:
         if not self.size and (self.resize, self.crop) != ("none", "none"):
             raise InputError("resize and crop lead to a size: give size too")
         if self.resize == "stretch" and self.crop != "none":
-            raise InputError("stretch leaves nothing to crop: take resize 'shortest', or remove crop")
+            raise InputError("stretch leaves nothing to crop: take resize 'shortest', or leave crop out")
         if left := re.search(r"\{(?!label\}).*", self.prompts):
             raise InputError(f"prompts: {left[0]!r} cannot be filled in; only {{label}} can")
         if not isinstance(self.labels, Mapping | Sequence) or isinstance(self.labels, str):

@@ -26,6 +26,7 @@ from splitlab.figures import by_strength, control_per_image
 from splitlab.findings import findings
 from splitlab.leaks import leaks, shares, strongest
 from splitlab.paths import ROOT, resolve
+from splitlab.storage import write_text
 from splitlab.tables import read_timed
 from splitlab.words import SCHEME_WORDS, UNSCORED, attack_label, counted, percent
 
@@ -428,8 +429,7 @@ def write_report(folders: Mapping[str, Path], *, executed: Path, out: Path) -> P
     )  # fails here, with a clear message, rather than inside a kernel
     parameters = {name: str(path) for name, path in folders.items()}
     notebook = pages.execute(ROOT / "notebooks" / "report.ipynb", executed, parameters)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(pages.page(notebook))
+    write_text(out, pages.page(notebook))
     return out
 
 

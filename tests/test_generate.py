@@ -11,6 +11,7 @@ import tiny
 from splitlab import annotators, generate
 from splitlab.colours import COLOURS, rgb, split_prompt
 from splitlab.data import load
+from splitlab.errors import InputError
 from splitlab.paths import ROOT
 
 SHIPPED = ROOT / "data"
@@ -160,3 +161,27 @@ def test_the_shipped_shapes_are_what_the_recipe_makes(tmp_path: Path):
     # pixels are compared, not bytes: builds of zlib differ in how they compress
     generate.write_split(tmp_path / "again.zip", generate.datasets()["shapes"]["heldout"]())
     assert load(tmp_path / "again.zip").digest == load(SHIPPED / "heldout" / "shapes.zip").digest
+
+
+@pytest.mark.parametrize("kind", ["notes", "zip", "pictures", "empty"])
+def test_files_of_others_are_not_replaced(tmp_path: Path, kind: str):
+    path = tmp_path / "private" / "shapes.zip"
+    path.parent.mkdir()
+    if kind in ("notes", "empty"):
+        path.write_text("three years of work" * (kind == "notes"))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("00000.png" if kind == "pictures" else "notes.txt", "work")
+            archive.writestr("metadata.csv", "file_name,text\n00000.png,mine\n")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"shapes\.zip: splitlab\.generate did not write this, and it stays"):
+        generate.write_split(path, generate.shapes(1, np.random.default_rng(0), "x"))
+    assert generate.main([str(tmp_path)]) == 1  # at once, before the first split is drawn
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+    assert path.read_bytes() == before
+
+
+def test_a_split_takes_the_place_of_an_earlier_one(tmp_path: Path):
+    for seed in (0, 1):
+        generate.write_split(tmp_path / "a.zip", generate.shapes(2, np.random.default_rng(seed), "x"))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.zip"]

@@ -1,7 +1,9 @@
 """Whole or not at all, and never in place of what splitlab did not write."""
 
+import ast
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import stat
@@ -423,3 +425,39 @@ def test_a_folder_without_permission_is_one_error(tmp_path: Path):
     )
     assert all("permission is missing: name a place that you may write to" in words for words in said), said
     assert entries(tmp_path / "closed") == []
+
+
+WRITERS = re.compile(
+    r"(^|\.)(write_bytes|to_csv|to_parquet|to_json|savefig|imsave|save_file|save_pretrained|savez\w*|unlink|rename|rmdir)$"
+    r"|^shutil\.|^os\.(replace|rename|remove|unlink|makedirs)$|(?<!storage)\.write_text$|^torch\.save$"
+)
+
+ALLOWED = {
+    "canvas.py": {"figure.savefig"},  # these write to what `whole_file` gave them
+    "checkpoint.py": {"save_file", "partial.write_text"},
+    "draws.py": {
+        "partial.write_bytes",
+        "state.unlink",
+        "path.unlink",
+    },  # the checkpoint and key of a run that has ended
+    "generate.py": {"zipfile.ZipFile"},
+    "tables.py": {"content.to_csv"},
+    "dp/conditioning.py": {"embedder.save_pretrained", "embedder.text_encoder.save_pretrained"},  # or `whole_folder`
+    "dp/finetune.py": {"state.model.unet.save_pretrained"},
+    "pretrain.py": {"models.save_pretrained"},
+    "train.py": {"controlnet.save_pretrained"},
+}
+
+
+def test_every_write_and_every_removal_is_storages_or_known_here():
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "splitlab").rglob("*.py")):
+        name = path.relative_to(ROOT / "splitlab").as_posix()
+        for call in ast.walk(ast.parse(path.read_text())) if name != "storage.py" else ():
+            if isinstance(call, ast.Call):
+                called = ast.unparse(call.func)
+                modes = {str(word.value)[:1] for word in call.args if isinstance(word, ast.Constant)}
+                opens = called.rpartition(".")[2] in ("open", "ZipFile") and modes & {"w", "a", "x"}
+                if opens or WRITERS.search(called):
+                    found.setdefault(name, set()).add(called)
+    assert found == ALLOWED

@@ -195,7 +195,6 @@ def attack_and_save(
     except InputError as error:
         if not spec.ignore:
             raise
-        out.mkdir(parents=True, exist_ok=True)
         save_json(out / f"{spec.name}.refused.json", {"reason": str(error)})
         return None
     rows = tuple(knowledge.describe(transcript.observations, result.used))

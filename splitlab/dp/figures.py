@@ -20,14 +20,12 @@ CONTRAST_LINES = {PUBLIC: ":", START: "-.", REAL: "--"}
 @style.context(["default", STYLE])  # in this house's style, whatever the user's is
 def draw_dp_curve(table: pd.DataFrame, *, out: Path) -> Path:
     """Draw what each ε costs to `out`, a PNG; equal inputs give equal bytes. `table`: see `draw_curve`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     return save_figure(draw_curve(table), out)
 
 
 @style.context(["default", STYLE])
 def draw_dp_samples(pictures: Mapping[str, Tensor], *, out: Path) -> Path:
     """Draw label -> images `[n, 3, h, w]` in [-1, 1], one row each, to `out`, a PNG; equal inputs give equal bytes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     return save_figure(show_images(pictures), out)
 
 

@@ -122,7 +122,6 @@ def save_inversion(path: Path, saved: SavedInversion) -> None:
     if saved.history:
         tensors["history"] = to_uint8(torch.stack([images for _, images in saved.history]))
     meta = asdict(saved) | {"images": None, "history": [count for count, _ in saved.history], "objective": None}
-    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save_json(path.with_suffix(".seconds.json"), {"cpu_s": meta.pop("cpu_s")})
     checkpoint.save(path, tensors, meta)
 
