@@ -1,6 +1,5 @@
 """Attacks on recorded messages of the shipped base model: they reach what they should, and nothing from noise."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from splitlab import checkpoint, metrics
+from splitlab import metrics
 from splitlab.artefacts import load_reconstruction
 from splitlab.attacks import (
     ATTACKS,
@@ -208,8 +207,11 @@ def test_pure_noise_in_place_of_the_observation_gives_nothing(
     )
     knowledge = make_knowledge(transcript, shipped, public)
     found = run_attack(attack, noised, knowledge, generator=tiny.draw(), options=QUICK.get(attack))
-    if found.images is None:
-        return  # prompts: see their own tests
+    if attack == "prompt_guess":  # it answers with prompts alone
+        right = [prompt == victims.prompts[i] for prompt, i in zip(found.prompts, truth.indices.tolist(), strict=True)]
+        assert len(right) == 128
+        assert sum(right) <= 6
+        return
     guess = run_attack("mean_public", noised, knowledge, generator=tiny.draw())
     assert psnr(found.images, victims, truth).mean() < psnr(guess.images, victims, truth).mean() + 0.5
 
@@ -282,24 +284,6 @@ def test_bad_calls_say_what_to_do(shipped: Base, base: Base, public: ImageSet, v
     empty = replace(transcript, observations=())
     with pytest.raises(InputError, match="no messages to attack"):
         attack_transcript(empty, attack="closed_form", base=shipped, public=public)
-
-
-def test_attacks_open_no_private_file(
-    shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    transcript, _ = record(shipped, victims, S1)
-    opened: list[str] = []
-    real = checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda path: (opened.append(str(path)), real(path))[1])
-    for _ in range(2):  # the second time the encodings come from the cache
-        for attack in ON_S1:
-            spec = AttackSpec(attack, options=QUICK.get(attack, {}))
-            attack_and_save(transcript, spec, 0, shipped, public, out=tmp_path / "out", cache=tmp_path / "cache")
-    public_cache = f"encoded-{shipped.encoding[:16]}-{public.digest[:16]}.safetensors"
-    own = re.compile(r"network-[0-9a-f]+\.safetensors")  # an inverse network that the attacker trained before
-    assert public_cache in {Path(path).name for path in opened}
-    assert all(Path(path).parent == tmp_path / "cache" for path in opened)
-    assert {Path(path).name for path in opened if not own.fullmatch(Path(path).name)} == {public_cache}
 
 
 @pytest.mark.parametrize("defences", [Defences(), Defences(feature_noise=0.3, matched=True)], ids=str)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import names
 import pytest
 
 from splitlab.paths import ROOT
@@ -35,10 +36,13 @@ METHODS = ("to_pickle", "read_pickle")
 def forbidden(source: str) -> list[str]:
     """Return what in `source` opens the door to code in files, by every way in which Python lets one name it."""
     tree = ast.parse(source)
-    names = dict(_imported(tree))
-    problems = [f"line {line}: {name}" for name, line in _reached(tree, names) if _is_forbidden(name)]
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        problems += [f"line {call.lineno}: {problem}" for problem in _in_call(call, names)]
+    known = dict(names.bound(tree))
+    problems = [f"line {line}: {name}" for name, line in names.reached(source) if _is_forbidden(name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in METHODS:
+            problems.append(f"line {node.lineno}: {node.attr}")
+        if isinstance(node, ast.Call):
+            problems += [f"line {node.lineno}: {problem}" for problem in _in_call(node, known)]
     return problems
 
 
@@ -46,59 +50,13 @@ def _is_forbidden(name: str) -> bool:
     return any(name == word or name.startswith(f"{word}.") for word in (*MODULES, *FUNCTIONS))
 
 
-def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield each local name that an import or an assignment of a dotted name makes, and what it stands for."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield (
-                    alias.asname or alias.name.partition(".")[0],
-                    alias.name if alias.asname else alias.name.partition(".")[0],
-                )
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            for alias in node.names:
-                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
-
-
-def _reached(tree: ast.AST, names: dict[str, str]) -> Iterator[tuple[str, int]]:
-    """Yield every dotted name that is imported or used, written out in full."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
-        elif isinstance(node, ast.Attribute | ast.Name):
-            name = _dotted(node, names)
-            if name is not None:
-                yield name, node.lineno
-            if isinstance(node, ast.Attribute) and node.attr in METHODS:
-                yield f"pickle.{node.attr}", node.lineno
-
-
-def _dotted(node: ast.AST, names: dict[str, str]) -> str | None:
-    if isinstance(node, ast.Name):
-        return names.get(node.id, node.id)
-    if isinstance(node, ast.Attribute):
-        before = _dotted(node.value, names)
-        return None if before is None else f"{before}.{node.attr}"
-    return None
-
-
-def _in_call(call: ast.Call, names: dict[str, str]) -> Iterator[str]:
-    name = _dotted(call.func, names) or ""
-    words = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
-    if name in ("importlib.import_module", "import_module") and any(_is_forbidden(str(word)) for word in words):
-        yield f"{name}({words[0]!r})"
-    if name == "getattr" and len(call.args) > 1:
-        owner = _dotted(call.args[0], names)
-        if owner and words and _is_forbidden(f"{owner}.{words[0]}"):
-            yield f"getattr({owner}, {words[0]!r})"
+def _in_call(call: ast.Call, known: dict[str, str]) -> Iterator[str]:
     options = {option.arg: option.value for option in call.keywords}
     for option, only in (("allow_pickle", False), ("use_safetensors", True), ("trust_remote_code", False)):
         value = options.get(option)
         if value is not None and not (isinstance(value, ast.Constant) and value.value is only):
             yield f"{option} is not {only}"
-    if name == "numpy.load" and len(call.args) > 2:
+    if names.dotted(call.func, known) == "numpy.load" and len(call.args) > 2:
         yield "numpy.load's third argument is allow_pickle; give it by name"
 
 

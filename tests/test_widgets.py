@@ -1,4 +1,3 @@
-import ast
 import io
 import re
 import shutil
@@ -6,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fabricate
+import names
 import numpy as np
 import pytest
 import torch
@@ -434,11 +434,10 @@ def test_text_from_data_is_escaped(explorer: Explorer):
 
 
 def test_only_the_widgets_import_ipywidgets():
-    importers = set()
-    for path in (ROOT / "splitlab").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.startswith(("ipywidgets", "splitlab.widgets")) for name in names):
-                importers.add(path.parent.name)
+    importers = {
+        path.parent.name
+        for path in (ROOT / "splitlab").rglob("*.py")
+        for name, _ in names.reached(path.read_text(), names.package_of(path, ROOT))
+        if name.startswith(("ipywidgets", "splitlab.widgets"))
+    }
     assert importers == {"widgets"}
