@@ -290,7 +290,8 @@ def conclusion(material: Material) -> Markdown:
         papers = [str(name) for name in own[own["stops_paper_attacks"].astype(str) == "True"]["setting"]]
         safe = own[own["stops_adaptive"].astype(str) == "True"]
         unknown = own[own["stops_adaptive"].isna()]
-        hidden = own[(own["id_worst"] <= STOPPED * own["id_chance"]) & own["id_top1"].notna()]
+        limit = STOPPED * own["id_chance"]
+        hidden = own[(own["id_worst"] <= limit) & (limit < 1.0) & own["id_top1"].notna()]
         sentences.append(
             f"**{data}:** {len(papers)} of {len(own)} settings stop the paper's attackers"
             + (f" ({', '.join(papers)})" if papers else "")

@@ -62,7 +62,8 @@ def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod
     Returns one row per surveyed run, in the order of `utility`. `strongest_attack` identifies most private images over
     all the timesteps that the client draws (PSNR decides between equals), and `psnr_db`, `ssim`, `id_top1` are its;
     `id_worst` is the highest identification by any attack in any one timestep bucket. `stops_adaptive` also asks that
-    no recovered hint identifies, nor image and hint together. What was not scored is empty: neither stopped nor not.
+    no recovered hint identifies, nor image and hint together. Both are empty, neither stopped nor not, where something
+    was not scored, or `STOPPED` times chance is everybody.
     `epsilon_message` is the ε of one message (δ:
     `splitlab.guarantees.DELTA`), where the defences own both a bound and a noise; else `why_no_epsilon` says why not.
     """
@@ -124,7 +125,7 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
 
 
 def _judged(attacks: list[dict[str, Any]], worst: dict[str, Any], chance: float, absent: list[str]) -> dict[str, Any]:
-    """Say who is stopped; where nothing identifies more than the limit, but something was not scored, nothing."""
+    """Say who is stopped; nothing where something was not scored, or so few candidates leave nothing to exceed."""
     best, limit = attacks[0], STOPPED * chance
     hint = max(attacks, key=lambda one: known(one["hint_id_top1"]))
     both = max((one["both_id_top1"] for one in attacks), key=known)
@@ -132,7 +133,7 @@ def _judged(attacks: list[dict[str, Any]], worst: dict[str, Any], chance: float,
     judged: dict[str, Any] = {
         "strongest_attack": best["attack"],
         **{name: best[name] for name in ("psnr_db", "ssim", "id_top1", "n", "n_seeds")},
-        "stops_adaptive": False if most > limit else None if absent else True,
+        "stops_adaptive": False if most > limit else None if absent or limit >= 1.0 else True,
         "id_worst": worst["id_worst"],
         "worst_t_low": worst["worst_t_low"],
         "hint_attack": hint["attack"],
@@ -144,7 +145,7 @@ def _judged(attacks: list[dict[str, Any]], worst: dict[str, Any], chance: float,
     if papers:
         first = max(papers, key=lambda one: known(one["id_worst"]))
         judged |= {"paper_attack": first["attack"], "paper_id_worst": first["id_worst"]}
-        complete = not math.isnan(first["id_worst"]) and all(map(_complete, papers))
+        complete = limit < 1.0 and not math.isnan(first["id_worst"]) and all(map(_complete, papers))
         judged["stops_paper_attacks"] = False if first["id_worst"] > limit else True if complete else None
     return judged | {"reason": _reason(judged, worst, absent)}
 
@@ -221,6 +222,9 @@ def _reason(judged: dict[str, Any], worst: dict[str, Any], absent: list[str]) ->
         return f"the image is hidden, but the hint is recovered and identifies {judged['hint_id_top1']:.0%}"
     if judged["both_id_top1"] > limit:
         return f"neither image nor hint identifies, but the two together do: {judged['both_id_top1']:.0%}"
+    if limit >= 1.0:
+        candidates = round(1.0 / judged["id_chance"])
+        return f"{UNMEASURED}: among {candidates} candidates no attack can exceed {STOPPED:.0f} times chance"
     if absent:
         return f"{UNMEASURED}: no attack was scored by {' or '.join(absent)} in every timestep bucket"
     return (

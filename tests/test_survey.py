@@ -1,6 +1,9 @@
 """The survey: grids that say what they are, transcripts like those of training, attacks where they belong."""
 
+import base64
+import re
 from dataclasses import replace
+from html import escape, unescape
 from pathlib import Path
 
 import fabricated
@@ -14,11 +17,12 @@ from splitlab.base import Base
 from splitlab.config import AttackSpec, Defences, TrainConfig, parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
-from splitlab.report import load_material
+from splitlab.report import Material, load_material
 from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey, utility
 from splitlab.survey_attack import catalogue
 from splitlab.train import record, train
 from splitlab.wire import read_truth
+from splitlab.words import attack_label, percent
 
 SETTINGS = {"none": Defences(), "noise": Defences(feature_noise=0.3)}
 
@@ -120,14 +124,82 @@ def test_an_attack_that_cannot_run_without_a_fact_says_so_in_the_ablations(world
     assert refused["note"].str.contains("carries no noise").all()
 
 
-def test_the_reports_part_on_the_survey_renders(world: fabricated.World):
-    material = load_material(**world.folders)
-    assert set(material.surveyed["run"]) >= {"survey-tiny-none", "epochs-tiny-none"}
-    for part in (survey_report.verdict_table, survey_report.frontier, survey_report.families,
-                 survey_report.prompts_table, survey_report.ablation_table):  # fmt: skip
-        assert "<" in part(material).data
-    assert "no" in survey_report.verdict_table(material).data
-    assert "**tiny:**" in survey_report.conclusion(material).data
+@pytest.fixture(scope="module")
+def material(world: fabricated.World) -> Material:
+    return load_material(**world.folders)
+
+
+def cells(html: str) -> list[list[str]]:
+    """Return the words in every cell of every row of the tables in `html`, headings left out."""
+    rows = re.findall(r"<tr>(.*?)</tr>", html, re.S)
+    found = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in rows]
+    return [[re.sub(r"<[^>]*>", " ", cell).strip() for cell in row] for row in found if row]
+
+
+def test_the_verdict_table_says_what_the_verdicts_do(material: Material):
+    rows = cells(survey_report.verdict_table(material).data)
+    assert len(rows) == len(material.verdicts) == 3
+    for row, (_, verdict) in zip(rows, material.verdicts.iterrows(), strict=True):
+        assert row[0].startswith(f"{verdict['setting']} ")
+        assert str(verdict["reason"]) in unescape(row[0])
+        said = ["not measured" if pd.isna(v) else "yes" if v in (True, "True") else "no"
+                for v in (verdict["stops_paper_attacks"], verdict["stops_adaptive"])]  # fmt: skip
+        assert row[1:3] == said
+        assert row[3] == attack_label(str(verdict["strongest_attack"]))
+        assert row[6] == percent(verdict["id_worst"])
+        assert row[-1] == "0.50"
+    turned = material.verdicts.assign(stops_paper_attacks="True", stops_adaptive="False")
+    assert {tuple(row[1:3]) for row in cells(survey_report.verdict_table(replace(material, verdicts=turned)).data)} == {
+        ("yes", "no")
+    }
+
+
+def test_the_pictures_of_the_survey_are_shown(material: Material):
+    html = survey_report.frontier(material).data
+    for kind in ("frontier", "matrix"):
+        picture = base64.b64encode((material.figures / f"{kind}-tiny.png").read_bytes()).decode()
+        assert picture in html
+
+
+def test_every_family_of_attacks_is_told_with_its_numbers_or_said_not_to_be_run(material: Material):
+    html = survey_report.families(material).data
+    parts = dict(zip(re.findall(r"<h3>(.*?)</h3>", html), re.split(r"<h3>.*?</h3>", html)[1:], strict=True))
+    assert list(parts) == [escape(family.title) for family in survey_report.FAMILIES]
+    every = pd.concat([material.evidence.attacks, material.surveyed])
+    shown = 0
+    for family in survey_report.FAMILIES:
+        own, rows = parts[escape(family.title)], every[every["attack"].isin(family.attacks)]
+        assert ("Not run: see params.yaml." in own) == rows.empty
+        assert len(cells(own)) == len(rows.groupby(["run", "attack"]))
+        shown += len(cells(own))
+    assert shown > 5
+
+
+def test_the_ablation_table_says_what_cannot_run(material: Material):
+    rows = cells(survey_report.ablation_table(material).data)
+    assert len(rows) == len(material.ablations) == 6
+    refused = material.ablations["note"].notna().tolist()
+    assert ["it cannot run" in row[-1] for row in rows] == refused
+    assert 0 < sum(refused) < len(refused)
+
+
+def test_prompts_are_told_where_an_attack_read_them(material: Material):
+    assert cells(survey_report.prompts_table(material).data) == []
+    read = material.surveyed[material.surveyed["attack"] == "closed_form"].assign(prompt_exact=0.25)
+    rows = cells(survey_report.prompts_table(replace(material, surveyed=read)).data)
+    assert len(rows) == read["run"].nunique() > 1
+    assert {row[-1] for row in rows} == {percent(0.25)}
+
+
+def test_the_conclusion_counts_what_the_verdicts_say(material: Material):
+    chosen = material.verdicts.assign(stops_paper_attacks="True", stops_adaptive=["True", "False", None])
+    chosen = chosen.assign(id_worst=[0.0, 1.0, 0.0], id_top1=0.0, id_chance=0.01)
+    said = survey_report.conclusion(replace(material, verdicts=chosen)).data
+    assert said == (
+        "- **tiny:** 3 of 3 settings stop the paper's attackers (none, mixing, matched); 2 keep the image from the "
+        "strongest attacker that knows the defence (none, matched); 1 keep image and hint (none); not measured: "
+        "matched."
+    )
     empty = replace(material, verdicts=material.verdicts.iloc[:0])
     assert "No survey" in survey_report.conclusion(empty).data
 

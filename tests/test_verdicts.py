@@ -83,6 +83,13 @@ def test_a_run_of_which_nothing_was_scored_claims_nothing():
     assert guesses["reason"] == "not measured: no attack but guesses was run"
 
 
+def test_among_few_candidates_nothing_is_called_stopped():
+    found = judge(row("closed_form", id_chance=0.1), row("likelihood-without-noise-defences", id_chance=0.1))
+    assert pd.isna(found["stops_adaptive"])
+    assert pd.isna(found["stops_paper_attacks"])
+    assert found["reason"] == "not measured: among 10 candidates no attack can exceed 10 times chance"
+
+
 def test_a_paper_attack_that_was_scored_in_part_is_not_stopped():
     paper = "likelihood-without-noise-defences"
     found = judge(row(paper), row(paper, t_low=200, id_top1=None), row("closed_form"), row("closed_form", t_low=200))
