@@ -22,7 +22,7 @@ def caption(value: Any, column: str) -> str:
     if isinstance(value, list | tuple):
         raise InputError(f"column {column}: a list of {len(value)} captions; choose one, a text is needed")
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise InputError(f"column {column}: no caption; write one, or name no text column if there are none")
+        raise InputError(f"column {column}: no caption; write one, or say columns: {{text: ''}} if the set has none")
     if not isinstance(value, str):
         raise InputError(f"column {column}: {value!r} is a {type(value).__name__}; a text is needed")
     try:

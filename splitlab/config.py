@@ -126,7 +126,8 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        dataset: a shipped data set's name, or a path (to a folder with private / public / heldout splits).
+        dataset: a name in the section `datasets`, the path of a folder with private / public / heldout splits, or
+            `hub:<id>` of a set with splits of those names.
         scheme: who computes what: one of `SCHEMES`.
         defences: the clients' defences (schemes that send activations only).
         server: "honest", or "hijack": it returns gradients that steer the clients (split_gradients only; FSHA).

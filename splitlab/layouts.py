@@ -93,6 +93,8 @@ def open_listing(source: str, *, image_column: str = "") -> Listing:
     if "prompt.json" in files.names:
         return _table(source, files, "prompt.json", wanted)
     parquet = [name for name in files.names if name.lower().endswith(".parquet")]
+    if other := [name for name in files.names if name.lower().startswith("metadata") and name not in parquet]:
+        raise InputError(f"{path}: {other[0]} is not read; the table is called {' or '.join(METADATA)}")
     return _parquet(source, files, parquet, split) if parquet else _pictures(source, files)
 
 
@@ -212,7 +214,7 @@ def _parquet(source: str, files: Files, names: Sequence[str], split: str) -> Lis
         columns=tuple(table.column_names),
         rows=_ArrowRows(table),
         place=lambda index: f"row {index}",
-        read=lambda value: _stored(value, files.read),
+        read=lambda value: _file(files, value) if isinstance(value, str) else _stored(value, files.read),
         classes=classes,
     )
 
@@ -258,7 +260,10 @@ def _hub(source: str) -> Listing:
     try:
         rows = datasets.load_dataset(repository, split=split or "train")
     except Exception as error:  # datasets raises many types, from network to parsing
-        raise InputError(f"{source}: cannot be loaded ({error}); check the name, the split and the network") from None
+        raise InputError(
+            f"{source}: cannot be loaded ({error}); check the name, the split and the network. An entry of the section "
+            "datasets says which of the hub's splits are meant"
+        ) from None
     return _dataset(source, rows)
 
 

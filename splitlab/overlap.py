@@ -53,7 +53,8 @@ def refuse_overlaps(datasets: Iterable[str], load: Callable[[str, str], ImageSet
 
 def _look_alikes(one: str, other: str, first: ImageSet, second: ImageSet) -> str:
     """Say how many images of the first split look like one of the second, and which is the closest pair."""
-    mine, theirs = thumbnails(first.images), thumbnails(torch.cat([second.images, second.images.flip(-1)]))
+    mine, theirs = thumbnails(first.images), thumbnails(second.images)
+    theirs = torch.cat([theirs, theirs.unflatten(1, (3, 8, 8)).flip(-1).flatten(1)])
     closest = [(part @ theirs.T).max(1) for part in mine.split(1024)]
     likeness, places = (torch.cat(parts) for parts in zip(*closest, strict=True))
     if not (count := int((likeness > ALIKE).sum())):

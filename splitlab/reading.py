@@ -31,7 +31,7 @@ class ReadOptions:
     Attributes:
         columns: what is meant by which column of the source, e.g. `{image: img, text: caption}`. Besides those: `label`
             (a class, for `prompts`), `conditioning_image` (the hint), `source` (what the sample stems from: all that
-            stems from one original comes into one split, and messages name it).
+            stems from one original comes into one split, and messages name it). "": there is none.
         prompts: makes the prompts, from the label where `{label}` stands in it: "a photograph of a {label}". Empty:
             they are the column `text`, and without it there are none, which is enough where no model is asked by text.
         labels: the names of the classes, a list by number or a mapping by label, where the source does not know them.
@@ -122,6 +122,8 @@ def column_of(listing: Listing, options: ReadOptions, role: str, *, needed: bool
         InputError: the one that `options.columns` names is not there, or none is and one is `needed`.
     """
     asked = options.columns.get(role)
+    if asked == "":
+        return ""
     names = (asked,) if asked else COLUMNS[role]
     found = next((name for name in names if name in listing.columns), "")
     if not found and (needed or asked):

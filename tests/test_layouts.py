@@ -201,8 +201,35 @@ def test_a_parquet_file_that_is_damaged_or_of_other_columns_is_named(tmp_path: P
         InputError, match="no column file_name or image_file_name or image among img; say which holds it"
     ):
         load(tmp_path / "y.parquet")
-    with pytest.raises(InputError, match="row 0: column img: it holds no image, but 'a'; name an image column"):
+    with pytest.raises(InputError, match="row 0: column img: a is missing; restore the file"):
         load(tmp_path / "y.parquet", columns={"image": "img"})
+    datasets.Dataset.from_dict({"img": [1, 2]}).to_parquet(str(tmp_path / "y.parquet"))
+    with pytest.raises(InputError, match="row 0: column img: it holds no image, but '1'; name an image column"):
+        load(tmp_path / "y.parquet", columns={"image": "img"})
+
+
+def test_parquet_files_may_name_pictures_beside_them(tmp_path: Path):
+    save(tmp_path / "images" / "0.png", 0)
+    rows = datasets.Dataset.from_dict({"file_name": ["images/0.png"], "text": ["x"]})
+    rows.to_parquet(str(tmp_path / "metadata.parquet"))
+    assert load(tmp_path).prompts == ("x",)
+    datasets.Dataset.from_dict({"file_name": ["../secret.png"]}).to_parquet(str(tmp_path / "metadata.parquet"))
+    with pytest.raises(InputError, match=r"'\.\./secret\.png' leads out of the data set"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.tsv", "Metadata.csv", "metadata.csv.txt", "metadata.json", "metadata.xlsx"])
+def test_a_table_of_another_name_is_not_passed_over(tmp_path: Path, name: str):
+    (imagefolder(tmp_path) / "metadata.csv").rename(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is not read; the table is called metadata.csv or metadata.jsonl"):
+        load(tmp_path)
+
+
+def test_a_column_may_be_left_out_by_name(tmp_path: Path):
+    folder = imagefolder(tmp_path)
+    found = load(folder, columns={"text": "", "conditioning_image": ""})
+    assert found.prompts == ("",) * N
+    assert found.hints is None
 
 
 def test_hints_are_made_by_an_annotator_or_left_out_on_demand(tmp_path: Path):
@@ -248,7 +275,7 @@ def test_a_label_without_a_name_is_refused(tmp_path: Path, label: object):
         (["a", "b"], "a list of 2 captions; choose one, a text is needed"),
         (3, "3 is a int; a text is needed"),
         (float("nan"), "nan is a float; a text is needed"),
-        (None, "no caption; write one, or name no text column"),
+        (None, "no caption; write one, or say columns: .text: ''. if the set has none"),
         ("", "no caption"),
         (" \t", "no caption"),
         ({"en": "a"}, "is a dict; a text is needed"),

@@ -51,7 +51,7 @@ class DPConfig:
     """One private fine-tuning.
 
     Attributes:
-        dataset: a shipped data set's name, or a path (to a folder with private / public / heldout splits).
+        dataset: as in `splitlab.config.TrainConfig`.
         conditioning: "class", "text" or "none".
         classes: for "class": one public prompt per class, in the order of the labels.
         trainable: the part of the U-Net that is trained, a key of `splitlab.dp.trainable.TRAINABLE`.
