@@ -5,6 +5,7 @@ running one change it. Executed copies are in `reports/executed`. Notebooks else
 """
 
 import json
+import warnings
 from pathlib import Path
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -29,4 +30,5 @@ def save_without_outputs(*, model, path, contents_manager, **_):
         content["metadata"].update(names)
 
 
+warnings.filterwarnings("ignore", "Overriding existing pre_save_hook")  # said even when it is set for the first time
 c.ContentsManager.pre_save_hook = save_without_outputs  # noqa: F821 (Jupyter gives `c`)
