@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,7 @@ class Digests:
         """Return the digest of a file, or of the names and contents of a folder's files."""
         if path.is_file():
             return self.file(path)
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return _digest({file.relative_to(path).as_posix(): self.file(file) for file in files})
+        return _digest({file.relative_to(path).as_posix(): self.file(file) for file in _files(path)})
 
     def split(self, dataset: str, split: str, params: Mapping[str, Any]) -> str | None:
         """Return the digest of all that a split is made from; None if the data set has no such split.
@@ -150,6 +149,17 @@ def _place(text: str) -> tuple[Path, str] | None:
     return next(((_path(name), split) for name, split in named if name and _path(name).exists()), None)
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder, through links to folders, but into none twice; hidden ones left out."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
+        if real not in seen:
+            yield from (path for name in sorted(names) if name[0] != "." and (path := Path(root, name)).is_file())
+        seen.add(real)
+
+
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -170,6 +180,11 @@ def written(params: Mapping[str, Any], digests: Digests) -> dict[str, dict[str, 
     for stage, pairs in reads(params).items():
         found = {f"{name}/{split}": digests.split(name, split, params) for name, split in sorted(pairs)}
         files[f"data/{stage}.json"] = {name: value for name, value in found.items() if value}
+    for name, model in params["updates"].get("models", {}).items():
+        source = model.get("source", "")
+        if source and not _path(source).is_relative_to(ROOT / "runs"):  # that of a run is a stage's output
+            for stage in ("updates-record", "updates-attack"):
+                files[f"data/{stage}.json"][f"model {name}"] = digests.content(source)
     return files
 
 

@@ -96,6 +96,18 @@ def test_a_file_that_is_replaced_by_one_of_equal_size_and_time_is_noticed(projec
     assert "data/train/mine.json" in changed(project, before)
 
 
+def test_links_are_followed_and_what_a_system_adds_does_not_count(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/more.png").write_bytes(b"1")
+    (tmp_path / "mine/private/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine/private/round").symlink_to(tmp_path / "mine/private")
+    before = written(project)
+    (tmp_path / "mine/private/.DS_Store").write_bytes(b"1")
+    assert changed(project, before) == set()
+    (tmp_path / "elsewhere/more.png").write_bytes(b"2")
+    assert "data/train/mine.json" in changed(project, before)
+
+
 def test_options_of_an_entry_count_and_places_do_not(project: Path, tmp_path: Path) -> None:
     before = written(project)
     set_params(project, lambda params: params["datasets"]["mine"].update(size=16))
@@ -185,6 +197,17 @@ def test_an_own_base_model_is_a_digest_of_its_files(project: Path, tmp_path: Pat
     before = written(project)
     (tmp_path / "model/weights").write_bytes(b"2")
     assert changed(project, before) == {"base.json"}
+
+
+def test_an_own_model_that_federated_clients_train_counts(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    models = {"own": {"kind": "pixel", "source": str(tmp_path / "unet")}}
+    models["run"] = {"kind": "controlnet", "source": "runs/mine/controlnet"}
+    set_params(project, lambda params: params["updates"].update(models=models))
+    before = written(project)
+    (tmp_path / "unet/weights").write_bytes(b"1")
+    (project / "runs/mine/controlnet").mkdir(parents=True)
+    assert changed(project, before) == {"data/updates-record.json", "data/updates-attack.json"}
 
 
 def test_stages_read_what_their_sections_name() -> None:
