@@ -14,6 +14,9 @@ LARGEST = 2**30
 """Bytes that one file of a data set may have when unpacked: more is no picture or table, but a decompression bomb."""
 
 
+POINTER = b"version https://git-lfs"
+
+
 @dataclass(frozen=True)
 class Files:
     """Files by name; those that an operating system adds are left out.
@@ -57,11 +60,14 @@ class Files:
             )
             raise InputError(f"{name} is missing; {advice}")
         try:
-            return self.content(self.names[clean])
+            content = self.content(self.names[clean])
         except InputError:
             raise
         except Exception as error:  # zip and file readers raise many types for damaged files
             raise InputError(f"{name} cannot be read ({error}); restore or mend it") from None
+        if content.startswith(POINTER):
+            raise InputError(f"{name} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
+        return content
 
 
 def open_files(path: Path) -> Files:
@@ -79,7 +85,9 @@ def open_files(path: Path) -> Files:
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # zipfile raises many types for damaged archives
-        raise InputError(f"{path}: not a zip file ({error}); restore it with `dvc pull` or give a folder") from None
+        raise InputError(
+            f"{path}: not a zip file ({error}); give a folder, zip or Parquet file. `dvc pull` restores shipped ones"
+        ) from None
     return Files(
         path, _named(path, (name for name in archive.namelist() if not name.endswith("/"))), _unpacker(archive)
     )

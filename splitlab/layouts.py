@@ -100,8 +100,9 @@ def open_listing(source: str, *, image_column: str = "") -> Listing:
 
 def split_off(source: str) -> tuple[Path, str]:
     """Return the path of a source and the split that is named behind it, "" if none is."""
+    whole = Path(source).expanduser()
     path, _, split = source.rpartition("@")
-    return (Path(path), split) if path and not Path(source).exists() else (Path(source), "")
+    return (Path(path).expanduser(), split) if path and not whole.exists() else (whole, "")
 
 
 def _inside(files: Files, split: str) -> tuple[Files, str]:

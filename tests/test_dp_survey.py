@@ -12,7 +12,7 @@ import torch
 from splitlab.base import Base
 from splitlab.dp import report
 from splitlab.dp.evaluate import frechet_distance, train_classifier
-from splitlab.dp.survey import COLUMNS, PUBLIC, REAL, DPSurveyConfig
+from splitlab.dp.survey import COLUMNS, PUBLIC, REAL, DPCell, DPSurveyConfig
 from splitlab.errors import InputError
 
 
@@ -88,3 +88,20 @@ def test_the_reports_part_says_what_the_table_says(made: tuple[pd.DataFrame, Pat
 def test_a_grid_that_does_not_exist_is_refused() -> None:
     with pytest.raises(InputError, match=r"dp\.grid 'huge' is unknown"):
         DPSurveyConfig(grid="huge")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lrr": 1}, "dp, options of attention: unknown key lrr"),
+        ({"lr": "fast"}, r"dp, options of attention\.lr: expected float, got 'fast'"),
+        ({"steps": 0}, "dp, options of attention: steps must be 1 or more"),
+    ],
+)
+def test_options_of_a_cell_are_checked_like_any_setting(options: dict, says: str) -> None:
+    assert (
+        DPSurveyConfig(cells=(DPCell(options={"lr": "1e-4", "steps": 1e1}),), seeds=1).runs["attention-inf-0"].lr
+        == 1e-4
+    )
+    with pytest.raises(InputError, match=says):
+        assert DPSurveyConfig(cells=(DPCell(options=options),)).runs

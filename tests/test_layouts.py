@@ -349,6 +349,10 @@ def test_names_that_differ_in_case_are_not_taken_for_each_other(tmp_path: Path):
         (lambda f: table(f, [{"file_name": "images", "text": "x"}]), "images is missing"),
         (lambda f: (f / "metadata.csv").write_text("file_name,text\n"), "the data set is empty"),
         (
+            lambda f: (f / "images/0.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            r"row 0 .*images/0\.png is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`",
+        ),
+        (
             lambda f: (f / "images/0.png").write_bytes(b""),
             r"row 0 .*column file_name: image images/0\.png cannot be read",
         ),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from splitlab import checkpoint
 from splitlab.base import Base
-from splitlab.config import GRIDS, reseeded
+from splitlab.config import GRIDS, parse, reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.dp.audit import audit
 from splitlab.dp.conditioning import labels_of
@@ -115,7 +115,8 @@ class DPSurveyConfig:
         for cell in (cell for cell in self.cells if self.grid in cell.grids):
             for epsilon, seed in product(cell.epsilons, range(self.seeds)):
                 own: dict[str, Any] = {"trainable": cell.trainable, "epsilon": float(epsilon)}
-                run = replace(reseeded(self.common, seed), **(own | cell.options))
+                values = vars(reseeded(self.common, seed)) | own | cell.options
+                run = parse(DPConfig, values, where=f"dp, options of {cell.trainable}")
                 found[f"{cell.trainable}-{epsilon:g}-{seed}"] = run
         return found
 
@@ -206,7 +207,7 @@ def make_judge(config: DPSurveyConfig, base: Base, load: LoadSplit, *, cache: Pa
 def public_start(config: DPSurveyConfig, base: Base, public: ImageSet, *, cache: Path) -> Tuned:
     """Fine-tune the base on warped public images, or load what an earlier call made of it; nothing in it is secret."""
     options: dict[str, Any] = {"trainable": "unet", "published_key": config.common.seed}
-    run = replace(config.common, **(options | config.start))
+    run = parse(DPConfig, vars(config.common) | options | config.start, where="dp, start")
     data = warped_copies(public, config.warps, std=config.warp_std)
     folder = cache / "dp" / f"start-{digest({'run': run, 'base': base.digest, 'data': data.digest})[:16]}"
     if not (folder / "record.json").exists():
