@@ -75,14 +75,13 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     """
     tensors, content = checkpoint.load(path, remedy=checkpoint.REMADE)
     meta = parse(_Meta, content, where=f"{path}: what it says of itself")
-    prompts = None if meta.prompts is None else tuple(map(str, meta.prompts))
     images, hints = (pictures(tensors, n, 4, path) if n in tensors else None for n in ("images", "hints"))
-    if len({len(part) for part in (images, hints, prompts) if part is not None}) > 1:
+    if len({len(part) for part in (images, hints, meta.prompts) if part is not None}) > 1:
         raise InputError(f"{path}: its images, hints and prompts differ in number; attack again (`dvc repro`)")
     if any(len(row) != 2 for row in meta.threat_model):
         raise InputError(f"{path}: its threat model has no rows of (what, value); attack again (`dvc repro`)")
     objective = tuple(checkpoint.field(tensors, "objective", 1, (torch.float32,), path, finite=False).tolist())
-    result = Reconstruction(images, hints, prompts, meta.used, objective, meta.n_evals)
+    result = Reconstruction(images, hints, meta.prompts, meta.used, objective, meta.n_evals)
     rows = tuple((what, value) for what, value in meta.threat_model)
     return SavedReconstruction(result, meta.attack, meta.seed, meta.knowledge, rows)
 
@@ -95,7 +94,7 @@ class _Meta:
     threat_model: tuple[tuple[str, ...], ...]
     used: tuple[str, ...]
     n_evals: int
-    prompts: Any
+    prompts: tuple[str, ...] | None
 
 
 def pictures(tensors: dict[str, Tensor], name: str, axes: int, where: Path) -> Tensor:

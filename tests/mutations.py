@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from splitlab.data import load
+from splitlab.data import ImageSet, load
 from splitlab.errors import InputError
 
 SIZE = 8
@@ -150,14 +150,26 @@ def attempt(n: int, *, seed: int = 0, said: Callable[[str], None] = lambda text:
     return outcomes
 
 
-def _try(folder: Path, name: str, content: bytes, options: dict, number: int) -> str:
-    is_picture = Path(name).suffix not in (".zip", ".parquet") and not name.startswith(("metadata", "prompt"))
-    place = folder / ("one" if is_picture else "") / name
+def is_picture(name: str) -> bool:
+    """Say whether a file of that name is a picture, not a table or an archive."""
+    return Path(name).suffix not in (".zip", ".parquet") and not name.startswith(("metadata", "prompt"))
+
+
+def read(folder: Path, name: str, content: bytes, options: dict) -> ImageSet:
+    """Load the data set that one file with this content makes."""
+    place = folder / ("one" if is_picture(name) else "") / name
     place.parent.mkdir(exist_ok=True)
     place.write_bytes(content)
     try:
-        source = place if name.startswith("x.") and not is_picture else place.parent
-        data = load(source, hints="canny", size=SIZE, resize="stretch", **options)
+        source = place if name.startswith("x.") and not is_picture(name) else place.parent
+        return load(source, hints="canny", size=SIZE, resize="stretch", **options)
+    finally:
+        place.unlink()
+
+
+def _try(folder: Path, name: str, content: bytes, options: dict, number: int) -> str:
+    try:
+        data = read(folder, name, content, options)
         assert data.images.isfinite().all()
         assert data.images.abs().max() <= 1
         assert all(isinstance(text, str) for text in data.prompts)
@@ -167,8 +179,6 @@ def _try(folder: Path, name: str, content: bytes, options: dict, number: int) ->
     except Exception as error:
         error.add_note(f"try {number}: {name}")
         raise
-    finally:
-        place.unlink()
 
 
 if __name__ == "__main__":

@@ -143,8 +143,8 @@ def load_inversion(path: Path) -> SavedInversion:
         meta.attack,
         meta.knowledge,
         pictures(tensors, "images", 4, path) if "images" in tensors else None,
-        _nested(meta.timesteps, int, path),
-        _nested(meta.prompts, str, path),
+        meta.timesteps,
+        meta.prompts,
         tuple(zip(meta.history, history, strict=True)),
         tuple(checkpoint.field(tensors, "objective", 1, (torch.float32,), path, finite=False).tolist()),
         meta.n_evals,
@@ -157,20 +157,13 @@ def load_inversion(path: Path) -> SavedInversion:
 class _Meta:
     attack: str
     knowledge: str
-    images: None
-    timesteps: Any
-    prompts: Any
+    images: Any
+    timesteps: tuple[tuple[int, ...], ...] | None
+    prompts: tuple[tuple[str, ...], ...] | None
     history: tuple[int, ...]
-    objective: None
+    objective: Any
     n_evals: int
     refused: str
-
-
-def _nested(values: Any, kind: type, path: Path) -> tuple[tuple[Any, ...], ...] | None:
-    rows = values if isinstance(values, list) and all(isinstance(row, list) for row in values) else []
-    if values is not None and (rows is not values or not all(type(item) is kind for row in rows for item in row)):
-        raise InputError(f"{path}: expected lists of {kind.__name__}, got {values!r:.60}; attack again (`dvc repro`)")
-    return None if values is None else tuple(tuple(row) for row in rows)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
