@@ -31,7 +31,7 @@ from splitlab.inversion import INVERSIONS
 from splitlab.inversion.candidates import candidate_shares, flattened, likeliest, log_likelihoods
 from splitlab.metrics import identified, line_ups, ssim
 from splitlab.privacy import epsilon, noise_multiplier_for
-from splitlab.seeds import generator
+from splitlab.seeds import PUBLISHED, generator
 from splitlab.tables import read_timed, write_table
 from splitlab.types import PrivacyEvent
 from splitlab.updates import UpdateTruth
@@ -165,6 +165,7 @@ def row(setting, attack, knowledge, trainable, **found):
     """Return one row of the table; without hits, the attack has no images or was refused."""
     trust, target, sigma, rate, steps = setting
     result = {"attack": attack, "knowledge": knowledge, "trainable": trainable, "noise": trust, "epsilon": target}
+    result |= {"randomness": PUBLISHED}
     result |= {"delta": DELTA, "epsilon_share": round(spent(sigma, 1.0, 1), 3), "noise_multiplier": round(sigma, 4)}
     result |= {"sample_rate": round(rate, 4), "steps": steps, "max_grad_norm": BOUND}
     result |= {key: found[key] for key in ("shares", "n", "draws")}

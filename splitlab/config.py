@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_type_hints
 
 from splitlab.errors import InputError
+from splitlab.seeds import PUBLISHED, SECRET
 
 T = TypeVar("T")
 
@@ -208,6 +209,11 @@ class TrainConfig:
             )
         if not 0 < self.lr < math.inf:
             raise InputError(f"lr must be positive and finite, got {self.lr}")
+
+    @property
+    def randomness(self) -> str:
+        """What the run's private draws rest on: a "secret" or a "published" key."""
+        return SECRET if self.published_key is None else PUBLISHED
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ ATTACK_COLUMNS = (
     *("run", "dataset", "defences", "attack", "knowledge", "t_low", "t_high", "n", "n_seeds", "psnr_db", "psnr_db_std"),
     *("ssim", "mse", "id_top1", "id_chance", "ceiling_psnr_db", "no_info_psnr_db"),
     *("psnr_db_seed_std", "hint_psnr_db", "hint_iou", "hint_id_top1", "prompt_exact", "n_evals", "cpu_s"),
-    "both_id_top1",
+    *("both_id_top1", "randomness"),
 )
 
 
@@ -221,6 +221,7 @@ def attack_rows(
                     "both_id_top1": mean.get("both_identified"),
                     "prompt_exact": mean.get("prompt_exact"),
                     "n_evals": first.result.n_evals,
+                    "randomness": known.config.randomness,
                 }
             )
     return rows

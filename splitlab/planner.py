@@ -62,7 +62,7 @@ class Plan:
         delta: δ.
         mu_message, epsilon_message: of one message, image and hint together (μ-GDP; ε at δ); infinite where the image
             or the hint is sent without noise.
-        mu_run, epsilon_run: of the whole run.
+        mu_run, epsilon_run: of the whole run. Both hold for a run with secret draws; with a published key, for none.
     """
 
     setting: Setting
@@ -89,7 +89,8 @@ class Plan:
             f"{ideal}.{control} As differential privacy, for replacing an image and its hint, of norm up to "
             f"{defences.latent_norm:g}: per message μ = {self.mu_message:.1f}, ε = {self.epsilon_message:.4g}; per run "
             f"of {self.messages} messages per image μ = {self.mu_run:.1f}, ε = {self.epsilon_run:.4g} "
-            f"(δ = {self.delta:g}). Beyond the attacks measured, nothing but that ε is guaranteed.{prompt}"
+            f"(δ = {self.delta:g}), with secret draws. Beyond the attacks measured, nothing but that ε is guaranteed."
+            f"{prompt}"
         )
 
 

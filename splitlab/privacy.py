@@ -4,9 +4,11 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.optimize import brentq
@@ -17,13 +19,19 @@ from splitlab.config import Defences
 from splitlab.defences import sent_timesteps, signal_level
 from splitlab.disguise import LAYOUT_SENSITIVITY
 from splitlab.errors import InputError
-from splitlab.seeds import SECRET
+from splitlab.seeds import PUBLISHED, SECRET
 from splitlab.types import PrivacyEvent
 
 ACCOUNTANTS = ("prv", "rdp")
 
 SIMULATED = "simulated: ε holds for the same run with secret draws"
 """What is said of an ε whose draws follow from a published key: whoever knows the key can take the noise off."""
+
+SIMULATED_NOTE = (
+    "A simulated ε holds for the same run with secret draws: here they follow from a published key, so that the run can "
+    "be repeated."
+)
+"""The same, once below a table or a picture."""
 
 ADJACENCIES = {"add_remove_one": 1.0, "replace_one": 2.0}
 """Neighbouring data sets -> sensitivity of a sum of vectors of norm 1 at most."""
@@ -76,6 +84,12 @@ def epsilon(events: Sequence[PrivacyEvent], delta: float, *, accountant: str = "
     history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in sampled]
     if mu:
         history.append((1 / mu, 1.0, 1))
+    return _sampled_epsilon(tuple(history), delta, accountant)
+
+
+@cache
+def _sampled_epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: str) -> float:
+    """Compose sampled mechanisms, (σ, q, steps) each."""
     upper = _rdp(history, delta)
     return upper if accountant == "rdp" or upper > PRV_LIMIT else _prv(history, delta, upper)
 
@@ -99,19 +113,26 @@ def recorded_epsilon(record: Mapping[str, Any]) -> float | None:
 
 
 def epsilon_words(value: float, randomness: str, *, digits: str = ".3g") -> str:
-    """Say what ε is, and that it is a simulation's where it rests on published draws.
+    """Say what ε is; "simulated" where it rests on draws that are not known to be secret. What that means: `SIMULATED`.
 
     Args:
-        value: ε.
+        value: ε. Of 0 and of infinity, no draw decides.
         randomness: as for `epsilon_entry`.
         digits: format of a finite value.
     """
     if math.isinf(value):
         return "ε = ∞"
     words = f"ε = {value:{digits}}"
-    return words if randomness == SECRET else f"{words} ({SIMULATED})"
+    return words if randomness == SECRET or value == 0 else f"simulated {words}"
 
 
+def randomness_of(rows: pd.DataFrame) -> str:
+    """Say what the ε of several rows of a result table rest on: "secret" only if all say so."""
+    known = "randomness" in rows and len(rows) > 0 and bool(rows["randomness"].eq(SECRET).all())
+    return SECRET if known else PUBLISHED
+
+
+@cache
 def noise_multiplier_for(
     target_epsilon: float, *, delta: float, sample_rate: float, steps: int, accountant: str = "prv"
 ) -> float:
@@ -315,10 +336,10 @@ def hint_event(hint_noise: float, *, norm: float, messages: int = 1, adjacency: 
     return PrivacyEvent("gaussian", 1 / mu, 1.0, messages, adjacency)
 
 
-def _rdp(history: list[tuple[float, float, int]], delta: float) -> float:
+def _rdp(history: Sequence[tuple[float, float, int]], delta: float) -> float:
     """Return the best ε over Rényi orders; high orders, slow to compute, only where the others are not enough."""
     accountant = RDPAccountant()
-    accountant.history = history
+    accountant.history = list(history)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the best order is the first or the last one tried
         found = float(accountant.get_epsilon(delta, alphas=ORDERS))
@@ -327,10 +348,10 @@ def _rdp(history: list[tuple[float, float, int]], delta: float) -> float:
     return found
 
 
-def _prv(history: list[tuple[float, float, int]], delta: float, upper: float) -> float:
+def _prv(history: Sequence[tuple[float, float, int]], delta: float, upper: float) -> float:
     """Return the PRV accountant's upper bound; its grid is refined until the error allowed is small against ε."""
     accountant = PRVAccountant()
-    accountant.history = history
+    accountant.history = list(history)
     error = max(upper * PRECISION, FINEST)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # as in `_rdp`, which sizes the grid

@@ -26,6 +26,8 @@ from splitlab.figures import by_strength, control_per_image
 from splitlab.findings import findings
 from splitlab.leaks import leaks, shares, strongest
 from splitlab.paths import ROOT, resolve
+from splitlab.privacy import SIMULATED_NOTE, epsilon_words, recorded_epsilon
+from splitlab.seeds import PUBLISHED
 from splitlab.storage import write_text
 from splitlab.tables import read_timed
 from splitlab.words import SCHEME_WORDS, UNSCORED, attack_label, counted, percent
@@ -173,14 +175,17 @@ def runs_table(material: Material) -> HTML:
         )
         for _, row in material.trained.iterrows()
     ]
-    return lay_out(columns, {"": rows})
+    simulated = any("epsilon_simulated" in privacy for privacy in material.privacy.values())
+    note = f'<p class="note">{SIMULATED_NOTE}</p>' if simulated else ""
+    return HTML(f"{lay_out(columns, {'': rows}).data}{note}")
 
 
 def _claimed(privacy: Mapping[str, Any]) -> str:
     """Print the ε that a run has earned over all its messages of an image, or why it has none."""
-    if privacy["epsilon"] is None:
+    value = recorded_epsilon(privacy)
+    if value is None:
         return f"none: {html.escape(privacy['why'])}"
-    return f"{privacy['epsilon']:,.1f} at δ = {privacy['delta']:g}"
+    return f"{epsilon_words(value, privacy.get('randomness', PUBLISHED), digits=',.1f')} at δ = {privacy['delta']:g}"
 
 
 def threat_models(material: Material) -> HTML:

@@ -10,6 +10,7 @@ from IPython.display import HTML, Markdown
 
 from splitlab.attacks import NO_INFORMATION
 from splitlab.guarantees import DELTA
+from splitlab.privacy import SIMULATED_NOTE, epsilon_words
 from splitlab.report import DASH, Material, figure, in_words, lay_out, number
 from splitlab.verdicts import STOPPED, SURVEY, pooled
 from splitlab.words import FIELD_WORDS, UNMEASURED, UNSCORED, attack_label, percent
@@ -112,7 +113,8 @@ def verdict_table(material: Material) -> HTML:
         "that adapt know both, and are judged by image, by hint, and by both together. Top-1 and PSNR are the "
         "strongest attack's over all timesteps that the client draws, the worst bucket any attack's. What guessing "
         f"gets stands below the families. An ε (δ = {DELTA:g}, another image in its place) is stated only where a "
-        "defence owns both the bound and the noise; it is that of one message, and messages of later epochs compose."
+        "defence owns both the bound and the noise; it is that of one message, and messages of later epochs compose. "
+        f"{SIMULATED_NOTE}"
     )
     return HTML(f'{lay_out(columns, groups).data}<p class="note">{rule}</p>')
 
@@ -147,7 +149,7 @@ def _claim(row: dict[str, object]) -> str:
     value = float(str(row["epsilon_message"]))
     if math.isnan(value):
         return f"no ε: {html.escape(str(row['why_no_epsilon']))}"
-    return f"ε of one message: {value:,.1f}"
+    return f"{epsilon_words(value, str(row['randomness']), digits=',.1f')} for one message"
 
 
 def _share(value: object) -> str:

@@ -19,18 +19,21 @@ from splitlab.config import TrainConfig, read_defences
 from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.guarantees import guarantee
 from splitlab.inversion.saved import NO_INFORMATION as NO_UPDATE
+from splitlab.privacy import randomness_of
+from splitlab.seeds import PUBLISHED
 from splitlab.verdicts import SURVEY, WAYS, known, unscored
 from splitlab.words import UNSCORED, attack_label, inversion_label
 
 COLUMNS = (
     *("scheme", "setting", "dataset", "attack", "measure", "success", "chance", "leak", "image_leak", "ceiling"),
-    *("ceiling_by", "utility_of", "utility", "spread", "floor", "reference", "kept", "epsilon", "why_no_epsilon"),
-    *("n", "n_seeds", "left_out", "messages"),
+    *("ceiling_by", "utility_of", "utility", "spread", "floor", "reference", "kept", "epsilon", "randomness"),
+    *("why_no_epsilon", "n", "n_seeds", "left_out", "messages"),
 )
 """`leak`: the strongest attacker's success above chance, 0 to 1. `image_leak`: the same by the image alone. `ceiling`:
 what no attacker can exceed, on the scale of `leak`, and `ceiling_by` what says so. `kept`: utility, 0 for the same
 scheme without private data (`floor`) and 1 without defence (`reference`). `spread`: standard deviation of utility over
-training seeds. `n`: attacked samples. `left_out`: why a row has no place in the picture; empty where it has one.
+training seeds. `randomness`: whether the draws that ε rests on are "secret" or "published". `n`: attacked samples.
+`left_out`: why a row has no place in the picture; empty where it has one.
 `messages`: from up to how many messages per image a split client was attacked; a run sends more than one."""
 
 IDENTIFICATION, MEMBERSHIP = "identification among {:.0f}", "membership, AUC"
@@ -116,7 +119,7 @@ def full_name(row: pd.Series) -> str:
 def _placed(row: dict[str, Any]) -> dict[str, Any]:
     """Add a row's two coordinates, or say why it has none."""
     defaults: dict[str, Any] = {"image_leak": math.nan, "ceiling": math.nan, "ceiling_by": "", "messages": math.nan}
-    row = defaults | {"why_no_epsilon": "", "left_out": ""} | row
+    row = defaults | {"randomness": PUBLISHED, "why_no_epsilon": "", "left_out": ""} | row
     row["leak"] = above_chance(row["success"], row["chance"])
     gain = row["reference"] - row["floor"]
     row["kept"] = (row["utility"] - row["floor"]) / gain if gain > 0 else math.nan
@@ -154,6 +157,7 @@ def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFra
             | {
                 "setting": str(cost["setting"].iloc[0]) if len(cost) else defences,
                 "dataset": dataset,
+                "randomness": randomness_of(own),
                 "attack": best[1],
                 "measure": IDENTIFICATION.format(1.0 / chance),
                 "success": best[0],
@@ -345,6 +349,7 @@ def _private(table: pd.DataFrame) -> list[dict]:
                 "reference": reference["downstream_acc"].mean(skipna=False),
                 "floor": start["downstream_acc"].mean(skipna=False),
                 "epsilon": target if private else math.nan,
+                "randomness": randomness_of(own),
                 "why_no_epsilon": "" if private else "no noise, ε = ∞",
                 "n": int(min(own["n"].min(), own["n_test"].min())) * 2,
                 "n_seeds": len(own),
@@ -381,6 +386,7 @@ def _shared(shares: pd.DataFrame, private: list[dict]) -> list[dict]:
                 "image_leak": above_chance(float(reached.max()), float(best["chance"])) if len(reached) else math.nan,
                 "utility_of": "accuracy downstream",
                 "epsilon": math.nan if math.isinf(target) else target,
+                "randomness": randomness_of(rows),
                 "why_no_epsilon": "no noise, ε = ∞" if math.isinf(target) else "",
                 "n": int(best["n"]),
                 "n_seeds": int(base.get("n_seeds", 0)),

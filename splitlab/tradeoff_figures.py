@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from splitlab.canvas import subplots
+from splitlab.privacy import epsilon_words
 from splitlab.tradeoff import DP_FULL, DP_LDM, DP_LORA, FEDERATED, FEDERATED_DP, MATCHED, PUBLIC_DATA, SPLIT, full_name
 
 LOOKS: dict[str, tuple[str, str, str]] = {
@@ -162,7 +163,7 @@ def _epsilon(row: pd.Series) -> str:
     """Print the ε of a point, or shortly why it has none."""
     if not pd.isna(row["epsilon"]):
         unit = " per message" if row["scheme"] in (SPLIT, MATCHED) else ""
-        return f"ε = {row['epsilon']:.3g}{unit}"
+        return f"{epsilon_words(row['epsilon'], row['randomness'])}{unit}"
     why = str(row["why_no_epsilon"])
     return why if "ε = ∞" in why else f"no ε: {re.split('[;:]', why)[0].replace(' has no ε', '')}"
 

@@ -6,6 +6,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab.artefacts import read_table
+from splitlab.privacy import SIMULATED_NOTE, epsilon_words
 from splitlab.report import DASH, Material, figure, lay_out, number
 from splitlab.tradeoff import MEMBERSHIP, PUBLIC_DATA, SPLIT, full_name
 from splitlab.tradeoff_figures import LOOKS
@@ -62,7 +63,7 @@ def _names(rows: pd.DataFrame) -> str:
 
 
 def _name(row: pd.Series) -> str:
-    privacy = f", ε = {row['epsilon']:.3g}" if not pd.isna(row["epsilon"]) else ""
+    privacy = f", {epsilon_words(row['epsilon'], row['randomness'])}" if not pd.isna(row["epsilon"]) else ""
     return f"{full_name(row)}{privacy}, on {row['dataset']}"
 
 
@@ -73,7 +74,7 @@ def picture(material: Material) -> HTML:
         "useful as without a defence; bottom: as without private data. Filled: the strongest attack by whatever it "
         "recovers. Identifying an image among 100 is a graver breach than telling whether it was trained on: marks of "
         "different kinds share the ends of the scale, not what lies between. Whiskers: ± 1 standard deviation over "
-        "training seeds, where there are several."
+        f"training seeds, where there are several. {SIMULATED_NOTE}"
     )
     return HTML(figure(material.figures / "tradeoff.png", caption))
 
@@ -99,7 +100,7 @@ def table(points: pd.DataFrame) -> HTML:
         "per image up to as many as stated, which is a whole run's only where it is more than one. <i>At most</i>: "
         "what no attacker can exceed on that scale: somebody who holds the candidates and weighs them by Bayes, or any "
         "membership test against the ε printed. <i>Kept</i>: (utility − no private data) / (no defence − no private "
-        "data). <i>n</i>: attacked samples; <i>seeds</i>: of training."
+        f"data). <i>n</i>: attacked samples; <i>seeds</i>: of training. {SIMULATED_NOTE}"
     )
     left = f'<p class="note">Left out of the picture: {reasons}.</p>' if reasons else ""
     return HTML(f'{lay_out(columns, groups).data}<p class="note">{note}</p>{left}')
@@ -107,7 +108,8 @@ def table(points: pd.DataFrame) -> HTML:
 
 def _row(row: pd.Series) -> tuple[str, ...]:
     why = str(row["why_no_epsilon"])
-    privacy = f"ε = {row['epsilon']:.3g}" if not pd.isna(row["epsilon"]) else why if "∞" in why else f"no ε: {why}"
+    claimed = None if pd.isna(row["epsilon"]) else epsilon_words(row["epsilon"], row["randomness"])
+    privacy = claimed or (why if "∞" in why else f"no ε: {why}")
     share = percent if row["chance"] < 0.5 else lambda value: number(value, 3)
     iou = "accuracy" not in str(row["utility_of"])
     units = [number(row[name], 2) if iou else percent(float(row[name])) for name in ("utility", "floor", "reference")]

@@ -11,13 +11,14 @@ from torch import Tensor
 from splitlab.attacks import NO_INFORMATION
 from splitlab.config import Defences, TrainConfig, read_defences
 from splitlab.guarantees import guarantee
+from splitlab.privacy import randomness_of
 from splitlab.words import UNMEASURED
 
 VERDICT_COLUMNS = (
     *("defences", "strongest_attack", "psnr_db", "ssim", "id_top1", "control_iou", "eval_loss"),
     *("stops_paper_attacks", "stops_adaptive", "reason", "dataset", "setting", "id_worst", "worst_t_low"),
     *("paper_attack", "paper_id_worst", "hint_attack", "hint_id_top1", "id_chance", "n", "n_seeds"),
-    *("both_id_top1", "epsilon_message", "why_no_epsilon"),
+    *("both_id_top1", "epsilon_message", "randomness", "why_no_epsilon"),
 )
 
 STOPPED = 10.0
@@ -66,6 +67,7 @@ def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod
     was not scored, or `STOPPED` times chance is everybody.
     `epsilon_message` is the ε of one message (δ:
     `splitlab.guarantees.DELTA`), where the defences own both a bound and a noise; else `why_no_epsilon` says why not.
+    `randomness` says whether the clients' draws, which an ε rests on, are "secret" or "published".
     """
     rows = [
         _verdict(str(run), own, utility) | _claimed(own, alphas_cumprod)
@@ -162,7 +164,8 @@ def _claimed(rows: pd.DataFrame, alphas_cumprod: Tensor | None) -> dict[str, Any
         return {}
     once = TrainConfig(scheme="split", steps=1, batch_size=1, defences=_one_sample(str(rows["defences"].iloc[0])))
     found = guarantee(once, alphas_cumprod, n=1)
-    return {"epsilon_message": found.epsilon if found.events else None, "why_no_epsilon": found.why}
+    value = found.epsilon if found.events else None
+    return {"epsilon_message": value, "randomness": randomness_of(rows), "why_no_epsilon": found.why}
 
 
 def _one_sample(words: str) -> Defences:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from splitlab.canvas import STYLE, save_figure, show_images, subplots
 from splitlab.dp.survey import PUBLIC, REAL, START
+from splitlab.privacy import randomness_of
+from splitlab.seeds import SECRET
 
 COLOURS = {"attention": "#D55E00", "lora": "#0072B2", "unet": "#009E73", "blocks": "#CC79A7", "transformers": "#E69F00"}
 
@@ -79,7 +81,8 @@ def _panel(axis: Axes, table: pd.DataFrame, column: str, targets: Mapping[float,
     if column == "mia_auc":
         axis.axhline(0.5, color="#7f7f7f", lw=1.2, ls=(0, (1, 1)))
     axis.set_xticks(range(infinite + 1), [*(f"{e:.2g}" for e in targets), "∞"])
-    axis.set(xlim=(-0.4, infinite + 0.4), xlabel="ε")
+    runs = table[table["noise_multiplier"].gt(0)]
+    axis.set(xlim=(-0.4, infinite + 0.4), xlabel="ε" if randomness_of(runs) == SECRET else "simulated ε")
 
 
 def _grouped(values: list[float]) -> list[float]:

@@ -1,7 +1,6 @@
 """Fine-tune the public base on private data under differential privacy: DP-LDM (Liu, Lyu et al. 2024), resumable."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from splitlab import checkpoint, storage
 from splitlab.base import Base, encoded_images
 from splitlab.data import ImageSet, digest
-from splitlab.dp.conditioning import CONDITIONINGS, Denoiser, denoiser, make_conditioning, save_embedder
+from splitlab.dp.conditioning import Denoiser, denoiser, make_conditioning, save_embedder
 from splitlab.dp.engine import (
     Inputs,
     clipped_sum,
@@ -26,157 +25,23 @@ from splitlab.dp.engine import (
     trainable_parameters,
 )
 from splitlab.dp.sample import Tuned
-from splitlab.dp.trainable import TRAINABLE, check_optimizer, count_trainable, mark_trainable, merge_lora
+from splitlab.dp.settings import DPConfig, Mechanism, mechanism
+from splitlab.dp.trainable import check_optimizer, count_trainable, mark_trainable, merge_lora
 from splitlab.draws import end_run, integers, normal, run_key
 from splitlab.errors import InputError
 from splitlab.privacy import epsilon as epsilon_of
-from splitlab.privacy import epsilon_entry, noise_multiplier_for
+from splitlab.privacy import epsilon_entry
 from splitlab.seeds import PUBLISHED, Key, source
 from splitlab.types import Callback, PrivacyEvent
 
 FILES = ("unet/*", "embedder/*", "text_encoder/*", "record.json")
 """What a fine-tuned model's folder holds."""
 
-ADJACENCY = "add_remove_one"
-ACCOUNTANTS = ("prv", "rdp")
 WARM_UP = 10
 """Steps until the learning rate is reached."""
 
 MAY_CHANGE = ("steps", "checkpoint_every")
 """What a resumed run may set otherwise than its checkpoint: neither alters a step that was taken."""
-
-
-@dataclass(frozen=True)
-class DPConfig:
-    """One private fine-tuning.
-
-    Attributes:
-        dataset: as in `splitlab.config.TrainConfig`.
-        conditioning: "class", "text" or "none".
-        classes: for "class": one public prompt per class, in the order of the labels.
-        trainable: the part of the U-Net that is trained, a key of `splitlab.dp.trainable.TRAINABLE`.
-        from_block: train spatial transformers from this one on, counted from 0: down, middle, up.
-        embedder: train the conditioning embedder as well.
-        lora_rank: of the adapters where `trainable` is "lora".
-        epsilon: the guarantee to meet with the given steps; the noise is computed. Infinite: not asked for.
-        noise_multiplier: σ: standard deviation of the noise over `max_grad_norm`, in place of `epsilon`. With neither,
-            training is not private, and nothing is clipped.
-        delta: of the guarantee; below 1 / n.
-        accountant: "prv" (Gopi et al. 2021) or "rdp" (Mironov 2017).
-        batch_size: expected size of a Poisson batch.
-        sample_rate: probability of a sample to be in a batch, in place of `batch_size`; 0: batch_size / n.
-        steps: optimiser steps.
-        multiplicity: K, draws of (timestep, noise) per image and step, averaged before clipping (DPDM).
-        physical_batch: rows (images times K) on their way at once; bounds memory, not the batch.
-        max_grad_norm: C, the bound on each image's gradient norm.
-        lr: learning rate of Adam, after a warm-up of 10 steps.
-        ema_decay: of the averaged weights, which are the ones kept; 0: keep the last ones.
-        checkpoint_every: steps between checkpoints.
-        seed: of the adapters' initial weights, which are public.
-        published_key: seed of a published key that batches, timesteps and noise follow from, so that others can repeat
-            the run; its ε is then a simulation's. None: they follow from a secret of the operating system's entropy.
-    """
-
-    dataset: str = "digits"
-    conditioning: str = "class"
-    classes: tuple[str, ...] = ()
-    trainable: str = "attention"
-    from_block: int = 3
-    embedder: bool = True
-    lora_rank: int = 8
-    epsilon: float = math.inf
-    noise_multiplier: float = 0.0
-    delta: float = 1e-5
-    accountant: str = "prv"
-    batch_size: int = 256
-    sample_rate: float = 0.0
-    steps: int = 200
-    multiplicity: int = 1
-    physical_batch: int = 128
-    max_grad_norm: float = 0.1
-    lr: float = 1e-3
-    ema_decay: float = 0.95
-    checkpoint_every: int = 50
-    seed: int = 0
-    published_key: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse contradictions at construction."""
-        for name, known in (("conditioning", CONDITIONINGS), ("trainable", TRAINABLE), ("accountant", ACCOUNTANTS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        if not self.epsilon > 0:
-            raise InputError(f"epsilon must be positive, got {self.epsilon}; leave it out to train without privacy")
-        if not 0 <= self.noise_multiplier < math.inf:
-            raise InputError(f"noise_multiplier must be 0 or more and finite, got {self.noise_multiplier}")
-        if self.noise_multiplier and self.epsilon < math.inf:
-            raise InputError("epsilon and noise_multiplier determine each other: give one of them")
-        if not 0 < self.delta < 1:
-            raise InputError(f"delta is a probability and must lie between 0 and 1, got {self.delta}")
-        if not 0 <= self.sample_rate <= 1:
-            raise InputError(f"sample_rate must lie in (0, 1], or be 0 to use batch_size, got {self.sample_rate}")
-        for name in ("batch_size", "steps", "multiplicity", "physical_batch", "lora_rank", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("max_grad_norm", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-
-    @property
-    def private(self) -> bool:
-        """Whether a guarantee is asked for."""
-        return self.epsilon < math.inf or self.noise_multiplier > 0
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The numbers that fix a run's guarantee, worked out for its data.
-
-    Attributes:
-        noise_multiplier: σ; 0 where training is not private.
-        sample_rate: of Poisson sampling.
-        n: number of private samples, which counts as public.
-    """
-
-    noise_multiplier: float
-    sample_rate: float
-    n: int
-
-    @property
-    def expected_batch(self) -> float:
-        """Mean size of a Poisson batch."""
-        return self.sample_rate * self.n
-
-    def events(self, steps: int) -> tuple[PrivacyEvent, ...]:
-        """Return what `steps` steps spend; nothing where nothing protects, or nothing was done."""
-        if not self.noise_multiplier or not steps:
-            return ()
-        return (PrivacyEvent("gaussian", self.noise_multiplier, self.sample_rate, steps, ADJACENCY),)
-
-
-def mechanism(config: DPConfig, n: int) -> Mechanism:
-    """Work out sampling rate and noise for n private samples.
-
-    Raises:
-        InputError: the batch is larger than the data set, or no noise meets epsilon with that many steps.
-    """
-    if not config.sample_rate and config.batch_size > n:
-        raise InputError(f"batch_size {config.batch_size} is larger than the data set of {n}; give at most {n}")
-    rate = config.sample_rate or config.batch_size / n
-    if config.private and config.delta >= 1 / n:
-        warnings.warn(
-            f"delta {config.delta:g} is not below 1/n = {1 / n:.3g}: publishing one of the {n} samples at random would "
-            "meet such a guarantee, so it protects nobody; give a smaller delta",
-            stacklevel=2,
-        )
-    sigma = config.noise_multiplier
-    if config.epsilon < math.inf:
-        sigma = noise_multiplier_for(
-            config.epsilon, delta=config.delta, sample_rate=rate, steps=config.steps, accountant=config.accountant
-        )
-    return Mechanism(sigma, rate, n)
 
 
 @dataclass

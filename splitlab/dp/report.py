@@ -12,7 +12,9 @@ from IPython.display import HTML, Markdown
 from splitlab.claims import HOLDS, PARTLY, REFUTED
 from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.errors import InputError
+from splitlab.privacy import SIMULATED_NOTE, epsilon_words, randomness_of
 from splitlab.report import DASH, figure, lay_out, mean_of, number
+from splitlab.seeds import SECRET
 from splitlab.tables import read_timed
 from splitlab.tradeoff import nominal
 from splitlab.words import UNMEASURED, counted, percent
@@ -57,6 +59,10 @@ class DPMaterial:
         """The ε of the judged runs, as asked for, ascending."""
         return sorted({nominal(e) for e in self.runs["epsilon"]})
 
+    def words(self, target: float) -> str:
+        """Say an ε of the judged runs, and whether it is a simulation's."""
+        return epsilon_words(target, randomness_of(self.runs), digits="g")
+
     def values(self, trainable: str, target: float, column: str = "downstream_acc") -> pd.Series:
         """Return a column's values over seeds where ε was asked to be `target`.
 
@@ -96,7 +102,7 @@ def load_dp(metrics: Path, figures: Path) -> DPMaterial:
 def conclusion(material: DPMaterial) -> Markdown:
     """Say what was found, from the table."""
     shares = {e: material.mean("attention", e) for e in material.targets[::-1]}
-    own = ", ".join(f"{percent(share)} ({_epsilon(e)})" for e, share in shares.items())
+    own = ", ".join(f"{percent(share)} ({material.words(e)})" for e, share in shares.items())
     models = [name for name in (PUBLIC, START) if (material.judged["trainable"] == name).any()]
     public = ", ".join(f"the {name} {percent(material.contrast(name))}" for name in models)
     lines = [
@@ -135,7 +141,7 @@ def _attention_claim(material: DPMaterial, finite: list[float]) -> tuple[str, st
         one, other = (material.values(name, e) for name in ("attention", "unet"))
         if len(one) and len(other):
             wins.append(bool(one.mean() >= other.mean()))
-            entries.append(f"{_epsilon(e)}: attention {_spread(one)}, full U-Net {_spread(other)}")
+            entries.append(f"{material.words(e)}: attention {_spread(one)}, full U-Net {_spread(other)}")
     return _claim(
         "Training only the attention modules is better than training everything, at the same ε.",
         entries,
@@ -159,7 +165,7 @@ def _utility_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str,
     name, floor = material.floor
     gains = {e: material.mean("attention", e) - floor for e in finite}
     gains = {e: gain for e, gain in gains.items() if not math.isnan(gain)}
-    entries = [f"{_epsilon(e)}: {100 * gain:+.1f} points over the {name}" for e, gain in gains.items()]
+    entries = [f"{material.words(e)}: {100 * gain:+.1f} points over the {name}" for e, gain in gains.items()]
     rule = "By accuracy downstream, attention only. Holds if higher at every ε, refuted if at none."
     return _claim(
         "What is fine-tuned privately is better than the public model.", entries, rule, [g > 0 for g in gains.values()]
@@ -172,7 +178,7 @@ def _cost_claim(material: DPMaterial) -> tuple[str, str, str]:
     means = [values.mean() for values in found.values()]
     return _claim(
         "A larger ε gives better samples (CelebA, 64 × 64: FID 21.1, 16.1, 14.3 at ε = 1, 5, 10).",
-        [f"{_epsilon(e)}: {_spread(values)}" for e, values in found.items()],
+        [f"{material.words(e)}: {_spread(values)}" for e, values in found.items()],
         "Accuracy downstream, attention only. An independent benchmark (DPImageBench, 2025) has DP-LDM on MNIST at "
         "44.2 % and 95.5 % for ε = 1 and 10. Holds if every larger ε is better, refuted if none is.",
         [bool(b > a) for a, b in pairwise(means)],
@@ -184,7 +190,7 @@ def _members_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str,
     found = {e: material.values("attention", e, "mia_auc") for e in finite}
     found = {e: values for e, values in found.items() if len(values) and len(plain)}
     entries = [
-        f"{_epsilon(e)}: {_spread(values, 3)}" for e, values in (found | {math.inf: plain}).items() if len(values)
+        f"{material.words(e)}: {_spread(values, 3)}" for e, values in (found | {math.inf: plain}).items() if len(values)
     ]
     return _claim(
         "The guarantee protects those whose images were used.",
@@ -204,8 +210,9 @@ def _audit_claim(material: DPMaterial) -> tuple[str, str, str]:
     bounds = _audited(material)
     groups = bounds.groupby(bounds["epsilon"].map(nominal))
     entries = [
-        f"{_epsilon(float(str(e)))}: at least {own['audit_epsilon_lb'].max():.2f} (most of {counted(len(own), 'run')})"
-        for e, own in groups
+        f"{material.words(float(str(target)))}: at least {own['audit_epsilon_lb'].max():.2f} "
+        f"(most of {counted(len(own), 'run')})"
+        for target, own in groups
     ]
     private = material.table["epsilon"].between(0, math.inf, inclusive="neither")
     if absent := int((private & material.table["audit_epsilon_lb"].isna()).sum()):
@@ -255,17 +262,14 @@ def _badge(verdict: str) -> str:
     return f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>'
 
 
-def _epsilon(value: float) -> str:
-    return "ε = ∞" if math.isinf(value) else f"ε = {value:g}"
-
-
 def pictures(material: DPMaterial) -> HTML:
     """Show what each ε costs, and what the models draw."""
     costs = "mean over seeds, bars from the lowest to the highest. Grey: what needs no private fine-tuning."
-    shown = [figure(material.figures / "curve.png", f"What each ε costs: {costs}")]
+    note = "" if randomness_of(material.runs) == SECRET else f" {SIMULATED_NOTE}"
+    shown = [figure(material.figures / "curve.png", f"What each ε costs: {costs}{note}")]
     drawn = "images of the real and the generated kind, one column per class; the first of each, none picked by hand"
     for path in sorted(material.figures.glob("samples-*.png")):
-        shown.append(figure(path, f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0."))
+        shown.append(figure(path, f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0.{note}"))
     return HTML("".join(shown))
 
 
@@ -287,7 +291,7 @@ def table(material: DPMaterial) -> HTML:
         targets = own["epsilon"].map(nominal)
         kinds = own.assign(target=targets).groupby(["trainable", "target"], sort=False)
         groups[title] = [_row(str(trainable), float(str(target)), rows) for (trainable, target), rows in kinds]
-    return lay_out(columns, groups)
+    return HTML(f'{lay_out(columns, groups).data}<p class="note">{SIMULATED_NOTE}</p>')
 
 
 def _row(trainable: str, target: float, own: pd.DataFrame) -> tuple[str, ...]:
@@ -300,7 +304,7 @@ def _row(trainable: str, target: float, own: pd.DataFrame) -> tuple[str, ...]:
     return (
         html.escape(WORDS.get(trainable, trainable)),
         number(mean["n_trainable"] if tuned else None),
-        DASH if trainable == REAL else "∞" if math.isinf(target) else f"{target:g}",
+        DASH if trainable == REAL else epsilon_words(target, randomness_of(own), digits="g").replace("ε = ", ""),
         number(mean["noise_multiplier"] if tuned else None, 2),
         measured("downstream_acc", None),
         number(own["downstream_acc"].std(skipna=False), 3),

@@ -28,7 +28,7 @@ from splitlab.dp.public import warped_copies
 from splitlab.dp.sample import Tuned, load_tuned, sample, untuned
 from splitlab.errors import InputError
 from splitlab.overlap import refuse_overlap
-from splitlab.privacy import recorded_epsilon
+from splitlab.privacy import epsilon_words, recorded_epsilon
 from splitlab.seeds import generator
 
 COLUMNS = (
@@ -232,7 +232,7 @@ def dp_survey(
         row, shown = _one(run, judge, folder)
         rows.append(row)
         if run.seed == 0:
-            pictures[f"{run.trainable}, ε = {run.epsilon:g}".replace("inf", "∞")] = shown
+            pictures[f"{run.trainable}, {epsilon_words(run.epsilon, run.randomness, digits='g')}"] = shown
     return pd.DataFrame(rows, columns=list(COLUMNS)), pictures
 
 

@@ -93,8 +93,9 @@ def proposal(found: Plan) -> str:
         ("params.yaml", f"defences: {{{lines}}}"),
     ]
     note = (
-        f"ε at δ = {DELTA:g}, for replacing an image and its hint. A large ε proves next to nothing: below it, "
-        "only the attacks measured speak for a setting. Public data alone may teach as much: see the report."
+        f"ε at δ = {DELTA:g}, for replacing an image and its hint, of a run with secret draws. A large ε proves next "
+        "to nothing: below it, only the attacks measured speak for a setting. Public data alone may teach as much: see "
+        "the report."
     )
     return (
         markup.chips(numbers) + markup.rows(setting) + markup.block(f"<span class='dim'>{markup.escape(note)}</span>")
