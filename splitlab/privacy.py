@@ -28,8 +28,8 @@ SIMULATED = "simulated: ε holds for the same run with secret draws"
 """What is said of an ε whose draws follow from a published key: whoever knows the key can take the noise off."""
 
 SIMULATED_NOTE = (
-    "A simulated ε holds for the same run with secret draws: here they follow from a published key, so that the run can "
-    "be repeated."
+    "A simulated ε holds for the same run with secret draws: here they follow from a published key, so that the run "
+    "can be repeated."
 )
 """The same, once below a table or a picture."""
 
