@@ -39,7 +39,8 @@ class Guarantee:
 def guarantee(config: TrainConfig, alphas_cumprod: Float[Tensor, " T"], *, n: int) -> Guarantee:
     """Account for a run on `n` private samples: every image is sent once per epoch.
 
-    The clients' draws are secret, their defences are not. Prompts that are sent are not covered, and so there is no
+    It holds where the clients' draws are secret; of a run with a published key it is a simulation's
+    (`TrainConfig.randomness`). Their defences are public. Prompts that are sent are not covered, and so there is no
     guarantee with them.
 
     Args:

@@ -93,7 +93,7 @@ def make_clients(
             data=data[share.start : share.stop],
             indices=torch.arange(share.start, share.stop),
             defences=config.defences,
-            key=key,
+            key=key if key.kind == PUBLISHED else key.derived("client's own", number),
             prompts=private.prompts[share.start : share.stop] if config.defences.borrowed_colours else (),
         )
         for number, share in enumerate(partition(n, config.n_clients))

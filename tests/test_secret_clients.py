@@ -79,6 +79,13 @@ def test_nothing_that_is_sent_rests_on_a_public_draw(base: Base, private: ImageS
     assert on == {f.name for f in fields(Defences)}
 
 
+def test_no_client_can_draw_what_another_draws(base: Base, private: ImageSet):
+    first, second = make_clients(base, private, secret(DEFENCES[1], n_clients=2), key=FIXED)
+    assert len({first.key, second.key, first.client_key, second.client_key, FIXED}) == 5
+    posing = replace(second, key=first.key)  # who has its own key and knows the other's number
+    assert not torch.equal(sent(second)["noise"], sent(posing)["noise"])
+
+
 def test_hidden_noise_has_the_size_that_is_claimed(base: Base):
     data, sigma = encoded(base, tiny.small_set(300)), 0.7
     owner = Client(0, base, data, torch.arange(300), Defences(feature_noise=sigma, hint_noise=0.4), FIXED)
@@ -223,8 +230,9 @@ def test_recordings_and_updates_of_one_config_differ(base: Base, private: ImageS
     assert not equal(tensors_below(tmp_path / "one"), tensors_below(tmp_path / "other"))
     case = Case(model="pixel", dataset="tiny", timesteps=(-1,), defences=("none", "noise=1"), attacks=())
     config = UpdateConfig(models={"pixel": ModelSpec(kind="pixel", size=8, channels=(8, 16))}, cases=(case,), seeds=2)
+    splits = {"private": private, "public": tiny.small_set(12, seed=2), "heldout": tiny.small_set(4, seed=3)}
     for name in ("three", "four"):
-        record_updates(config, base, lambda *_: private, out=tmp_path / name)
+        record_updates(config, base, lambda _, split: splits[split], out=tmp_path / name)
     one, other = (tensors_below(tmp_path / name / "sent") for name in ("three", "four"))
     assert not any(torch.equal(one[name], other[name]) for name in one if not name.endswith("bias"))
     granted = tensors_below(tmp_path / "three/granted")

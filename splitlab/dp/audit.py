@@ -267,8 +267,8 @@ def audit_message(
 
     def scores(which: int) -> Tensor:
         data = Encoded(*(value[which : which + 1].expand(n, *value.shape[1:]) for value in vars(neighbours).values()))
-        own = key.of_repeat(which) if key else Key.published(2 * seed + which)
-        client = Client(0, base, data, torch.arange(n), defences, key=own)
+        client_key = key.of_repeat(which) if key else Key.published(2 * seed + which)
+        client = Client(0, base, data, torch.arange(n), defences, key=client_key)
         seen = from_bytes(client_send(client, 0, n)[0]).float()
         alphas = signal_level(defences, seen.need("timesteps"), base.alphas_cumprod)
         unlabelled = seen.need("noisy_latents") / feature_scale(defences, alphas) - (1 - alphas).sqrt() * seen.need(
