@@ -13,7 +13,7 @@ from splitlab.config import parse
 from splitlab.data import ImageSet, image_set
 from splitlab.errors import InputError
 from splitlab.layouts import Listing, open_listing, split_off
-from splitlab.paths import resolve
+from splitlab.paths import ROOT
 from splitlab.reading import ReadOptions, Samples, column_of, read
 
 SPLITS = ("private", "public", "heldout")
@@ -70,7 +70,7 @@ class DatasetConfig(ReadOptions):
         if self.source:
             self._check_fractions()
         for one, other in itertools.combinations((*SPLITS, "private_test"), 2):
-            if not self.source and getattr(self, other) and self.place(one) == self.place(other):
+            if not self.source and getattr(self, other) and _real(self.place(one)) == _real(self.place(other)):
                 raise InputError(
                     f"the {one} and the {other} split are both {self.place(one)}: what an attacker may read and "
                     "what he may not must be different images; give each split its own source"
@@ -98,8 +98,14 @@ class DatasetConfig(ReadOptions):
         given = self.source or getattr(self, name)
         if given.startswith("hub:"):
             return str(given)
-        path, part = split_off(str(resolve(Path(given).expanduser())))
-        return f"{path.resolve()}@{part}" if part else str(path.resolve())
+        path, part = split_off(given, ROOT)
+        return f"{path}@{part}" if part else str(path)
+
+
+def _real(place: str) -> str:
+    """Return a place with all links followed."""
+    path, part = split_off(place)
+    return place if place.startswith("hub:") else f"{path.resolve()}@{part}"
 
 
 def dataset_config(name: str, params: Mapping[str, Any]) -> DatasetConfig:
@@ -116,10 +122,10 @@ def dataset_config(name: str, params: Mapping[str, Any]) -> DatasetConfig:
         return parse(DatasetConfig, entries[name], where=f"datasets.{name}")
     if name.startswith("hub:"):
         return parse(DatasetConfig, {split: f"{name}@{split}" for split in SPLITS}, where=name)
-    folder = resolve(Path(name).expanduser())
-    if not folder.exists():
+    folder, part = split_off(name, ROOT)
+    if part or not folder.exists():
         raise InputError(
-            f"no data set {name!r}: it is neither a path nor in the section datasets of params.yaml; "
+            f"no data set {name!r:.200}: it is neither a path nor in the section datasets of params.yaml; "
             f"there: {', '.join(entries) or 'nothing'}"
         )
     parts = {split: _part(folder, split) for split in SPLITS}

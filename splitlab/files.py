@@ -80,8 +80,10 @@ def open_files(path: Path) -> Files:
         return Files(path, _named(path, _walk(path)), lambda name: _regular(path / name).read_bytes())
     if not path.is_file():
         raise InputError(f"{path}: no such data set; `dvc pull` fetches the shipped ones")
-    if path.suffix.lower() == ".parquet":
-        return Files(path.parent, {path.name: path.name}, lambda name: (path.parent / name).read_bytes())
+    with path.open("rb") as file:
+        parquet = file.read(4) == b"PAR1" or path.suffix.lower() == ".parquet"  # in caches, files have no suffix
+    if parquet:
+        return Files(path.parent, {f"{path.stem}.parquet": path.name}, lambda name: (path.parent / name).read_bytes())
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # zipfile raises many types for damaged archives

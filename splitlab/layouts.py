@@ -98,11 +98,19 @@ def open_listing(source: str, *, image_column: str = "") -> Listing:
     return _parquet(source, files, parquet, split) if parquet else _pictures(source, files)
 
 
-def split_off(source: str) -> tuple[Path, str]:
-    """Return the path of a source and the split that is named behind it, "" if none is."""
-    whole = Path(source).expanduser()
+def split_off(source: str, root: Path = Path()) -> tuple[Path, str]:
+    """Return the path of a source, relative to `root`, and the split that is named behind it, "" if none is.
+
+    Raises:
+        InputError: no path can be called that.
+    """
     path, _, split = source.rpartition("@")
-    return (Path(path).expanduser(), split) if path and not whole.exists() else (whole, "")
+    try:
+        whole = root / Path(source).expanduser()
+        whole.resolve()  # raises where `exists` keeps quiet
+        return (whole, "") if whole.exists() or not path else (root / Path(path).expanduser(), split)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a character that names cannot have, no such user
+        raise InputError(f"{source!r:.200} can be no path ({error!s:.100})") from None
 
 
 def _inside(files: Files, split: str) -> tuple[Files, str]:

@@ -156,7 +156,6 @@ class _Reader:
         if self.hint:
             hint_name, hint = self._picture(row, self.hint)
             hint = self._like(image, hint, f"image {name}", f"hint {hint_name}")
-        self.size = self.size or image.shape[0]
         fitted = self._fitted(image, f"image {name}")
         if hint is not None:
             hint = self._fitted(hint, f"hint {hint_name}")
@@ -178,12 +177,14 @@ class _Reader:
             raise InputError(f"column {column}: image {name} cannot be read ({error}); restore or convert it") from None
 
     def _fitted(self, pixels: Pixels, name: str) -> Pixels:
-        o = self.options
+        o, (height, width) = self.options, pixels.shape[:2]
+        first, self.size = not self.size, self.size or height
         try:
             return fit(pixels, self.size, resize=o.resize, crop=o.crop, resampling=o.resampling)
         except InputError as error:
+            reason = f"is {width}x{height} pixels, not square" if first else error
             raise InputError(
-                f"{name} {error}; let the data set's entry say size, resize (stretch or shortest) and crop (centre)"
+                f"{name} {reason}; let the data set's entry say size, resize (stretch or shortest) and crop (centre)"
             ) from None
 
     def _like(self, image: Pixels, hint: Pixels, image_name: str, hint_name: str) -> Pixels:

@@ -93,6 +93,19 @@ def test_two_splits_of_one_source_are_refused(root: Path):
             load_split("mine", "private", entry(root, public=str(root / same)))
 
 
+@pytest.mark.parametrize("text", ["a\0b", "x" * 5000, "~nobody-at-all/x", "\ud800"])
+def test_what_can_be_no_path_is_one_error(root: Path, text: str):
+    for begin in (
+        lambda: load_split(text, "private", {}),
+        lambda: load_split("mine", "private", entry(root, private=text)),
+    ):
+        with pytest.raises(InputError, match="can be no path") as caught:
+            begin()
+        assert len(str(caught.value)) < 500
+    with pytest.raises(InputError, match="can be no path"):
+        load(text)
+
+
 def test_unknown_names_and_splits_say_what_there_is(root: Path):
     with pytest.raises(InputError, match=r"no data set 'yours': it is neither a path nor in the section.*there: mine"):
         load_split("yours", "private", entry(root))
@@ -192,6 +205,9 @@ def test_parts_of_a_folder_may_be_folders_zips_and_parquet_files(tmp_path: Path)
     rows = datasets.Dataset.from_dict({"image": [picture]}, features=datasets.Features({"image": datasets.Image()}))
     rows.to_parquet(str(tmp_path / "mine" / "heldout.parquet"))
     assert [len(load_split(str(tmp_path / "mine"), split, {})) for split in SPLITS] == [3, 4, 1]
+    (tmp_path / "mine" / "heldout.parquet").rename(tmp_path / "0f1e2d")  # as the hub's cache keeps it
+    (tmp_path / "mine" / "heldout.parquet").symlink_to(tmp_path / "0f1e2d")
+    assert len(load_split(str(tmp_path / "mine"), "heldout", {})) == len(load(tmp_path / "0f1e2d")) == 1
 
 
 def test_hub_sets_with_train_and_test_need_an_entry_only(tmp_path: Path):

@@ -360,6 +360,10 @@ def test_names_that_differ_in_case_are_not_taken_for_each_other(tmp_path: Path):
             lambda f: picture(0).resize((20, 16)).save(f / "images/0.png"),
             "hint edges/0.png is 16x16 pixels, image .* 20x16",
         ),
+        (
+            lambda f: [picture(0).resize((20, 16)).save(f / name) for name in ("images/0.png", "edges/0.png")],
+            r"image images/0\.png is 20x16 pixels, not square; let the data set's entry say size",
+        ),
         (lambda f: picture(0).resize((8, 8)).save(f / "edges/1.png"), "hint edges/1.png is 8x8 pixels, image .* 16x16"),
     ],
 )
