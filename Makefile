@@ -8,7 +8,7 @@ export PYTHONUTF8 := 1
 # DVC and the hub client ask nobody for updates or statistics.
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Idle threads sleep: spinning made a step up to 20 times slower on a busy machine (docs/measurements.md).
+# Idle threads sleep: threads that spin while they wait slow training down many times over on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Jupyter, matplotlib, DVC and the hub client write to the home; where that is not possible, to one in the checkout.
 ifneq ($(shell for d in "$${HOME-}" "$${HOME-}"/.{cache,config,local,local/share,jupyter,ipython}; do \

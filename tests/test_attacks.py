@@ -40,12 +40,12 @@ QUICK = {
     "prompt_guess": {"steps": 10, "batch": 8, "shortlist": 2, "draws": 1},
 }
 ELSEWHERE = {
-    "unsplit": "scheme split_gradients",
+    "unsplit": "a trained hint encoder",
     "hijacking": "a malicious server",
-    "prompt_inversion": "prompts in the open",
-    "unmixing": "key mixing",
-    "jigsaw": "patch shuffling",
-    "undisguise": "disguises",
+    "prompt_inversion": "encoder_hidden_states were sent",
+    "unmixing": "key_mixing",
+    "jigsaw": "patch_shuffle",
+    "undisguise": "borrowed_colours",
 }
 """Attacks on what S1's own messages do not have, and what that is: they refuse those, and have tests of their own."""
 
@@ -191,7 +191,7 @@ def test_attacks_on_something_else_refuse_s1s_messages(
     shipped: Base, public: ImageSet, victims: ImageSet, attack: str
 ) -> None:
     transcript, _ = record(shipped, victims, S1)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=ELSEWHERE[attack]):
         attack_transcript(transcript, attack=attack, base=shipped, public=public)
 
 

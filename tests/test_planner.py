@@ -33,9 +33,16 @@ def test_defences_are_read_as_tables_write_them(defences: Defences):
     assert read_defences(str(defences)) == defences
 
 
-@pytest.mark.parametrize("text", ["magic", "feature_noise=much", "hide_prompts recoloured"])
-def test_what_names_no_defences_is_refused(text: str):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("magic", "unknown key magic"),
+        ("feature_noise=much", "'much' is no number"),
+        ("hide_prompts recoloured", "unknown key recoloured"),
+    ],
+)
+def test_what_names_no_defences_is_refused(text: str, reason: str):
+    with pytest.raises(InputError, match=reason):
         read_defences(text)
 
 

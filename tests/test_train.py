@@ -238,12 +238,14 @@ def test_no_secret_is_in_what_the_server_gets(run: Run, tmp_path: Path, base: Ba
     (client,) = make_clients(base, private, config)
     secret = client.fixed_noise.numpy().tobytes()
     images = private.images[0].numpy().tobytes()
-    for path in (tmp_path / "out").rglob("*.safetensors"):
-        if path.name != "truth.safetensors":
-            content = path.read_bytes()
-            assert secret not in content
-            assert images not in content
-            assert b"encoder_hidden_states" not in content
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.safetensors")}
+    noise = read_truth(tmp_path / "out" / "truth.safetensors").noise
+    assert noise.numpy().tobytes() in found.pop("truth.safetensors"), "what is in a file is seen in its bytes"
+    assert "transcript.safetensors" in found
+    for name, content in found.items():
+        assert secret not in content, name
+        assert images not in content, name
+        assert b"encoder_hidden_states" not in content, name
 
 
 @pytest.mark.parametrize("scheme", ["central", "federated"])
