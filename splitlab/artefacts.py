@@ -10,9 +10,12 @@ from torch import Tensor
 
 from splitlab import checkpoint
 from splitlab.base import finite
-from splitlab.config import parse
+from splitlab.config import TrainConfig, parse
 from splitlab.errors import InputError
 from splitlab.types import Reconstruction
+
+MEASURED = ("control_iou", "control_edges", "eval_loss", "up_bytes_per_sample", "down_bytes_per_sample")
+"""Numbers in a run's record, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,53 @@ def pictures(tensors: dict[str, Tensor], name: str, axes: int, where: Path) -> T
     if saved.shape[-3] != 3 or 0 in saved.shape[-2:]:
         raise InputError(f"{where}: {name} is of shape {tuple(saved.shape)}; expected RGB images; make the file again")
     return from_uint8(saved)
+
+
+def read_samples(path: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Read the images that a run generated: hints and images `[n, 3, h, w]` in [-1, 1], and n prompts.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds no such samples.
+    """
+    tensors, meta = checkpoint.load(path, remedy=checkpoint.REMADE)
+    hints, images = pictures(tensors, "hints", 4, path), pictures(tensors, "images", 4, path)
+    prompts = meta.get("prompts")
+    texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    if not texts or not len(hints) == len(images) == len(prompts):  # type: ignore[arg-type]
+        raise InputError(f"{path}: its hints, images and prompts do not go together; {checkpoint.REMADE}")
+    return hints, images, prompts  # type: ignore[return-value]
+
+
+def read_scores(path: Path) -> dict[str, Tensor]:
+    """Read a run's per-sample scores, `<attack>/<seed>/<measure>` -> `[n]`, and `ceiling_psnr_db`.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds no scores.
+    """
+    tensors, _ = checkpoint.load(path, remedy=checkpoint.REMADE)
+    if "ceiling_psnr_db" not in tensors or len({tuple(value.shape) for value in tensors.values()}) > 1:
+        raise InputError(f"{path}: it holds no scores, or scores of different numbers of samples; {checkpoint.REMADE}")
+    return tensors
+
+
+def read_record(path: Path, *needed: str) -> tuple[dict[str, Any], TrainConfig]:
+    """Read a run's record and the configuration in it.
+
+    Args:
+        path: a file `record.json` that `train` or `record_survey` wrote.
+        needed: keys that it must have besides "config".
+
+    Raises:
+        InputError: it is missing or damaged, or lacks a key.
+    """
+    record = checkpoint.load_json(path, "config", *needed)
+    config = parse(TrainConfig, record["config"], where=f"{path}: config")
+    losses = record.get("loss", [])
+    numbers = [record[name] for name in MEASURED if record.get(name) is not None]
+    numbers += losses if isinstance(losses, list) else ["no list"]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in numbers):
+        raise InputError(f"{path}: loss or one of {', '.join(MEASURED)} is no number; {checkpoint.REMADE}")
+    return record, config
 
 
 def read_table(path: Path, *, empty: bool = False) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitlab import checkpoint, metrics, storage
-from splitlab.artefacts import SavedReconstruction, load_reconstruction, read_table
+from splitlab.artefacts import SavedReconstruction, load_reconstruction, read_record, read_table
 from splitlab.base import Base, finite
 from splitlab.colours import are_shapes
 from splitlab.config import EvaluateConfig, TrainConfig, parse
@@ -66,7 +66,7 @@ def run_truth(run: Path, base: Base, private: ImageSet) -> RunTruth:
     Raises:
         InputError: the run's files are missing, damaged, or speak of other data.
     """
-    config = parse(TrainConfig, checkpoint.load_json(run / "record.json")["config"], where=f"{run}/record.json")
+    _, config = read_record(run / "record.json")
     truth = read_truth(run / "truth.safetensors")
     if len(truth.indices) and int(truth.indices.max()) >= len(private):
         raise InputError(f"{run}: its truth speaks of image {int(truth.indices.max())}, the data hold {len(private)}")
@@ -276,7 +276,7 @@ def _seconds(reconstructions: Path) -> dict[str, float]:
     tries: dict[str, list[float]] = {}
     for path in reconstructions.glob("*.timing.json"):
         attack = path.name.removesuffix(".timing.json").rpartition("-")[0]
-        tries.setdefault(attack, []).append(float(checkpoint.load_json(path)["cpu_s"]))
+        tries.setdefault(attack, []).append(float(checkpoint.load_json(path, "cpu_s")["cpu_s"]))
     return {attack: sum(own) / len(own) for attack, own in tries.items()}
 
 
@@ -326,8 +326,10 @@ def evaluate_all(
     rows, refused = [], {}
     for run, found in tqdm(folders, desc="evaluate"):
         for path in sorted(found.glob("*.refused.json")):
-            refused[run.name, path.name.removesuffix(".refused.json")] = str(checkpoint.load_json(path)["reason"])
-        dataset = checkpoint.load_json(run / "record.json")["config"]["dataset"]
+            refused[run.name, path.name.removesuffix(".refused.json")] = str(
+                checkpoint.load_json(path, "reason")["reason"]
+            )
+        dataset = read_record(run / "record.json")[1].dataset
         out, every = scores / f"{run.name}.safetensors", run.parent == runs
         rows += evaluate_run(run, found, base, split(dataset), config, out=out, every=every)
     training_table, attack_table = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
@@ -402,9 +404,8 @@ def per_row(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def training_row(run: Path) -> dict[str, Any]:
     """Return a run's row of the training table."""
-    record, timed = checkpoint.load_json(run / "record.json"), run / "timing.json"
+    (record, config), timed = read_record(run / "record.json"), run / "timing.json"
     timing = checkpoint.load_json(timed) if timed.exists() else {}
-    config = parse(TrainConfig, record["config"], where=f"{run}/record.json")
     row = {"run": run.name, "defences": str(config.defences)}
     row |= {name: getattr(config, name) for name in ("dataset", "scheme", "n_clients", "steps", "server")}
     return row | {name: record.get(name, timing.get(name)) for name in TRAINING_COLUMNS if name not in row}

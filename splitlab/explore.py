@@ -18,8 +18,15 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from splitlab import checkpoint
-from splitlab.artefacts import Recorded, SavedReconstruction, from_uint8, load_reconstruction, to_uint8
+from splitlab.artefacts import (
+    Recorded,
+    SavedReconstruction,
+    from_uint8,
+    load_reconstruction,
+    read_record,
+    read_scores,
+    to_uint8,
+)
 from splitlab.attacks import ATTACKS, attack_transcript, make_knowledge
 from splitlab.base import Base, load_base
 from splitlab.colours import are_shapes
@@ -123,7 +130,7 @@ class Artefacts:
 
     def _read(self, recorded: Recorded, saved: Sequence[Path]) -> RunView:
         run, folder = recorded.name, recorded.truth.parent
-        config = parse(TrainConfig, checkpoint.load_json(recorded.record)["config"], where=str(recorded.record))
+        _, config = read_record(recorded.record)
         transcript = read_transcript(recorded.transcript, base=self.base)
         truth, private = read_truth(recorded.truth), self.split(config.dataset, "private")
         seen = stack(transcript.observations)
@@ -145,7 +152,7 @@ class Artefacts:
     def _scores(self, run: str, n: int) -> dict[str, Tensor]:
         """Return the run's per-sample scores; none if they are missing or of another transcript."""
         path = self.scores / f"{run}.safetensors"
-        tensors = checkpoint.load(path, remedy=checkpoint.REMADE)[0] if path.exists() else {}
+        tensors = read_scores(path) if path.exists() else {}
         return tensors if all(len(value) == n for value in tensors.values()) else {}
 
     def attack_live(

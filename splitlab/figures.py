@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from splitlab import checkpoint, metrics
-from splitlab.artefacts import Recorded, from_uint8, load_reconstruction, read_table
+from splitlab import metrics
+from splitlab.artefacts import Recorded, load_reconstruction, read_record, read_samples, read_scores, read_table
 from splitlab.base import Base, load_base
 from splitlab.canvas import STYLE, fill, save_figure, subplots
 from splitlab.config import EvaluateConfig, parse
@@ -149,7 +149,7 @@ class Shown:
 
 def _reconstructed(recorded: Recorded, scores: Path, order: Sequence[str], picked: Picked) -> dict[str, Shown]:
     """Load every attack's first try on the picked samples; those that recover no picture are left out."""
-    scored, _ = checkpoint.load(scores, remedy=checkpoint.REMADE)
+    scored = read_scores(scores)
     shown = {}
     for attack in order:
         result = load_reconstruction(recorded.reconstructions / f"{attack}-0.safetensors").result
@@ -256,7 +256,7 @@ def draw_losses(runs: Mapping[str, Path], *, window: int = 50) -> Figure:
     figure, axes = subplots(1, 1, size=(9.0, 4.2))
     axis = axes[0, 0]
     for (name, folder), colour in zip(runs.items(), _RUN_COLOURS * len(runs), strict=False):
-        loss = pd.Series(checkpoint.load_json(folder / "record.json")["loss"])
+        loss = pd.Series(read_record(folder / "record.json", "loss")[0]["loss"])
         axis.plot(loss.rolling(window, min_periods=min(window, len(loss))).mean(), color=colour, label=name, lw=1.6)
     axis.set(xlabel="optimiser step", ylabel=f"training loss (mean of {window} steps)")
     figure.legend(loc="outside right upper")
@@ -265,8 +265,7 @@ def draw_losses(runs: Mapping[str, Path], *, window: int = 50) -> Figure:
 
 def control_per_image(run: Path, *, shapes: bool) -> Tensor:
     """Score each generated image of a run, `[n]`: disc IoU if `shapes`, else `metrics.edge_control`."""
-    tensors, _ = checkpoint.load(run / "samples.safetensors", remedy=checkpoint.REMADE)
-    images, hints = from_uint8(tensors["images"]), from_uint8(tensors["hints"])
+    hints, images, _ = read_samples(run / "samples.safetensors")
     return metrics.disc_iou(images, hints) if shapes else metrics.edge_control(images, hints)
 
 
@@ -302,8 +301,7 @@ def draw_samples(runs: Mapping[str, Path]) -> Figure:
     rows: dict[str, Tensor] = {}
     previous = None
     for name, folder in runs.items():
-        tensors, _ = checkpoint.load(folder / "samples.safetensors", remedy=checkpoint.REMADE)
-        hints, images = (from_uint8(tensors[key][:_GRID_COLUMNS]) for key in ("hints", "images"))
+        hints, images = (part[:_GRID_COLUMNS] for part in read_samples(folder / "samples.safetensors")[:2])
         if previous is None or not torch.equal(previous, hints):
             rows["hint" if previous is None else f"hint for {name}"] = hints
         rows[name], previous = images, hints

@@ -99,7 +99,7 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     for run in trained.dropna(subset=["control_iou"])["run"]:
         overlap = control_per_image(runs / run, shapes=True)
         control[str(run)] = len(overlap), float(overlap.std() / len(overlap) ** 0.5)
-    records = {str(run): load_json(runs / run / "record.json") for run in trained["run"]}
+    records = {str(run): load_json(runs / run / "record.json", "base", "privacy") for run in trained["run"]}
     sent = {run: tuple(rows.get("receives", "").split(", ")) for run, rows in models.items()}
     material = Material(
         evidence=Evidence(training, attacks, sent, control),

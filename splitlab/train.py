@@ -142,9 +142,9 @@ def train(
     depends |= {"torch": torch.__version__, "numpy": np.__version__}
     if config.server == "hijack" and public is not None:
         depends["public"] = public.digest
-    state = cache / f"train-{digest(depends)[:16]}.safetensors"
+    state = cache / f"train-{digest({'run': run} | depends)[:16]}.safetensors"
     written = storage.whole_folder(out, "train", known=FILES, apart={"cache": cache})
-    with storage.alone(state, state.with_name(f".{state.name}.lock"), "a run of the same data and settings"):
+    with storage.alone(state, state.with_name(f".{state.name}.lock"), "a run of that name, data and settings"):
         with written as folder:
             key = run_key(state, config.published_key, bound_to=digest(depends))
             record = _train(run, config, base, key, (private, heldout, public), folder, state, callback)

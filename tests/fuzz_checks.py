@@ -226,8 +226,9 @@ def check_inversion(saved: SavedInversion, content: bytes) -> list[str]:
     return [name for name, bad in wrong.items() if bad]
 
 
-def check_config(config: TrainConfig, content: bytes) -> list[str]:
-    """A run that `train` could have done."""
+def check_record(read: tuple[dict[str, Any], TrainConfig], content: bytes) -> list[str]:
+    """A run that `train` could have done, and numbers where there are any."""
+    record, config = read
     wrong = {
         "scheme": config.scheme not in ("central", "federated", "split_gradients", "split", "u_shaped"),
         "counts": any(
@@ -237,8 +238,26 @@ def check_config(config: TrainConfig, content: bytes) -> list[str]:
         "lr": not 0 < config.lr < math.inf,
         "server": config.server not in ("honest", "hijack"),
         "dataset": type(config.dataset) is not str,
+        "numbers": any(type(value) not in (int, float) for value in record.get("loss", []))
+        or type(record.get("control_iou")) not in (int, float, type(None)),
     }
     return [name for name, bad in wrong.items() if bad] + check_defences(config.defences)
+
+
+def check_samples(read: tuple[Tensor, Tensor, list[str]], content: bytes) -> list[str]:
+    """As many images as hints and prompts, in [-1, 1]."""
+    hints, images, prompts = read
+    wrong = {
+        "range": not (_in_range(hints) and _in_range(images)),
+        "lengths": not len(hints) == len(images) == len(prompts),
+        "texts": any(type(text) is not str for text in prompts),
+    }
+    return [name for name, bad in wrong.items() if bad]
+
+
+def check_scores(scores: dict[str, Tensor], content: bytes) -> list[str]:
+    """One number per sample in each."""
+    return ["shapes"] * (len({tuple(value.shape) for value in scores.values()}) != 1 or "ceiling_psnr_db" not in scores)
 
 
 def check_images(data: Any, content: bytes) -> list[str]:

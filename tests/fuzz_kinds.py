@@ -14,8 +14,16 @@ from fuzzing import Kind, changed_tensors, changed_text, parts, put_together
 from torch import Tensor, nn
 
 from splitlab import checkpoint, wire
-from splitlab.artefacts import SavedReconstruction, load_reconstruction, save_reconstruction
-from splitlab.config import Defences, TrainConfig, parse
+from splitlab.artefacts import (
+    SavedReconstruction,
+    load_reconstruction,
+    read_record,
+    read_samples,
+    read_scores,
+    save_reconstruction,
+    to_uint8,
+)
+from splitlab.config import Defences, TrainConfig
 from splitlab.inversion.saved import SavedInversion, load_inversion, save_inversion
 from splitlab.types import Observation, Reconstruction, Truth
 from splitlab.updates import (
@@ -79,7 +87,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     made = Reconstruction(pictures, pictures, ("a", "b"), ("noise",), (2.0, 1.0), 7)
     saved = SavedReconstruction(made, "posterior", 0, "noise", (("adversary", "server"), ("scheme", "split")))
     inverted = SavedInversion("dlg", "noise", pictures, ((1, 2), (3,)), (("a",), ()), ((1, pictures),), (2.0,), 7)
-    config = json.dumps({"run": "r", "config": asdict(TrainConfig(defences=Defences(feature_noise=1.0)))}).encode()
+    config = asdict(TrainConfig(defences=Defences(feature_noise=1.0)))
+    record = json.dumps({"run": "r", "config": config, "loss": [1.0, 0.5], "control_iou": 0.5}).encode()
+    samples = {"images": to_uint8(pictures), "hints": to_uint8(-pictures)}
+    scores = {"ceiling_psnr_db": noise(3), "dlg/0/ssim": noise(3) + 1}
     truths = [Truth(torch.arange(2), torch.tensor([700, 999]), noise(2, 4, 2, 2)) for _ in range(2)]
     return {
         "message": Kind(sent, wire.from_bytes, checks.check_message, changed_tensors),
@@ -107,7 +118,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
             [lambda path: save_reconstruction(path, saved)], load_reconstruction, checks.check_reconstruction
         ),
         "inversion": tensors([lambda path: save_inversion(path, inverted)], load_inversion, checks.check_inversion),
-        "record": Kind([config], reader(_config), checks.check_config, changed_text),
+        "record": Kind([record], reader(read_record), checks.check_record, changed_text),
+        "samples": tensors(
+            [lambda path: checkpoint.save(path, samples, {"prompts": ["a", "b"]})], read_samples, checks.check_samples
+        ),
+        "scores": tensors([lambda path: checkpoint.save(path, scores, {})], read_scores, checks.check_scores),
         **_pictures(folder / "pictures"),
     }
 
@@ -124,10 +139,6 @@ def _transcripts(sent: list[bytes]) -> Iterator[Callable[[Path], None]]:
         header = wire.Header("r", "shapes", scheme, defences, 16, "ab" * 32, 2)
         second = put_together(parts(first)[0] | {"__metadata__": {"v": "1", "c": "0", "s": "6"}}, parts(first)[1])
         yield lambda path, header=header, both=(first, second): wire.write_transcript(path, header, both)
-
-
-def _config(path: Path) -> TrainConfig:
-    return parse(TrainConfig, checkpoint.load_json(path, "config")["config"], where=str(path))
 
 
 def _pictures(folder: Path) -> dict[str, Kind]:

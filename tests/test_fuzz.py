@@ -7,7 +7,7 @@ from fuzzing import Kind, Outcome, attempt
 from splitlab.errors import InputError
 
 NAMES = ("message", "transcript", "truth", "server", "update", "update truth", "granted", "reconstruction", "inversion")
-NAMES += ("record", "image", "metadata")
+NAMES += ("record", "samples", "scores", "image", "metadata")
 
 
 @pytest.fixture(scope="module")

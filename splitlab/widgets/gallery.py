@@ -4,8 +4,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from splitlab import checkpoint, markup
-from splitlab.config import TrainConfig, parse
+from splitlab import markup
+from splitlab.artefacts import read_record, read_samples, to_uint8
 from splitlab.explore import Artefacts, png
 from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported, run_rows
 from splitlab.words import UNMEASURED
@@ -33,11 +33,9 @@ class Gallery(widgets.VBox):
     def _load(self) -> None:
         with reported(self.message):
             folder = self.artefacts.runs / self.run.value
-            record = checkpoint.load_json(folder / "record.json")
-            tensors, meta = checkpoint.load(folder / "samples.safetensors", remedy=checkpoint.REMADE)
-            prompts: list[str] = meta["prompts"]  # type: ignore[assignment]
-            self._samples = tensors["hints"], tensors["images"], prompts
-            config = parse(TrainConfig, record["config"], where=f"{folder}/record.json")
+            record, config = read_record(folder / "record.json")
+            hints, images, prompts = read_samples(folder / "samples.safetensors")
+            self._samples = to_uint8(hints), to_uint8(images), prompts
             overlap, edges = (record.get(f"control_{what}") for what in ("iou", "edges"))
             followed = f"disc overlap {overlap:.2f}, " if overlap is not None else ""
             where = UNMEASURED if edges is None else f"{edges:+.2f} (0: by chance)"
