@@ -4,6 +4,7 @@ import datasets
 import pytest
 import tiny
 from PIL import Image
+from ruamel.yaml import YAML
 
 from splitlab import generate
 from splitlab.base import Base
@@ -11,6 +12,7 @@ from splitlab.data import _to_uint8, load
 from splitlab.datasets import SPLITS, dataset_config, load_split
 from splitlab.errors import InputError
 from splitlab.params import load_params
+from splitlab.paths import ROOT
 
 SHIPPED = {  # SHA-256 over pixels and prompts, from before data sets had a section of their own
     ("shapes", "private"): "43569860d54afeb9",
@@ -263,3 +265,12 @@ def test_long_captions_are_cut_on_demand_and_counted(tmp_path: Path, base_path: 
     params["datasets"]["mine"] = entry | {"long_captions": "shorten"}
     with pytest.raises(InputError, match="long_captions 'shorten' is unknown; choose refuse or truncate"):
         load_split("mine", "private", params)
+
+
+def test_the_entries_that_contributing_shows_are_read():
+    block = (ROOT / "CONTRIBUTING.md").read_text().partition("```yaml\ndatasets:")[2].partition("```")[0]
+    entries = YAML(typ="safe").load(f"datasets:{block}")["datasets"]
+    built = {name: dataset_config(name, {"datasets": entries}) for name in entries}
+    assert built["mine"].place("private") == str(Path.home() / "photos" / "private")
+    assert built["pets"].place("heldout") == "hub:someone/pets@train"
+    assert built["pets"].prompts == "a photograph of a {label}"
