@@ -73,19 +73,21 @@ CATALOGUES = ("splitlab/attacks", "splitlab/inversion")
 
 
 def modules(notebook: Path) -> list[str]:
-    """Return what a stage with this notebook has to depend on: modules, `CATALOGUES` whole, or all if it is most."""
+    """Return what a stage with this notebook has to depend on: modules, and `CATALOGUES` as a whole."""
     found = {path.as_posix() for path in closure(code(notebook))}
-    if len(found) > len(list((ROOT / PACKAGE).rglob("*.py"))) / 2:
-        return [PACKAGE]
     whole = {folder for folder in CATALOGUES if f"{folder}/__init__.py" in found}
     return sorted({path for path in found if not path.startswith(tuple(f"{folder}/" for folder in whole))} | whole)
 
 
 def rewritten(text: str) -> str:
-    """Return the text of a dvc.yaml with the modules of every stage listed behind its other dependencies."""
-    stages, dependency = re.split(r"^(?=  \S)", text, flags=re.M), re.compile(rf"^ +- {PACKAGE}/?\S*\n", re.M)
+    """Return the text of a dvc.yaml with the modules of every stage listed behind its other dependencies.
+
+    Stages that depend on the whole package, because they take minutes at most, go on to do so.
+    """
+    stages, dependency = re.split(r"^(?=  \S)", text, flags=re.M), re.compile(rf"^ +- {PACKAGE}/\S*\n", re.M)
     for number, stage in enumerate(stages):
-        if notebook := re.search(r"notebooks/\w+\.ipynb", stage):
+        notebook = re.search(r"notebooks/\w+\.ipynb", stage)
+        if notebook and not re.search(rf"^ +- {PACKAGE}\n", stage, re.M):
             head, rest = re.split(r"(?<=\bdeps:\n)", dependency.sub("", stage))
             listed = re.match(r"(?:( +)- .*\n)+", rest)
             lines = "".join(f"{listed[1]}- {path}\n" for path in modules(ROOT / notebook[0]))
