@@ -159,11 +159,11 @@ def read_record(path: Path, *needed: str) -> tuple[dict[str, Any], TrainConfig]:
     return record, config
 
 
-def read_table(path: Path, *, empty: bool = False) -> pd.DataFrame:
-    """Read a result table; `empty`: one without rows will do.
+def read_table(path: Path, *columns: str, empty: bool = False) -> pd.DataFrame:
+    """Read a result table; `columns`: those it must have; `empty`: one without rows will do.
 
     Raises:
-        InputError: it is missing, damaged or empty.
+        InputError: it is missing, damaged or empty, or lacks a column.
     """
     try:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # the defences "none" are a word
@@ -171,6 +171,9 @@ def read_table(path: Path, *, empty: bool = False) -> pd.DataFrame:
         raise InputError(f"{path}: missing; run `dvc repro` first, which makes it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); {checkpoint.REMADE}") from None
+    lacking = [name for name in columns if name not in table]
+    if lacking:
+        raise InputError(f"{path}: it has no column {', '.join(lacking)}; name a folder of splitlab's tables")
     if table.empty and not empty:
         raise InputError(f"{path}: it has no rows; {checkpoint.REMADE}")
     return table

@@ -30,6 +30,9 @@ from splitlab.types import Reconstruction, Truth
 from splitlab.verdicts import ablations, verdicts
 from splitlab.wire import read_truth
 
+COST = ("dataset", "defences", "control_iou", "eval_loss")
+"""Columns of the table of what each defence costs that verdicts need."""
+
 TRAINING_COLUMNS = (
     *("run", "dataset", "scheme", "defences", "n_clients", "steps", "eval_loss", "control_iou", "control_edges"),
     *("up_bytes_per_sample", "down_bytes_per_sample", "client_s_per_sample", "server_s_per_sample", "peak_rss_mb"),
@@ -333,7 +336,7 @@ def evaluate_all(
         out, every = scores / f"{run.name}.safetensors", run.parent == runs
         rows += evaluate_run(run, found, base, split(dataset), config, out=out, every=every)
     training_table, attack_table = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
-    judged = verdicts(attack_table, read_table(utility) if utility else None, base.alphas_cumprod)
+    judged = verdicts(attack_table, read_table(utility, *COST) if utility else None, base.alphas_cumprod)
     frames = {"training": training_table, "split_attacks": attack_table, "split_verdicts": judged}
     for name, frame in (frames | {"ablations": ablations(attack_table, refused)}).items():
         write_table(frame, metrics / f"{name}.csv")

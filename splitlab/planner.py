@@ -160,9 +160,10 @@ def shipped(dataset: str = "shapes", *, messages: int = 1, metrics: str | Path =
     """
     folder = resolve(metrics)
     of = "" if dataset == "shapes" else f"_{dataset}"
-    table = read_table(folder / f"matched_client{of}.csv").dropna(subset=["defences"]).assign(messages=1)
+    table = read_table(folder / f"matched_client{of}.csv", "defences", "attack")
+    table = table.dropna(subset=["defences"]).assign(messages=1)
     if messages > 1:
-        runs = read_table(folder / "whole_run.csv")
+        runs = read_table(folder / "whole_run.csv", "dataset", "defences", "messages", "attack")
         runs = runs[runs["dataset"].eq(dataset)]
         enough = runs[runs["messages"].ge(messages)].groupby("defences")["messages"].min()
         if enough.empty:

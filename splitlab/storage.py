@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +25,9 @@ MARKER = ".splitlab.json"
 
 BYSTANDERS = (".gitignore", ".gitkeep", ".DS_Store", "Thumbs.db", "desktop.ini")
 """Files that other tools leave in any folder: they are carried over to what replaces it."""
+
+STALE_S = 24 * 3600.0
+"""Seconds after which a half-written file has nobody who writes it."""
 
 REMEDIES = {
     errno.ENOSPC: "the disk is full: free some disk space and run again",
@@ -70,10 +74,11 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     """
     if "\0" in str(path):
         raise InputError(f"{path}: no file can have this name; give another")
-    partial = path.parent / f".partial-{secrets.token_hex(8)}"  # of one length, whatever the name; of one process
+    partial = path.parent / f".partial-{secrets.token_hex(8)}.file"  # of one length, whatever the name; of one process
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _clear_stale(path.parent)
             os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
             mode = stat.S_IMODE(partial.stat().st_mode)
             yield partial
@@ -84,6 +89,14 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _clear_stale(folder: Path) -> None:
+    """Remove what a killed process left half-written: no write takes as long as a day."""
+    for left in folder.glob(".partial-" + "[0-9a-f]" * 16 + ".file"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -335,6 +335,17 @@ def test_an_output_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Pa
     assert entries(tmp_path) == ["notes.txt", "out"]
 
 
+def test_what_a_killed_process_left_half_written_goes_after_a_day(tmp_path: Path):
+    names = (f".partial-{'a' * 16}.file", f".partial-{'b' * 16}.file", f".partial-{'c' * 16}")
+    stale, fresh, other = (tmp_path / name for name in names)
+    for path in (stale, fresh, other):
+        path.write_text("half of it")
+    for path in (stale, other):
+        os.utime(path, (0, 0))
+    checkpoint.save_json(tmp_path / "x.json", {})
+    assert entries(tmp_path) == [fresh.name, other.name, "x.json"]
+
+
 TENSORS = {"weights": torch.arange(100_000)}
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from splitlab import report, update_report
 from splitlab.artefacts import read_table
+from splitlab.errors import InputError
 from splitlab.paths import ROOT
 from splitlab.tables import MACHINE, read_timed, timed_path, write_table
 
@@ -81,3 +82,18 @@ def test_the_report_does_without_seconds(world: fabricated.World, tmp_path: Path
         assert "nan" not in text
     material = report.load_material(**world.folders)
     assert "Measured on" in report.cost_table(material).data
+
+
+def test_a_table_that_is_none_of_splitlabs_is_refused_by_its_columns(tmp_path: Path):
+    path = tmp_path / "mine.csv"
+    path.write_text("setting,notes\na,b\n")
+    assert list(read_table(path, "setting")) == ["setting", "notes"]
+    with pytest.raises(InputError, match=r"mine\.csv: it has no column attack, defences; name a folder"):
+        read_table(path, "setting", "attack", "defences")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"a,b\n1,2,3\n", b"\xff\xfe\0", b'a\n"open', b"\0" * 100])
+def test_a_damaged_table_is_one_error(tmp_path: Path, content: bytes):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.csv: (damaged|it has no)"):
+        read_table(tmp_path / "x.csv", "needed")
