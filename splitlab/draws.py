@@ -97,15 +97,19 @@ def run_key(state: Path, published: int | None, *, bound_to: str) -> Key:
         if state.exists():
             raise InputError(
                 f"{path}: missing; the steps that {state.name} holds drew from this secret key, and going on with "
-                "another would send again under other noise what was sent; put it back, or give the run another name"
+                "another would send again under other noise what was sent; put it back, or move the checkpoint aside "
+                "to begin anew"
             )
         with storage.whole_file(path, private=True) as partial:
             partial.write_bytes(secrets.token_bytes(SECRET_BYTES))
-    entropy = path.read_bytes()
+    try:
+        entropy = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); it is this run's secret key: make it readable") from None
     if len(entropy) != SECRET_BYTES:
         raise InputError(
-            f"{path}: {len(entropy)} bytes, where a secret key has {SECRET_BYTES}; put the run's own back, or give the "
-            "run another name"
+            f"{path}: {len(entropy)} bytes, where a secret key has {SECRET_BYTES}; put the run's own back, or move it "
+            f"and {state.name} aside to begin anew"
         )
     return Key.secret(entropy).derived(bound_to)
 
@@ -115,15 +119,19 @@ def end_run(state: Path) -> None:
 
     The key's bytes are overwritten in place before the file is removed. Journals, snapshots, backups and the spare
     blocks of solid-state disks may keep older bytes all the same: encrypt the disk where that matters.
+
+    Raises:
+        InputError: either cannot be removed; the results are there all the same.
     """
-    state.unlink(missing_ok=True)
     path = _secret_path(state)
-    if path.exists():
-        with path.open("r+b") as file:
-            file.write(bytes(SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        path.unlink()
+    with storage.writing(path):
+        state.unlink(missing_ok=True)
+        if path.exists():
+            with path.open("r+b") as file:
+                file.write(bytes(SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            path.unlink()
 
 
 def _secret_path(state: Path) -> Path:

@@ -146,6 +146,14 @@ def test_steps_whose_secret_is_gone_are_not_taken_again(tmp_path: Path):
         draws.run_key(state, None, bound_to="settings")
     assert not path.exists()
     path.write_bytes(b"short")
-    with pytest.raises(InputError, match=r"dp-x.key: 5 bytes, where a secret key has 32; put the run's own back"):
+    with pytest.raises(
+        InputError, match=r"dp-x.key: 5 bytes, where a secret key has 32; put the run's own back, or move"
+    ):
         draws.run_key(state, None, bound_to="settings")
     assert (path.read_bytes(), state.read_bytes()) == (b"short", b"steps")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"dp-x.key: cannot be read .* it is this run's secret key"):
+        draws.run_key(state, None, bound_to="settings")
+    with pytest.raises(InputError, match=r"dp-x.key: cannot be written"):
+        draws.end_run(state)
