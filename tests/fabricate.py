@@ -18,7 +18,7 @@ from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
 from splitlab.wire import read_transcript
 
 S1 = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
-FEW = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4}
+FEW = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4, "published_key": 0}
 RUNS = {
     "plain": FEW | {"scheme": "split"},
     "guarded": FEW | {"scheme": "split", "n_clients": 2, "defences": S1, "record_messages": 2},
@@ -26,6 +26,7 @@ RUNS = {
 }
 UPDATES = {
     "images": 2,
+    "published_key": 0,
     "models": {"pixel": {"kind": "pixel", "size": 16, "channels": [32, 64]}},
     "cases": [
         {"model": "pixel", "dataset": "shapes", "attacks": [{"attack": "timesteps"}, {"attack": "unknown_noise"}]}

@@ -30,10 +30,12 @@ from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
 from splitlab.wire import read_transcript
 
 _FEW = {"dataset": "tiny", "steps": 4, "batch_size": 3, "local_steps": 2, "record_messages": 4, "eval_samples": 3}
+_FEW |= {"published_key": 0}
 _ALL = {"timestep_floor": 500, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
 
 UPDATES = {
     "images": 2,
+    "published_key": 0,
     "models": {"pixel": {"kind": "pixel", "size": 16, "channels": [32, 64]}, "latent": {"kind": "latent"}},
     "cases": [
         {
@@ -127,6 +129,7 @@ def _make(root: Path, base_path: Path) -> World:
             "epochs": 2,
             "epoch_samples": 6,
             "steps": 2,
+            "published_key": 0,
             "datasets": ["tiny"],
         },
         "updates": UPDATES,
@@ -197,7 +200,7 @@ def private_survey() -> DPSurveyConfig:
     """Return a grid of private fine-tunings that takes seconds."""
     few = {"steps": 2, "batch_size": 8, "from_block": 0, "delta": 1e-3, "max_grad_norm": 1.0}
     cells = (DPCell("attention", (math.inf, 1.0)), DPCell("unet", (1.0,)), DPCell("lora", (1.0,), grids=("full",)))
-    common = DPConfig(dataset="tiny", classes=CLASSES, **few)
+    common = DPConfig(dataset="tiny", classes=CLASSES, published_key=0, **few)
     return DPSurveyConfig(common=common, cells=cells, seeds=2, n_samples=80, sample_steps=2, classifier_steps=5)
 
 

@@ -100,6 +100,7 @@ RUN = DPConfig(
     max_grad_norm=1.0,
     ema_decay=0.0,
     checkpoint_every=1000,
+    published_key=0,
 )
 
 

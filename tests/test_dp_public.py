@@ -14,7 +14,7 @@ from splitlab.dp.public import warped, warped_copies
 from splitlab.dp.sample import Tuned, load_tuned
 from splitlab.errors import InputError
 
-FEW = {"dataset": "tiny", "batch_size": 4, "steps": 2, "delta": 0.01, "from_block": 0}
+FEW = {"dataset": "tiny", "batch_size": 4, "steps": 2, "delta": 0.01, "from_block": 0, "published_key": 0}
 
 
 def test_a_warp_of_no_strength_changes_nothing_and_another_moves_things_about() -> None:

@@ -49,6 +49,7 @@ def table(world: fabricated.World) -> pd.DataFrame:
 
 def config(*cases: Case, **changes: object) -> UpdateConfig:
     given = {"models": {"pixel": PIXEL, "lora": ModelSpec("lora"), "latent": ModelSpec("latent")}, "images": 2}
+    given |= {"published_key": 0}
     return UpdateConfig(cases=cases, **(given | changes))
 
 
