@@ -31,10 +31,10 @@ def normal(shape: Sequence[int], source: Source, *, dtype: torch.dtype = torch.f
     """
     if isinstance(source, torch.Generator):
         return torch.randn(tuple(shape), generator=source, dtype=dtype)
-    total = np.zeros(tuple(shape))
+    total = torch.zeros(tuple(shape), dtype=torch.float64)
     for _ in range(SUMMANDS):
-        total += source.standard_normal(tuple(shape))
-    return torch.from_numpy(total / math.sqrt(SUMMANDS)).to(dtype)
+        total += torch.from_numpy(source.standard_normal(tuple(shape)))
+    return (total / math.sqrt(SUMMANDS)).to(dtype)
 
 
 def noised(value: Tensor, std: Tensor | float, source: Source) -> Tensor:

@@ -47,6 +47,16 @@ def test_gaussian_draws_are_gaussian(dtype: torch.dtype):
     assert abs(stats.kurtosis(values)) < 4 * (24 / len(values)) ** 0.5  # of a sum of other than Gaussian draws: not 0
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (2, 0, 3), (3, 1)])
+def test_any_shape_is_drawn(shape: tuple[int, ...]):
+    for one in (fresh("shapes"), generator("shapes")):
+        assert draws.normal(shape, one).shape == shape
+        assert draws.noised(torch.zeros(shape), 1.0, one).shape == shape
+        assert draws.uniform(shape, one).shape == shape
+        assert draws.integers(0, 5, shape, one).shape == shape
+    assert draws.permutation(0, fresh("none")).shape == (0,)
+
+
 def test_draws_of_different_purposes_and_steps_are_independent():
     sources = [fresh("dp noise", step) for step in range(6)] + [fresh("dp draws", 0), source("x", FIXED.of_client(1))]
     drawn = torch.stack([draws.normal((20_000,), one, dtype=torch.float64) for one in sources])
