@@ -1,7 +1,7 @@
 """Run train and attack stages anew and compare every tensor, table and figure with those that are there, by hash.
 
 `python benchmarks/reproducibility.py [run ...]` (default: every run); prints what differs, exits 1 if anything does.
-Seconds and memory (`*timing.json`, `timings/`) do not repeat, and are left out.
+Seconds and memory (`*timing.json`, `timings/`) do not repeat, and are left out, as are the digests of a run's files.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from splitlab import ROOT, load_params
+from splitlab.storage import MARKER
 
 
 def fingerprints():
@@ -16,7 +17,8 @@ def fingerprints():
     found = {}
     for folder in ("runs", "reconstructions", "scores", "reports/figures", "reports/metrics"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and not path.name.endswith("timing.json") and path.parent.name != "timings":
+            varies = path.name.endswith("timing.json") or path.parent.name == "timings" or path.name == MARKER
+            if path.is_file() and not varies:
                 found[str(path.relative_to(ROOT))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -55,6 +55,8 @@ def cannot_write(path: Path, error: Exception) -> InputError:
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn a failed write in the block, the system's or safetensors', into one error that names `path`."""
+    if "\0" in str(path):
+        raise InputError(f"{path!s:.200}: nothing can have this name; give another")
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -72,8 +74,6 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the folder cannot be written; what was at `path` is still there.
     """
-    if "\0" in str(path):
-        raise InputError(f"{path}: no file can have this name; give another")
     partial = path.parent / f".partial-{secrets.token_hex(8)}.file"  # of one length, whatever the name; of one process
     try:
         with writing(path):
@@ -221,6 +221,8 @@ def _place(path: str | Path, apart: Mapping[str, Path]) -> Path:
             raise InputError(f"{path}: {name} ({other}) lies in the folder to be written; name a place outside it")
     if exists and not place.is_dir():
         raise InputError(f"{path}: this is a file, and it stays; name a folder for the output")
+    if exists and not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise InputError(f"{path}: permission is missing to write here; name a place that you may write to")
     if os.path.ismount(place):
         raise InputError(f"{path}: this is a mount point, which cannot be replaced whole; name a folder in it")
     return place

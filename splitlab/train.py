@@ -107,8 +107,8 @@ def train(
     private: ImageSet,
     heldout: ImageSet,
     *,
-    out: Path,
-    cache: Path,
+    out: str | Path,
+    cache: str | Path,
     public: ImageSet | None = None,
     callback: Callback | None = None,
 ) -> dict[str, Any]:
@@ -142,6 +142,7 @@ def train(
     depends |= {"torch": torch.__version__, "numpy": np.__version__}
     if config.server == "hijack" and public is not None:
         depends["public"] = public.digest
+    cache = Path(cache)
     state = cache / f"train-{digest({'run': run} | depends)[:16]}.safetensors"
     written = storage.whole_folder(out, "train", known=FILES, apart={"cache": cache})
     with storage.alone(state, state.with_name(f".{state.name}.lock"), "a run of that name, data and settings"):

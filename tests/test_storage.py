@@ -197,11 +197,15 @@ def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused(tmp_path / "out", "mount point, which cannot be replaced whole; name a folder in it")
 
 
-@pytest.mark.parametrize(("name", "says"), [("x" * 300, "the name is too long"), ("a\0b", "no folder can have this")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("x" * 300, "the name is too long"), ("a\0b", "nothing can have this name")]
+)
 def test_names_that_no_system_takes_are_refused(tmp_path: Path, name: str, says: str):
     refused(tmp_path / name, says)
     with pytest.raises(InputError, match=r"give"):
         checkpoint.save_json(tmp_path / name, {})
+    with pytest.raises(InputError, match=r"give"), storage.alone(tmp_path / name, tmp_path / name, "a run"):
+        pytest.fail("there is no such lock")
     assert entries(tmp_path) == []
 
 
@@ -419,7 +423,7 @@ def test_a_full_disk_is_one_error_and_leaves_everything(small_disk: Path):
 
 
 def test_a_folder_without_permission_is_one_error(tmp_path: Path):
-    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "empty").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o555)
 
     def somebody() -> None:  # where these tests run as root, whom no permission stops
@@ -433,9 +437,10 @@ def test_a_folder_without_permission_is_one_error(tmp_path: Path):
         lambda: checkpoint.save_json(Path("x.json"), {}),
         lambda: checkpoint.save(Path("x.safetensors"), TENSORS, {}),
         lambda: write("out"),
+        lambda: write("empty"),
     )
-    assert all("permission is missing: name a place that you may write to" in words for words in said), said
-    assert entries(tmp_path / "closed") == []
+    assert all("permission is missing" in words and "name a place that you may write to" in words for words in said)
+    assert entries(tmp_path / "closed") == ["empty"]
 
 
 WRITERS = re.compile(

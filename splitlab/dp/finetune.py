@@ -76,8 +76,8 @@ def finetune(
     base: Base,
     private: ImageSet,
     *,
-    out: Path,
-    cache: Path,
+    out: str | Path,
+    cache: str | Path,
     start: Tuned | None = None,
     history: Sequence[PrivacyEvent] = (),
     callback: Callback | None = None,
@@ -110,6 +110,7 @@ def finetune(
         InputError: before the first step: `out` holds other files, or a run of that folder or name is in progress;
             contradictory or unreachable settings, data that do not fit, or a checkpoint of other settings.
     """
+    cache = Path(cache)
     path = cache / f"dp-{name}.safetensors"
     written = storage.whole_folder(out, "finetune", known=FILES, apart={"cache": cache})
     with storage.alone(path, path.with_name(f".{path.name}.lock"), f"a fine-tuning named {name!r}"):
