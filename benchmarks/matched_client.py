@@ -15,7 +15,8 @@ attack.
 (`splitlab.guided`) that is best for 64 public hints, for 64 held-out ones, both against the whole hint; `guidance` is
 the one chosen. `control_iou` is as learned: at guidance 1 where clients disguise themselves (`splitlab.disguise`; they
 are asked with layouts), at control scale 1 of diffusers' pipeline elsewhere, and `control_iou_amplified` at
-`AMPLIFIED`; no control is 0.26 or less, the VAE 0.97. `colour_error*` is the mean absolute error of the ground's colour
+`AMPLIFIED`. No control and the VAE's own reconstruction are rows of the table. `colour_error*` is the mean absolute
+error of the ground's colour
 against the prompt, range 2. `*_seeds`: seed by seed, for pairing settings.
 
 Beside the settings: the same training on public data alone, and without defence for as few steps as a setting that has

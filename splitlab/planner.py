@@ -41,6 +41,7 @@ class Setting:
         control_iou: control after training (for photographs, agreement of edges); NaN where it was not measured.
         messages: from up to how many messages per image it was attacked.
         ideal: the largest share that somebody recognises who holds the candidates, by Bayes; NaN where not measured.
+        chance: the share that a guess identifies; NaN where the table does not say it.
     """
 
     defences: Defences
@@ -50,6 +51,7 @@ class Setting:
     control_iou: float
     messages: int = 1
     ideal: float = math.nan
+    chance: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Plan:
         """Say it in words that claim no more than was measured and proved."""
         one, defences = self.setting, self.setting.defences
         control = "" if math.isnan(one.control_iou) else f" Control {one.control_iou:.2f}."
+        chance = "" if math.isnan(one.chance) else f" (chance {one.chance:.0%})"
         ideal = "" if math.isnan(one.ideal) else f", somebody who holds the candidates {one.ideal:.0%}"
         prompt = (
             ""
@@ -85,8 +88,8 @@ class Plan:
         )
         of = "one message" if one.messages == 1 else f"up to {one.messages} messages per image"
         return (
-            f"{defences}: the strongest attack measured ({one.attack}) identifies {one.identification:.0%} from {of}"
-            f"{ideal}.{control} As differential privacy, for replacing an image and its hint, of norm up to "
+            f"{defences}: the strongest attack measured ({one.attack}) identifies {one.identification:.0%}{chance} "
+            f"from {of}{ideal}.{control} As differential privacy, for replacing an image and its hint, of norm up to "
             f"{defences.latent_norm:g}: per message μ = {self.mu_message:.1f}, ε = {self.epsilon_message:.4g}; per run "
             f"of {self.messages} messages per image μ = {self.mu_run:.1f}, ε = {self.epsilon_run:.4g} "
             f"(δ = {self.delta:g}), with secret draws. Beyond the attacks measured, nothing but that ε is guaranteed."
@@ -119,7 +122,8 @@ def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list
         psnr = float(rows["psnr_db"].max()) if "psnr_db" in rows else math.nan
         control = float(rows[asked].max()) if asked else math.nan
         messages = int(rows["messages"].max()) if "messages" in rows else 1
-        found.append(Setting(defences, identification, attack, psnr, control, messages, _ideal(rows)))
+        chance = float(rows["id_chance"].max()) if "id_chance" in rows else math.nan
+        found.append(Setting(defences, identification, attack, psnr, control, messages, _ideal(rows), chance))
     if utility is None:
         return found
     known = utility.groupby("defences")["control_iou"].agg(lambda values: values.mean(skipna=False)).to_dict()

@@ -73,7 +73,7 @@ FAMILIES = (
     ),
     Family(
         "Mixing by a secret key",
-        "Sixteen samples that share timestep and noise are mixed by a secret row-stochastic matrix. Subtracting the "
+        "Samples that share timestep and noise are mixed by a secret row-stochastic matrix. Subtracting the "
         "known noise leaves linear mixtures of latents, which blind source separation takes apart.",
         ("unmixing",),
         ("survey-shapes-mixing", "survey-shapes-mixing-fresh"),

@@ -226,7 +226,10 @@ def table(material: UpdateMaterial) -> HTML:
         ceiling = rows["ceiling_ssim"].iloc[0]
         note = "" if pd.isna(ceiling) else f" <small>SSIM of the VAE alone {ceiling:.2f}</small>"
         groups[html.escape(str(cell)) + note] = [_row(row) for _, row in rows.iterrows()]
-    return lay_out(columns, groups)
+    chances = sorted(material.table["id_chance"].dropna().unique())
+    among = ", ".join(f"{1 / chance:.0f} private images (chance {percent(chance)})" for chance in chances)
+    note = f'<p class="note"><i>Top-1</i>: identification among {among}.</p>' if among else ""
+    return HTML(f"{lay_out(columns, groups).data}{note}")
 
 
 def _row(row: pd.Series) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ TV = {"exact": 0.1, "denoiser": 0.025, "none": 0.3}
 """The default weight of total variation where latents are known exactly, and by prior where they are in noise.
 
 Chosen by PSNR on 32 public images each of shapes and photos, none of them among the 600 that played the attacker's
-own, between 0.01 and 5; a factor of two either way costs 0.3 dB or less. So were `LR` and the default steps.
+own, between 0.01 and 5. So were `LR` and the default steps.
 """
 
 LR = {"pixels": 0.015, "latents": 0.002}

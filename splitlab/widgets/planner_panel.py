@@ -16,7 +16,7 @@ from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported
 from splitlab.words import UNMEASURED
 
 TARGETS = (0.05, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0)
-"""Shares of images that the strongest attack may identify among 100."""
+"""Shares of images that the strongest attack may identify."""
 
 DELTA = 1e-5
 """δ of the guarantee that is stated beside the measurements."""
@@ -79,7 +79,7 @@ def proposal(found: Plan) -> str:
     """Show a plan in words, and as it is written into params.yaml."""
     one = found.setting
     numbers = {
-        "identified by the strongest attack (chance 1 %)": f"{one.identification:.0%}",
+        f"identified by the strongest attack (chance {one.chance:.0%})": f"{one.identification:.0%}",
         "by who holds the candidates": markup.number(100 * one.ideal, 0, "%", missing=UNMEASURED),
         "control": markup.number(one.control_iou, 2, missing=UNMEASURED),
         "ε of one message": epsilon(found.epsilon_message),
