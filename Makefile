@@ -22,13 +22,13 @@ MOVED := $(shell [ -s $(VENV)/.installed ] && [ "$$(< $(VENV)/.installed)" != "$
 .DEFAULT_GOAL := report
 
 setup: ## the environment, from the pinned lock
+	@python3 -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")'
 	@python3 pipeline/checkout.py room 0
 	@flock -n .cache/setup.lock true || echo "== waiting for another set-up of this folder"
 	@flock .cache/setup.lock $(MAKE) -s $(VENV)/.installed
 	@mkdir -p $(VENV)/etc/jupyter && ln -sfn ../../../pipeline/jupyter_server_config.py $(VENV)/etc/jupyter/
 
 $(VENV)/.installed: requirements.lock pyproject.toml $(if $(MOVED),FORCE)
-	@python3 -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")'
 	@python3 pipeline/checkout.py room 5
 	@echo "== installing into $(VENV) (about 3 minutes)"
 	python3 -m venv $(MOVED) $(VENV)
@@ -46,15 +46,17 @@ data: setup ## the shipped data and base model
 	@echo "== pulling the shipped data and base model"
 	dvc pull data.dvc pretrain
 
-report: ## run the pipeline, then render reports/index.html
-	@python3 pipeline/checkout.py room 2
+report: setup ## run the pipeline, then render reports/index.html
+	@python pipeline/checkout.py room 2
 	@flock -n -E 99 .cache/report.lock $(MAKE) --no-print-directory pipeline || { [ $$? -ne 99 ] || \
 		echo "error: another 'make report' is at work in this folder; wait until it has ended" >&2; exit 1; }
 
 pipeline: data
 	@dvc repro inputs
 	@echo "== training, runs side by side (5 to 10 minutes on 2 cores; interrupt and repeat as you like)"
-	dvc stage list --name-only | grep '^train@' | xargs -d '\n' -P "$$(nproc)" -n 1 dvc --wait-for-lock repro --single-item
+	@# A run that fails (255) must not keep the others from being started.
+	dvc stage list --name-only | grep '^train@' \
+		| xargs -d '\n' -P "$$(nproc)" -n 1 bash -c 'dvc --wait-for-lock repro --single-item "$$0" || exit 1'
 	@echo "== running the rest of the pipeline (about 20 minutes on 2 cores)"
 	dvc repro
 	@echo "== rendering the report"
