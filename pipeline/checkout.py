@@ -32,15 +32,15 @@ def files() -> str | None:
     """Return what lies in `data/` or `models/base` and is not the project's; None if nothing does."""
     from ruamel.yaml import YAML
 
-    yaml = YAML(typ="safe")
-    outs = yaml.load((ROOT / "data.dvc").read_text())["outs"]
+    reader = YAML(typ="safe")
+    outs = reader.load((ROOT / "data.dvc").read_text())["outs"]
     shipped = {Path(out["path"]): out["md5"] for out in outs}
     if strange := list(_strange(Path("data"), shipped)):
         return (
             f"{_some(strange)} in data/, which is for the shipped data sets alone. Nothing was changed, copied or "
             "deleted. Move what is yours to any place outside data/ and name it in the section datasets of params.yaml"
         )
-    (base,) = yaml.load((ROOT / "dvc.lock").read_text())["stages"]["pretrain"]["outs"]
+    (base,) = reader.load((ROOT / "dvc.lock").read_text())["stages"]["pretrain"]["outs"]
     if (listed := _listed(base)) is not None and (strange := list(_strange(Path(base["path"]), listed))):
         return (
             f"{_some(strange)} in {base['path']}/, which is for the shipped base model. Nothing was changed, copied or "

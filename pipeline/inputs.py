@@ -10,6 +10,7 @@ only: it takes a fraction of a second, where importing `splitlab` takes many.
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -194,6 +195,15 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _is_digests(path: Path) -> bool:
+    """Say whether a file holds digests and nothing else: what is somebody's own stays where it is."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return all(re.fullmatch("[0-9a-f]{64}", value) for value in content.values())
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def main() -> int:
     """Bring `inputs/` up to date; what is right already is not touched."""
     params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -209,7 +219,7 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, text)
     for path in folder.rglob("*.json"):
-        if path.relative_to(folder).as_posix() not in files:
+        if path.relative_to(folder).as_posix() not in files and _is_digests(path):
             path.unlink()
     digests.keep()
     return 0

@@ -75,6 +75,14 @@ def test_what_is_right_is_not_touched_and_what_is_stale_goes(project: Path) -> N
     assert changed(project, before) == {"data/train/path.json", "data/evaluate.json", "data/figures.json"}
 
 
+@pytest.mark.parametrize("content", ['{"image": "a.png"}', "[]", "{", '{"n": 1}'])
+def test_files_of_others_stay_where_they_are(project: Path, content: str) -> None:
+    written(project)
+    mine = project / "inputs" / "prompt.json"
+    mine.write_text(content)
+    assert written(project)["prompt.json"] == content
+
+
 def test_a_change_of_private_data_concerns_their_runs_alone_and_no_attack(project: Path, tmp_path: Path) -> None:
     before = written(project)
     (tmp_path / "mine/private/mine-private.png").write_bytes(b"other pixels of " * 2)

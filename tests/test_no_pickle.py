@@ -71,10 +71,10 @@ def code_of(path: Path) -> str:
 
 SOURCES = sorted(
     path
-    for folder in ("splitlab", "notebooks", "benchmarks")
+    for folder in ("splitlab", "notebooks", "benchmarks", "pipeline")
     for pattern in ("*.py", "*.ipynb")
     for path in (ROOT / folder).rglob(pattern)
-    if ".ipynb_checkpoints" not in path.parts
+    if ".ipynb_checkpoints" not in path.parts and path.name != "cases.py"  # which makes such files, to be refused
 )
 
 
