@@ -1,10 +1,10 @@
 """Change messages and files at random, and count what becomes of them: reports/metrics/fuzz.csv.
 
-`python benchmarks/fuzz.py` tries 100,000 messages, transcripts, updates, images and tables, and a fifth as many of what
-only splitlab writes (half an hour on one core); `--n`, `--only` and `--seed` choose others, and then nothing is written.
-A crash is any error but InputError. Out of range is what was accepted and does not pass the checks that
-`tests/fuzz_checks.py` makes apart from the package. Either prints the try's number, which with the seed makes it again; a
-run that has one exits with 1.
+`python benchmarks/fuzz.py` tries 100,000 messages, transcripts, updates, images and tables each, and a fifth as many of
+what only splitlab writes (half an hour on one core); `--n`, `--only` and `--seed` choose others, and then nothing is
+written. A crash is any error but InputError. Out of range is what was accepted and does not pass the checks that
+`tests/fuzz_checks.py` makes apart from the package. Either prints the try's number, which with the seed makes it again;
+a run that has one exits with 1.
 """
 
 import argparse
