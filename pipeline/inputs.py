@@ -20,6 +20,8 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("private", "public", "heldout", "private_test")
+RECORDED = ("grid", "accumulate", "attacks", "epoch_attacks", "messages", "epochs", "epoch_samples")
+"""Keys of the section `survey` that training what a defence costs does not look at; DVC cannot leave some out."""
 Split = tuple[str, str]
 """(data set, split)."""
 
@@ -174,13 +176,18 @@ def notebook_digest(path: Path) -> str:
 
 def written(params: Mapping[str, Any], digests: Digests) -> dict[str, dict[str, Any]]:
     """Return file below `inputs` -> its content."""
-    notebooks = (ROOT / "notebooks").glob("*.ipynb")
-    files: dict[str, dict[str, Any]] = {f"notebooks/{p.stem}.json": {"cells": notebook_digest(p)} for p in notebooks}
+    run = sorted(set(re.findall(r"notebooks/(\w+)\.ipynb", (ROOT / "dvc.yaml").read_text(encoding="utf-8"))))
+    notebooks = {name: ROOT / "notebooks" / f"{name}.ipynb" for name in run}
+    files: dict[str, dict[str, Any]] = {
+        f"notebooks/{name}.json": {"cells": notebook_digest(path)} for name, path in notebooks.items()
+    }
     source = params["base"]["source"]  # the shipped base is a stage's output: those that need it depend on it
     files["base.json"] = {"source": source if _path(source) == _path("models/base") else digests.content(source)}
     for stage, pairs in reads(params).items():
         found = {f"{name}/{split}": digests.split(name, split, params) for name, split in sorted(pairs)}
         files[f"data/{stage}.json"] = {name: value for name, value in found.items() if value}
+    trained = {name: value for name, value in params["survey"].items() if name not in RECORDED}
+    files["data/survey-utility.json"]["survey"] = _digest(trained)
     for name, model in params["updates"].get("models", {}).items():
         source = model.get("source", "")
         if source and not _path(source).is_relative_to(ROOT / "runs"):  # that of a run is a stage's output

@@ -22,10 +22,12 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of two runs on data that lie outside it, and one notebook."""
+    """A project of two runs on data that lie outside it, and two notebooks."""
     root = tmp_path / "project"
     (root / "notebooks").mkdir(parents=True)
     shutil.copy(ROOT / "notebooks/train.ipynb", root / "notebooks/train.ipynb")
+    shutil.copy(ROOT / "notebooks/explore.ipynb", root / "notebooks/explore.ipynb")  # no stage
+    (root / "dvc.yaml").write_text("stages: {train: {cmd: papermill notebooks/train.ipynb}}\n")
     for name in ("mine", "other"):
         for split in ("private", "public", "heldout"):
             folder = tmp_path / name / split
@@ -68,6 +70,7 @@ def set_params(project: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def test_what_is_right_is_not_touched_and_what_is_stale_goes(project: Path) -> None:
     before = written(project)
+    assert [name for name in before if name.startswith("notebooks/")] == ["notebooks/train.json"]
     times = {path: path.stat().st_mtime_ns for path in (project / "inputs").rglob("*.json")}
     assert changed(project, before) == set()
     assert {path: path.stat().st_mtime_ns for path in (project / "inputs").rglob("*.json")} == times
@@ -205,6 +208,16 @@ def test_an_own_base_model_is_a_digest_of_its_files(project: Path, tmp_path: Pat
     before = written(project)
     (tmp_path / "model/weights").write_bytes(b"2")
     assert changed(project, before) == {"base.json"}
+
+
+def test_what_a_defence_costs_depends_on_how_it_is_trained_not_on_attacks(project: Path) -> None:
+    before = written(project)
+    set_params(project, lambda params: params["survey"].update(attacks=[{"attack": "mean_public"}], messages=3))
+    assert changed(project, before) == set()
+    for key in ({"settings": {"none": {}}}, {"steps": 3}, {"published_key": 1}, {"batch_size": 8}):
+        before = written(project)
+        set_params(project, lambda params, key=key: params["survey"].update(key))
+        assert changed(project, before) == {"data/survey-utility.json"}, key
 
 
 def test_an_own_model_that_federated_clients_train_counts(project: Path, tmp_path: Path) -> None:
