@@ -147,7 +147,6 @@ def whole_folder(
     path: str | Path,
     maker: str,
     *,
-    private: bool = False,
     known: Sequence[str] = (),
     apart: Mapping[str, Path] | None = None,
 ) -> Iterator[Path]:
@@ -160,7 +159,6 @@ def whole_folder(
     Args:
         path: the folder; if it is a symbolic link, what it points to.
         maker: who writes it, e.g. "train".
-        private: only its owner may open it (mode 0700).
         known: patterns of the files that `maker` writes, to recognise folders of versions that left no marker.
         apart: what must not lie in `path`, by the argument that names it.
 
@@ -176,7 +174,7 @@ def whole_folder(
                 _recover(workshop, place)
                 _check_replaceable(place, maker, known)
                 (workshop / "new").mkdir()
-                (workshop / "new").chmod(0o700 if private else _mode(place, workshop / "new"))
+                (workshop / "new").chmod(_mode(place, workshop / "new"))
             yield workshop / "new"
             with writing(place):
                 _mark(workshop / "new", maker)

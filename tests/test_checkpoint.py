@@ -102,13 +102,10 @@ def test_private_files_are_their_owners_alone_and_others_follow_the_umask(tmp_pa
     try:
         checkpoint.save(tmp_path / "x.safetensors", TENSORS, {}, private=private)
         checkpoint.save_json(tmp_path / "x.json", {"a": 1}, private=private)
-        with storage.whole_folder(tmp_path / "folder", "test", private=private) as folder:
-            checkpoint.save_json(folder / "x.json", {})
     finally:
         os.umask(before)
     files = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("x.safetensors", "x.json")]
     assert files == [mode, mode]
-    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == (0o700 if private else 0o750)
 
 
 def test_a_private_file_is_closed_to_others_while_it_is_written(tmp_path: Path):
