@@ -54,7 +54,7 @@ class Update:
             raise InputError(f"update: kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if self.objective not in OBJECTIVES:
             raise InputError(f"update: objective {self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
-        if self.size < 1:
+        if min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
             raise InputError(f"update: size must be 1 or more, got {self.size}")
         smallest = 0.0 if self.kind == "gradient" else math.ulp(0.0)
         if self.local_steps < 1 or not smallest <= self.lr < math.inf:
