@@ -29,7 +29,7 @@ def _main(own: list[Leak]) -> list[str]:
     if not best:
         return ["No run of S1's split with defences was attacked."]
     names = " and ".join(dict.fromkeys(attack_label(leak.attack) for leak in best))
-    picks = _picks(best)
+    picks = _picks(own, best)
     if min(leak.least for leak in best) < FULL:
         least, most = percent(min(leak.least for leak in best)), percent(max(leak.most for leak in best))
         holds = " in part" if max(leak.most for leak in best) > LITTLE else ""
@@ -54,15 +54,16 @@ def _main(own: list[Leak]) -> list[str]:
     return [first, why]
 
 
-def _picks(best: list[Leak]) -> str:
-    """Say how many private images the strongest attacks identify, run by run at the least."""
-    shares = [leak.id_top1 for leak in best]
-    if any(map(math.isnan, shares)):
+def _picks(own: list[Leak], best: list[Leak]) -> str:
+    """Say how many private images are identified, in the run where it is fewest, by the attack that identifies most."""
+    most = {leak.run: max(one.id_top1 for one in own if one.run == leak.run) for leak in best}
+    if any(math.isnan(leak.id_top1) for leak in own):
         return f"how many private images it picks out of a line-up was {UNMEASURED} in every run"
-    least = percent(min(shares))
+    who = "it" if all(leak.id_top1 == most[leak.run] for leak in best) else "the attack that identifies most"
+    least = percent(min(most.values()))
     picks = least if least == percent(1.0) else f"at least {least}"
     chance = percent(max(leak.id_chance for leak in best))
-    return f"it picks {picks} of the private images out of a line-up (chance {chance})"
+    return f"{who} picks {picks} of the private images out of a line-up (chance {chance})"
 
 
 def _floor(evidence: Evidence, found: list[Leak]) -> list[str]:

@@ -4,11 +4,9 @@
 """
 
 import argparse
-import base64
 import html
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from IPython.display import HTML, Markdown
 from splitlab import html as pages
 from splitlab.artefacts import load_reconstruction, read_table
 from splitlab.attacks import ATTACKS, NO_INFORMATION
+from splitlab.cells import DASH, figure, in_words, lay_out, mean_of, number
 from splitlab.checkpoint import load_json
 from splitlab.claims import Claim, Evidence, claims, message_sizes
 from splitlab.errors import InputError
@@ -30,9 +29,8 @@ from splitlab.privacy import SIMULATED_NOTE, epsilon_words, recorded_epsilon
 from splitlab.seeds import PUBLISHED
 from splitlab.storage import write_text
 from splitlab.tables import read_timed
-from splitlab.words import SCHEME_WORDS, UNSCORED, attack_label, counted, percent
+from splitlab.words import SCHEME_WORDS, attack_label, counted, percent
 
-DASH = "–"
 _WHOLE = ("bytes.png", "tradeoff.png", "tradeoff.csv")
 _FOLDERS = {
     "runs": "runs",
@@ -133,31 +131,6 @@ def summary(material: Material) -> Markdown:
 
 
 # Tables
-
-
-def lay_out(columns: Mapping[str, str], groups: Mapping[str, Iterable[Sequence[str]]]) -> HTML:
-    """Lay out cells that are HTML already; `columns` maps titles to CSS classes, `groups` headings (or "") to rows."""
-    body = []
-    for title, rows in groups.items():
-        if title:
-            body.append(f'<tr class="group"><th colspan="{len(columns)}" scope="rowgroup">{title}</th></tr>')
-        for row in rows:
-            cells = (f'<td class="{kind}">{cell}</td>' for kind, cell in zip(columns.values(), row, strict=True))
-            body.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f'<th class="{kind}" scope="col">{title}</th>' for title, kind in columns.items())
-    return HTML(f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
-
-
-def number(value: Any, digits: int = 0, *, scale: float = 1.0) -> str:
-    """Write a number for a table cell; a dash where there is none."""
-    return DASH if value is None or pd.isna(value) else f"{float(value) * scale:,.{digits}f}"
-
-
-def in_words(defences: str) -> str:
-    """Say a table's defences cell in words."""
-    words = {"symsigmoid": "symsigmoid", "half": "16 bits", "hide_prompts": "hidden prompts"}
-    parts = [words.get(part, part.replace("_", " ").replace("=", " ")) for part in defences.split()]
-    return ", ".join(parts) if parts else "none"
 
 
 def runs_table(material: Material) -> HTML:
@@ -276,17 +249,6 @@ def _attack_row(attack: str, rows: pd.DataFrame) -> tuple[str, ...]:
     )
 
 
-def mean_of(values: pd.Series, applies: bool, digits: int | None = None, *, missing: str = UNSCORED) -> str:
-    """Write the mean of a column, as a percentage without `digits`; a dash where there is no such number.
-
-    `missing` where a part of the values is missing: the mean of the others would be one over fewer than is said.
-    """
-    if not applies:
-        return DASH
-    mean = float(values.mean(skipna=False))
-    return missing if math.isnan(mean) else percent(mean) if digits is None else number(mean, digits)
-
-
 def cost_table(material: Material) -> HTML:
     """Show what each scheme costs: bytes, seconds and memory, with the machine they were measured on."""
     columns = {"run": "name", "scheme": ""} | dict.fromkeys(
@@ -358,13 +320,6 @@ def _packages(timing: Mapping[str, Any]) -> str:
 
 
 # Pictures
-
-
-def figure(path: Path, caption: str) -> str:
-    """Return a picture as HTML, embedded."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    label = html.escape(caption, quote=True)
-    return f'<figure><img alt="{label}" src="data:image/png;base64,{data}"><figcaption>{label}</figcaption></figure>'
 
 
 def leakage(material: Material) -> HTML:

@@ -9,9 +9,10 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab.attacks import NO_INFORMATION
+from splitlab.cells import DASH, figure, in_words, lay_out, number
 from splitlab.guarantees import DELTA
 from splitlab.privacy import SIMULATED_NOTE, epsilon_words
-from splitlab.report import DASH, Material, figure, in_words, lay_out, number
+from splitlab.report import Material
 from splitlab.verdicts import STOPPED, SURVEY, pooled
 from splitlab.words import FIELD_WORDS, UNMEASURED, UNSCORED, attack_label, percent
 

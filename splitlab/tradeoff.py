@@ -274,7 +274,7 @@ def _controlled(row: Mapping[Hashable, Any], table: pd.DataFrame, measure: str) 
     undefended = ("none", f"(none, {row['steps']:.0f} steps)")
     plain = table[table["setting"].isin(undefended) & table["steps"].eq(row["steps"])]
     return {
-        "utility_of": column.replace("_iou", " IoU").replace("_edges", " edges").replace("_", ", "),
+        "utility_of": f"{measure.replace('_iou', ' IoU').replace('_', ' ')} under guidance",
         "utility": float(row[column]),
         "spread": float(row[f"{column}_std"]),
         "reference": float(plain[column].mean(skipna=False)),
@@ -343,7 +343,7 @@ def _private(table: pd.DataFrame) -> list[dict]:
                 "chance": 0.5,
                 "ceiling": membership_ceiling(own["epsilon"].max(), own["delta"].max()) if private else math.nan,
                 "ceiling_by": "the guarantee, against every test" if private else "",
-                "utility_of": "accuracy downstream",
+                "utility_of": "accuracy downstream" + ("" if len(same) else "; no defence: attention only"),
                 "utility": own["downstream_acc"].mean(skipna=False),
                 "spread": own["downstream_acc"].std(skipna=False),
                 "reference": reference["downstream_acc"].mean(skipna=False),

@@ -6,8 +6,9 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab.artefacts import read_table
+from splitlab.cells import DASH, figure, lay_out, number
 from splitlab.privacy import SIMULATED_NOTE, epsilon_words
-from splitlab.report import DASH, Material, figure, lay_out, number
+from splitlab.report import Material
 from splitlab.tradeoff import MEMBERSHIP, PUBLIC_DATA, SPLIT, full_name
 from splitlab.tradeoff_figures import LOOKS
 from splitlab.words import UNMEASURED, counted, percent
@@ -100,7 +101,8 @@ def table(points: pd.DataFrame) -> HTML:
         "per image up to as many as stated, which is a whole run's only where it is more than one. <i>At most</i>: "
         "what no attacker can exceed on that scale: somebody who holds the candidates and weighs them by Bayes, or any "
         "membership test against the ε printed. <i>Kept</i>: (utility − no private data) / (no defence − no private "
-        f"data). <i>n</i>: attacked samples; <i>seeds</i>: of training. {SIMULATED_NOTE}"
+        "data). <i>Control under guidance</i>: of held-out hints, at the guidance best for public ones, after as "
+        f"many steps. <i>n</i>: attacked samples; <i>seeds</i>: of training. {SIMULATED_NOTE}"
     )
     left = f'<p class="note">Left out of the picture: {reasons}.</p>' if reasons else ""
     return HTML(f'{lay_out(columns, groups).data}<p class="note">{note}</p>{left}')

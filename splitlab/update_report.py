@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import HTML, Markdown
 
+from splitlab.cells import DASH, figure, lay_out, number
 from splitlab.claims import HOLDS, PARTLY, REFUTED
 from splitlab.errors import InputError
 from splitlab.inversion.saved import NO_INFORMATION
-from splitlab.report import DASH, figure, lay_out, number
 from splitlab.tables import read_timed
 from splitlab.words import UNMEASURED, counted, inversion_label, percent
 

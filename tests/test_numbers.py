@@ -110,7 +110,7 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
         ),
         (
             r"hold identification by image, hint or both to (\S+ %) \((\S+ %) for who holds the candidates\), at a "
-            r"control IoU of (\S+ ± \S+), where the same training without defence has (\S+ ± \S+):",
+            r"control IoU under guidance of (\S+ ± \S+), where the same training without defence has (\S+ ± \S+):",
             lambda: (
                 share(setting("turned", "id_worst")),
                 share(ideal(SETTINGS["shapes"].loc[["turned"]])),
@@ -120,9 +120,8 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
         ),
         (
             r"from the (\d+) messages that a run sends of an image, who holds the candidates recognises (\S+ %) "
-            r"of them. "
-            r"Noise that is drawn once per image keeps it at (\S+ %) however many are sent, at a control IoU of "
-            r"(\S+ ± \S+) \(without defence, after as few steps, (\S+ ± \S+)\)",
+            r"of them. Noise that is drawn once per image keeps it at (\S+ %) however many are sent, at a control "
+            r"IoU under guidance of (\S+ ± \S+) \(without defence, after as few steps, (\S+ ± \S+)\)",
             lambda: (
                 str(TABLES["whole_run"]["messages"].max()),
                 share(run("turned", "id_both_ideal")),
@@ -132,8 +131,8 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
             ),
         ),
         (
-            r"public circles alone reaches a control IoU of (\S+ ± \S+), one trained on private circles without any "
-            r"defence (\S+ ± \S+),",
+            r"public circles alone reaches a control IoU under guidance of (\S+ ± \S+), one trained on private "
+            r"circles without any defence (\S+ ± \S+),",
             lambda: (spread("(public data only)"), spread("none")),
         ),
         (
@@ -396,6 +395,14 @@ def test_a_stated_number_is_that_of_the_tables(
     assert len(found) == 1, f"{document} says it {len(found)} times: {pattern}"
     said = found[0] if isinstance(found[0], tuple) else (found[0],)
     assert tuple(said) == computed()
+
+
+def test_no_number_of_the_findings_goes_unchecked() -> None:
+    section = DOCUMENTS["README.md"].split("## What it found ")[1].split(" ## ")[0]
+    for pattern, _ in STATED["README.md"]:
+        section = re.sub(pattern, "", section)
+    left = re.findall(r"(?<![\w.])\d[\d.,]*", re.sub(r"\[[^]]*\]\([^)]*\)", "", section))
+    assert left == ["0.5", "64", "64"], "what guessing gets by AUC, and the hints that control is measured on"
 
 
 def test_what_the_readme_says_without_numbers_holds_in_the_tables() -> None:

@@ -11,7 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from splitlab import claims, html, report
+from splitlab import cells, claims, html, report
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
 
@@ -148,7 +148,7 @@ def test_defences_are_read_from_the_tables_words() -> None:
     assert claims.strength(words, "timestep_floor") == 600
     assert claims.strength(words, "symsigmoid") == 1
     assert claims.strength("none", "symsigmoid") == 0
-    assert report.in_words(words) == "timestep floor 600, symsigmoid, fixed noise 0.5, 16 bits, hidden prompts"
+    assert cells.in_words(words) == "timestep floor 600, symsigmoid, fixed noise 0.5, 16 bits, hidden prompts"
 
 
 def test_the_page_loads_nothing(index: Path) -> None:

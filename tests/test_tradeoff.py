@@ -111,6 +111,7 @@ def test_private_fine_tuning_is_measured_from_what_is_public_to_what_has_no_nois
     assert own["ceiling"] == pytest.approx(math.tanh(0.5), abs=1e-3)
     full = points[points["scheme"] == tradeoff.DP_FULL].iloc[0]
     assert full["kept"] < 0  # worse than public, against attention's ε = ∞: its own was not run
+    assert full["utility_of"] == "accuracy downstream; no defence: attention only"
     assert full["leak"] == 0.0
 
 
@@ -237,7 +238,7 @@ def test_control_is_compared_asked_alike_and_after_as_many_steps(metrics: Path) 
     found = points[points["n"].eq(300)].set_index("setting")
     assert found["kept"][["none", "long", "short"]].tolist() == pytest.approx([1.0, 0.5, 0.5])
     assert found["reference"][["long", "short"]].tolist() == [0.9, 0.8]
-    assert set(found["utility_of"]) == {"control IoU, guided"}
+    assert set(found["utility_of"]) == {"control IoU under guidance"}
     assert found["left_out"]["other"] == "the same training without defence was not measured"
     assert found["left_out"]["unasked"] == "its utility was not measured"
 

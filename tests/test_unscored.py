@@ -1,6 +1,7 @@
 """What was not scored or not measured, in the report: never a number, never "no", never a verdict."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 from test_report import attack_at, evidence, verdicts
 
-from splitlab import claims, report, survey_figures, survey_report
+from splitlab import cells, claims, report, survey_figures, survey_report, update_report
 from splitlab.dp import figures as dp_figures
 from splitlab.dp import report as dp_report
 from splitlab.evaluate import summary
@@ -84,10 +85,10 @@ def test_the_attack_table_says_what_was_not_scored(material: report.Material, co
 
 
 def test_a_dash_is_what_an_attack_does_not_try() -> None:
-    assert report.mean_of(pd.Series([math.nan, math.nan]), applies=False) == report.DASH
-    assert report.mean_of(pd.Series([0.5, math.nan]), applies=True) == UNSCORED
-    assert report.mean_of(pd.Series([0.5, 1.0]), applies=True) == percent(0.75)
-    assert report.mean_of(pd.Series([0.5, 1.0]), applies=True, digits=2) == "0.75"
+    assert cells.mean_of(pd.Series([math.nan, math.nan]), applies=False) == cells.DASH
+    assert cells.mean_of(pd.Series([0.5, math.nan]), applies=True) == UNSCORED
+    assert cells.mean_of(pd.Series([0.5, 1.0]), applies=True) == percent(0.75)
+    assert cells.mean_of(pd.Series([0.5, 1.0]), applies=True, digits=2) == "0.75"
 
 
 @pytest.mark.parametrize("column", ["up_bytes_per_sample", "down_bytes_per_sample"])
@@ -154,7 +155,7 @@ def test_a_mean_over_seeds_is_over_all_of_them_or_is_none(column: str, tmp_path:
     row = next(part for part in dp_report.table(found).data.split("<tr>") if "attention only" in part)
     assert row.count(f">{UNMEASURED}<") == 1
     if column == "downstream_acc":
-        assert f"{UNMEASURED} (ε = 1)" in dp_report.conclusion(found).data
+        assert re.search(rf"{UNMEASURED} \([^)]*ε = 1\)", dp_report.conclusion(found).data)
     if column == "audit_epsilon_lb":
         assert f"{UNMEASURED}: 1 run" in dp_report.claims_table(found).data
 
@@ -165,3 +166,41 @@ def test_a_curve_has_no_point_where_a_seed_is_missing() -> None:
         for table in (seeds("frechet"), seeds("downstream_acc"))
     ]
     assert [len(places) for places in lines] == [2, 1]
+
+
+def updates(tmp_path: Path, *rows: dict) -> update_report.UpdateMaterial:
+    common = {"defence": "none", "level": math.nan, "knowledge": "the update", "ceiling_ssim": math.nan, "cpu_s": 1.0}
+    common |= dict.fromkeys(("ssim", "ssim_std", "psnr_db", "timestep_exact", "prompt_exact", "id_top1"), math.nan)
+    common |= {"id_chance": 0.01, "n": 2, "n_seeds": 1, "n_evals": 5, "refused": None}
+    table = pd.DataFrame([common | row for row in rows]).astype({"refused": object})
+    return update_report.UpdateMaterial(table, tmp_path)
+
+
+def verdicts_of(material: update_report.UpdateMaterial) -> list[str]:
+    return re.findall(r'<span class="verdict [^"]*">([^<]*)</span>', update_report.claims_table(material).data)
+
+
+def test_an_update_that_gave_nothing_back_is_counted_and_refusals_are_told(tmp_path: Path) -> None:
+    good = {"cell": "a", "attack": "unknown_noise", "ssim": 0.99}
+    refused = {"cell": "b", "attack": "unknown_noise", "refused": "it cannot"}
+    times = {"cell": "a", "attack": "timesteps", "timestep_exact": 1.0}
+    silent = {"cell": "b", "attack": "timesteps", "refused": "frozen"}
+    assert verdicts_of(updates(tmp_path, good, times))[1:] == [claims.HOLDS, claims.HOLDS]
+    found = updates(tmp_path, good, refused, times, silent)
+    assert verdicts_of(found)[1] == claims.PARTLY
+    assert "b: nothing was recovered or scored" in update_report.claims_table(found).data
+    for said in (update_report.claims_table(found).data, update_report.conclusion(found).data):
+        assert "in 1 further cell the attack was refused" in said
+
+
+def test_timesteps_that_never_come_back_refute_and_unscored_ones_do_not(tmp_path: Path) -> None:
+    good = {"cell": "a", "attack": "unknown_noise", "ssim": 0.99}
+    times = {"cell": "a", "attack": "timesteps"}
+    for exact, verdict in ((0.0, claims.REFUTED), (0.5, claims.PARTLY), (1.0, claims.HOLDS), (math.nan, UNMEASURED)):
+        assert verdicts_of(updates(tmp_path, good, times | {"timestep_exact": exact}))[2] == verdict
+    assert f"from random starts, in {UNMEASURED}" in update_report.claims_table(updates(tmp_path, good, times)).data
+
+
+def test_the_line_up_of_updates_is_that_of_the_table(tmp_path: Path) -> None:
+    found = updates(tmp_path, {"cell": "a", "attack": "unknown_noise", "ssim": 0.9, "id_chance": 0.125})
+    assert "among 8 private images" in update_report.table(found).data

@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import HTML, Markdown
 
+from splitlab.cells import DASH, figure, lay_out, mean_of, number
 from splitlab.claims import HOLDS, PARTLY, REFUTED
 from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.errors import InputError
 from splitlab.privacy import SIMULATED_NOTE, epsilon_words, randomness_of
-from splitlab.report import DASH, figure, lay_out, mean_of, number
 from splitlab.seeds import SECRET
 from splitlab.tables import read_timed
 from splitlab.tradeoff import nominal
