@@ -422,6 +422,16 @@ def test_a_full_disk_is_one_error_and_leaves_everything(small_disk: Path):
     assert everything(small_disk) == before
 
 
+def test_a_disk_that_is_read_only_is_one_error(small_disk: Path):
+    checkpoint.save_json(small_disk / "x.json", {"a": 1})
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for path in (small_disk / "x.json", small_disk / "deeper" / "x.json"):
+        with pytest.raises(InputError, match="the disk is read-only: name another place; what was there before is"):
+            checkpoint.save_json(path, {})
+    refused(small_disk / "out", "the disk is read-only")
+    assert (small_disk / "x.json").read_text() == '{\n "a": 1\n}\n'
+
+
 def test_a_folder_without_permission_is_one_error(tmp_path: Path):
     (tmp_path / "closed" / "empty").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o555)
