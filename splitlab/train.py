@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -166,7 +167,12 @@ def _train(
     """Train, with checkpoints at `state`, and write all outputs to the empty `folder`; return the record."""
     (private, heldout, public), cache = data, state.parent
     public_too = {"public": public} if public else {}
-    refuse_overlap({"private": private, "heldout": heldout} | public_too, dataset=config.dataset)
+    splits = {"private": private} | public_too
+    if heldout is private:  # one set passed twice is meant; splits that were loaded by name are two
+        warnings.warn("the held-out images are the private ones: all scores are scores on training data", stacklevel=3)
+    else:
+        splits["heldout"] = heldout
+    refuse_overlap(splits, dataset=config.dataset)
     asked = heldout.subset(range(min(config.eval_samples, len(heldout))))
     prompts, hints = asked.need_prompts(), asked.need_hints()
     clients = make_clients(base, private, config, key=key, cache=cache)
