@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from splitlab.artefacts import read_table
+from splitlab.attacks import NO_INFORMATION
 from splitlab.paths import ROOT
 from splitlab.tradeoff import nominal
 from splitlab.words import percent
@@ -513,6 +514,24 @@ def test_the_tables_of_shares_are_the_tracked_one() -> None:
         assert one == f"{100 * single['identified'] + 1e-9:.1f} %"
         interval = f" ({100 * whole['low']:.0f}–{100 * whole['high']:.0f})" if whole["identified"] < 1 else ""
         assert every == f"{share(whole['identified'])}{interval}"
+
+
+def test_the_table_of_noise_and_floor_is_joined_from_the_tracked_ones() -> None:
+    full = read_table(ROOT / "reports/full-grid/split_attacks.csv")
+    text = (ROOT / "docs/measurements.md").read_text().split("**How far noise and floor can be pushed**")[1]
+    lines = re.findall(r"^\| (.*) \|$", text.split("## Hiding")[0], re.M)[1:]
+    assert len(lines) == 9
+    for line in lines:
+        words, name, control, low, high = line.split(" | ")
+        data, attacks = ("photos", TABLES["split_attacks"]) if words.startswith("photos") else ("shapes", full)
+        own = attacks[attacks["run"].eq(f"survey-{data}-{name.strip('`')}") & ~attacks["attack"].isin(NO_INFORMATION)]
+        most = own.groupby("t_low")["id_top1"].max()
+        cost = TABLES["utility"]
+        cost = cost[cost["dataset"].eq(data) & cost["setting"].eq(name.strip("`"))].iloc[0]
+        assert control == f"{cost['control_iou' if data == 'shapes' else 'control_edges']:.2f}", name
+        assert low == share(most.iloc[0]), name
+        assert high == (share(most[800]) if 800 in most else "nothing sent there"), name
+        assert own["hint_id_top1"].max() == 1.0, name
 
 
 def test_the_table_of_secret_keys_is_the_tracked_one() -> None:
