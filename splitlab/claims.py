@@ -226,10 +226,10 @@ def _prompt_hiding(evidence: Evidence) -> Claim:
 
 def _prompts_read(rows: pd.DataFrame) -> str:
     """Say how many prompts the attacks read, where they are sent and where they are hidden."""
-    read = rows.dropna(subset=["prompt_exact"])
     parts = [
-        f"{attack_label(str(attack))} on {run} gets {percent(own['prompt_exact'].mean())} exactly right"
-        for (run, attack), own in read.groupby(["run", "attack"], sort=False)
+        f"{attack_label(str(attack))} on {run} gets {percent(own['prompt_exact'].mean(skipna=False))} exactly right"
+        for (run, attack), own in rows.groupby(["run", "attack"], sort=False)
+        if own["prompt_exact"].notna().any()
     ]
     return f" Of prompts, {'; '.join(parts)}." if parts else ""
 

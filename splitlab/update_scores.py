@@ -70,7 +70,8 @@ def _row(
     for seed, (one, truth) in enumerate(zip(saved, truths, strict=True)):
         for key, values in score_inversion(one, truth, cell, private, seed=seed).items():
             scores.setdefault(key, []).append(values)
-    pooled = {key: torch.cat(values).double() for key, values in scores.items()}
+    whole = {key: values for key, values in scores.items() if len(values) == len(saved)}  # refused once: no mean
+    pooled = {key: torch.cat(values).double() for key, values in whole.items()}
     mean: Mapping[str, float] = {key: float(values.mean()) for key, values in pooled.items()}
     n = sum(len(truth) for truth in truths)
     return {

@@ -18,7 +18,7 @@ from splitlab.federated import pixel_unet, share
 from splitlab.inversion.brought import attack_gradient
 from splitlab.inversion.saved import NO_INFORMATION, SavedInversion, load_inversion, save_inversion
 from splitlab.update_explore import Inverted, side_by_side
-from splitlab.update_scores import COLUMNS, matched, score_inversion
+from splitlab.update_scores import COLUMNS, _row, matched, score_inversion
 from splitlab.update_survey import (
     Case,
     Cell,
@@ -141,6 +141,23 @@ def test_an_attack_that_cannot_says_why(base: Base, private: ImageSet, tmp_path:
     saved = load_inversion(tmp_path / "inv" / "pixel-tiny-t100-b1" / "dlg-0.safetensors")
     assert saved.images is None
     assert "needs knowledge.noise" in saved.refused
+
+
+def test_an_attack_that_was_refused_once_has_no_mean_over_the_other_seeds(
+    base: Base, private: ImageSet, tmp_path: Path
+):
+    one = config(case())
+    record_updates(one, base, tiny.splits(private), out=tmp_path)
+    attack_updates(one, base, tiny.splits(private), recorded=tmp_path, out=tmp_path / "inv")
+    ((cell, _, _),) = one.cells
+    truth = read_update_truth(tmp_path / "truth" / cell.name / "0.safetensors")
+    found = load_inversion(tmp_path / "inv" / cell.name / "timesteps-0.safetensors")
+    refused = SavedInversion(found.attack, found.knowledge, refused="no gradient")
+    rows = [_row(one, cell, saved, [truth, truth], private.images) for saved in ([found, found], [found, refused])]
+    assert [row["n_seeds"] for row in rows] == [2, 2]
+    assert rows[0]["timestep_exact"] == 1.0
+    assert rows[1]["timestep_exact"] is None
+    assert rows[1]["refused"] == "no gradient"
 
 
 def test_aggregated_clients_stand_behind_one_update(base: Base, private: ImageSet, tmp_path: Path):
