@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -74,7 +74,7 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, or the folder cannot be written; what was at `path` is still there.
     """
-    partial = path.parent / f".partial-{secrets.token_hex(8)}.file"  # of one length, whatever the name; of one process
+    partial = path.parent / f".partial-{uuid.uuid4().hex[:16]}.file"  # of one length, whatever the name; of one process
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +320,7 @@ def _dispose(old: Path, place: Path) -> None:
             bystander.rename(target)
     left = list(_files(old))
     if left:
-        kept = place.with_name(f"{place.name}-kept-{secrets.token_hex(3)}")
+        kept = place.with_name(f"{place.name}-kept-{uuid.uuid4().hex[:6]}")
         old.rename(kept)
         print(f"{place}: {_some(left)}: added or changed during the run, now in {kept}")
     else:

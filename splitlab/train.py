@@ -258,7 +258,7 @@ def _run(scheme: Scheme, config: TrainConfig, state: Path, callback: Callback | 
                 callback("train", number + 1, config.steps, step.loss)
             if (number + 1) % 25 == 0:
                 bar.set_postfix(loss=f"{sum(progress.losses[-25:]) / 25:.4f}", refresh=False)
-            if (number + 1) % config.checkpoint_every == 0:
+            if (number + 1) % config.checkpoint_every == 0 or number + 1 == config.steps:  # writing may still fail
                 _checkpoint(scheme, state, number + 1, progress)
     except KeyboardInterrupt:
         kept = number - number % config.checkpoint_every if number else 0

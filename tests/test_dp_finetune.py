@@ -146,7 +146,7 @@ def test_resuming_with_other_settings_is_refused(
 ):
     settings = config(private)
     with pytest.raises(Interrupt):
-        run(base, private, tmp_path, settings, callback=interrupted_at(5))
+        run(base, private, tmp_path, settings, callback=interrupted_at(4))
     with pytest.raises(InputError, match=says):
         run(base, private, tmp_path, replace(settings, **changes))
     with pytest.raises(InputError, match="data was"):
@@ -162,6 +162,21 @@ def test_a_folder_with_other_files_is_refused_before_the_first_step_and_stays(
     with pytest.raises(InputError, match=r"out: it holds notes\.txt, which splitlab did not write; .*another folder"):
         run(base, private, tmp_path, config(private), callback=interrupted_at(1))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_outputs_that_cannot_be_written_cost_no_step(
+    base: Base, private: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "save_pretrained", full)
+        with pytest.raises(InputError, match=r"No space left.*free some disk space"):
+            run(base, private, tmp_path, config(private))
+    assert not (tmp_path / "out").exists()
+    run(base, private, tmp_path, config(private), callback=interrupted_at(1))  # there is no step left to interrupt
+    assert (tmp_path / "out" / "record.json").exists()
 
 
 def test_two_runs_of_one_name_do_not_share_a_checkpoint(base: Base, private: ImageSet, tmp_path: Path):

@@ -184,6 +184,23 @@ def test_what_only_the_client_may_know_is_the_owners_alone(run: Run, tmp_path: P
         assert path.stat().st_mode & 0o077 == 0
 
 
+def test_outputs_that_cannot_be_written_cost_no_step(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(tiny.config(steps=5), "whole", cache="other")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlNetModel, "save_pretrained", full)
+        with pytest.raises(InputError, match=r"No space left.*free some disk space"):
+            run(tiny.config(steps=5))
+    assert not (tmp_path / "out").exists()
+    seen: list[int] = []
+    run(tiny.config(steps=5), callback=lambda what, done, total, loss: seen.append(done))
+    assert not seen
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_a_full_disk_while_checkpointing_spares_the_earlier_checkpoint(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

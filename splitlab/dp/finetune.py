@@ -256,7 +256,7 @@ def _run(
         loss = losses.nanmean().item()
         if not how.noise_multiplier:  # the guarantee does not cover losses, and what is shown may be kept in a log
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if state.steps % config.checkpoint_every == 0:
+        if state.steps % config.checkpoint_every == 0 or state.steps == config.steps:  # writing may still fail
             checkpoint.save(path, state.tensors(), {"steps": state.steps, "settings": settings}, private=True)
         if callback:
             callback("finetune", state.steps, config.steps, loss)
