@@ -9,8 +9,7 @@ from splitlab import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cases
 
-
-PENDING = pytest.mark.xfail(reason="attack_gradient knows splitlab's own files and diffusers' models only", strict=False)
+PENDING = pytest.mark.xfail(reason="attack_gradient takes diffusers' models and splitlab's names only", strict=False)
 NAMES = [pytest.param(name, marks=PENDING if name.startswith("gradient-") else ()) for name in cases.CASES]
 
 
