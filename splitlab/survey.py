@@ -107,6 +107,8 @@ def record_survey(
         InputError: the splits of a data set share images.
     """
     refuse_overlaps((one.dataset for one in config.runs().values()), load)
+    for folder in (seen, hidden):  # of an empty grid too
+        folder.mkdir(parents=True, exist_ok=True)
     for run, one in tqdm(config.runs().items(), desc="record"):
         files = {"transcript": seen / run / "transcript.safetensors", "truth": hidden / run / "truth.safetensors"}
         record(run, one, base, load(one.dataset, "private"), cache=cache, **files)

@@ -15,6 +15,7 @@ def attack_survey(
     config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, out: Path, cache: Path, workers: int = 1
 ) -> None:
     """Run the catalogue on every transcript below `seen`; of the data, only public splits are read."""
+    out.mkdir(parents=True, exist_ok=True)  # of an empty grid too
     folders = sorted(path for path in seen.iterdir() if path.is_dir())
     transcripts = {path.name: read_transcript(path / "transcript.safetensors") for path in folders}
     calls = [

@@ -32,6 +32,7 @@ def draw_update_figures(
 
     Returns the files: `strip-<model>.png`, `images-<model>.png`, and `curve.png` where a defence has several levels.
     """
+    out.mkdir(parents=True, exist_ok=True)  # of a grid without images too
     paths = []
     image_rows = table[table["ssim"].notna() & (table["attack"] != NO_INFORMATION)]
     for model in image_rows["model"].unique():

@@ -319,6 +319,8 @@ def record_updates(config: UpdateConfig, base: Base, load: LoadSplit, *, out: Pa
     """
     refuse_overlaps((cell.dataset for cell, _, _ in config.cells), load)
     key = new_key(config.published_key)
+    for name in ("sent", "granted", "truth"):  # of an empty grid too
+        (out / name).mkdir(parents=True, exist_ok=True)
     for cell, n, seeds in (bar := tqdm(config.cells, desc="record", mininterval=2)):
         bar.set_postfix_str(cell.name, refresh=False)
         for seed in range(seeds):
@@ -390,6 +392,7 @@ def attack_updates(
 
     What is there already is kept, so an interrupted call goes on where it was.
     """
+    out.mkdir(parents=True, exist_ok=True)  # of an empty grid too
     calls = [
         (config, cell, seed, base, load(cell.dataset, "public"), recorded, out)
         for cell, _, seeds in config.cells

@@ -19,8 +19,9 @@ from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.report import Material, load_material
 from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey, utility
-from splitlab.survey_attack import catalogue
+from splitlab.survey_attack import attack_survey, catalogue
 from splitlab.train import record, train
+from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
 from splitlab.wire import read_truth
 from splitlab.words import attack_label, percent
 
@@ -76,6 +77,23 @@ def test_recording_without_training_gives_the_very_bytes_of_training(
 def test_only_s1s_split_can_be_recorded_without_training(base: Base, private: ImageSet, tmp_path: Path):
     with pytest.raises(InputError, match="depend on the training"):
         record("x", tiny.config(scheme="u_shaped"), base, private, transcript=tmp_path / "a", truth=tmp_path / "b")
+
+
+def test_stages_of_empty_grids_leave_the_folders_that_others_look_for(base: Base, private: ImageSet, tmp_path: Path):
+    empty, load = config(default={}), lambda *_: private
+    seen, hidden, out = tmp_path / "seen", tmp_path / "hidden", tmp_path / "out"
+    record_survey(empty, base, load, seen=seen, hidden=hidden)
+    attack_survey(empty, base, load, seen=seen, out=out, cache=tmp_path)
+    record_updates(UpdateConfig(), base, load, out=tmp_path / "updates")
+    attack_updates(UpdateConfig(), base, load, recorded=tmp_path / "updates", out=tmp_path / "inversions")
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_dir()}
+    assert made >= {
+        "seen",
+        "hidden",
+        "out",
+        "inversions",
+        *(f"updates/{name}" for name in ("sent", "granted", "truth")),
+    }
 
 
 def test_attacks_apply_where_their_defence_is_on():
