@@ -1,4 +1,4 @@
-"""Measure the shipped base model against its bars: VAE PSNR on held-out data, colours that follow the prompt.
+"""Measure the shipped base model against its bars: VAE PSNR on data it never saw, colours that follow the prompt.
 
 `python benchmarks/base_quality.py` prints one JSON object.
 """
@@ -61,6 +61,7 @@ def main():
         heldout = load_split(name, "heldout", params)
         result[f"vae_{name}_db"] = vae_psnr(base, heldout.images)
         result[f"vae_{name}_hints_db"] = vae_psnr(base, heldout.hints)
+    result["vae_photos_private_hints_db"] = vae_psnr(base, load_split("photos", "private", params).hints)
     print(json.dumps(result, indent=1))
 
 
