@@ -1,10 +1,11 @@
-"""Membership by training again with what a private run publishes: `python benchmarks/retraining.py [--runs 200]`.
+"""Membership by training again with what a private run publishes: `python benchmarks/retraining.py [--runs 240]`.
 
 Who holds record.json, the weights, the base, all data but one sample, and both candidates for that one, trains with
 either, from every seed that the record names, and compares weights: where the draws follow from what is published, one
 of the two comes out bit for bit, unless the sample was in no batch. The runs are as large as they need be for that.
 
-Writes `reports/metrics/retraining.csv`: a row for runs with a published key, for contrast, and one for secret ones.
+What is done is kept in `.cache/retraining`, so an interrupted call goes on. Writes `reports/metrics/retraining.csv`: a
+row for runs with a published key, for contrast, and one for secret ones.
 """
 
 import argparse
@@ -18,15 +19,17 @@ from tqdm import tqdm
 
 from splitlab import CACHE, ROOT, load, load_base
 from splitlab.checkpoint import load as load_tensors
+from splitlab.checkpoint import load_json, save_json
 from splitlab.config import reseeded
+from splitlab.data import digest
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.membership import judged
 from splitlab.seeds import PUBLISHED, SECRET, generator
 from splitlab.tables import write_table
 
 TABLE, FOLDER = ROOT / "reports/metrics/retraining.csv", CACHE / "retraining"
-N, PAIRS = 100, 10
-CONFIG = DPConfig(epsilon=10.0, delta=1e-3, batch_size=75, steps=4, physical_batch=75, max_grad_norm=0.05)
+N, PAIRS = 60, 10
+CONFIG = DPConfig(epsilon=10.0, delta=1e-3, batch_size=45, steps=4, physical_batch=60, max_grad_norm=0.05)
 SEEDS = ("seed", "published_key")
 """What a record's configuration may name as a seed."""
 
@@ -75,7 +78,10 @@ def play(base, pool, config, runs, folder):
     scores = {True: [], False: []}
     for number in tqdm(range(runs), desc="runs", mininterval=5):
         run = config if config.published_key is None else reseeded(config, number)
-        first, score = game(base, pool, run, number, folder)
+        done = folder / f"game-{digest({'run': run, 'n': N, 'base': base.digest})[:12]}-{number}.json"
+        if not done.exists():
+            save_json(done, dict(zip(("first", "score"), game(base, pool, run, number, folder), strict=True)))
+        first, score = load_json(done).values()
         scores[first].append(score)
     certain = sum(math.isinf(score) for found in scores.values() for score in found)
     found = judged(torch.tensor(scores[True]), torch.tensor(scores[False]))
@@ -94,7 +100,7 @@ def play(base, pool, config, runs, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=240)
     parser.add_argument("--published-runs", type=int, default=20)
     args = parser.parse_args()
     torch.set_num_threads(1)
