@@ -15,6 +15,7 @@ from diffusers import ControlNetModel
 from splitlab import ROOT, Defences, TrainConfig, load, load_base
 from splitlab.attacks import NO_INFORMATION, run_attack
 from splitlab.attacks.unsplit import calibrated
+from splitlab.base_files import load_model
 from splitlab.colours import are_shapes
 from splitlab.metrics import identified, iou, line_ups, outline_mask, psnr_db
 from splitlab.schemes import make_scheme
@@ -50,7 +51,7 @@ def hijacked(base, config, private, public):
 
 def honest(private):
     """Return what the honest run's last encoder sends for `SAMPLES` private hints, and their indices."""
-    controlnet = ControlNetModel.from_pretrained(ROOT / "runs/shapes-split-gradients/controlnet")
+    controlnet = load_model(ControlNetModel, ROOT / "runs/shapes-split-gradients/controlnet")
     indices = torch.randperm(len(private), generator=generator("unsplit"))[:SAMPLES]
     with torch.no_grad():
         smashed = controlnet.controlnet_cond_embedding((private.hints[indices] + 1.0) / 2.0)

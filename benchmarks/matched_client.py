@@ -40,6 +40,7 @@ from matched_settings import DATASETS, STEPS, read
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load_base, n_workers
 from splitlab.abreast import abreast
 from splitlab.artefacts import read_table
+from splitlab.base_files import load_model
 from splitlab.checkpoint import load_json, save_json
 from splitlab.config import read_defences
 from splitlab.controlnet import LatentHintControlNet, control_pipeline
@@ -92,7 +93,7 @@ def trained(name, client, dataset, steps, seed, base):
 def amplified(out, config, base):
     """Ask for held-out hints at control scale `AMPLIFIED`."""
     if not (out / "amplified.json").exists():
-        model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
+        model = load_model(LatentHintControlNet, out / "controlnet")
         asked = read(config.dataset, "heldout").subset(range(config.eval_samples))
         with torch.no_grad():
             pictures = control_pipeline(base, model)(
@@ -115,7 +116,7 @@ def guided(out, config, base):
     _, measure, guidances = DATASETS[config.dataset]
     if not (out / "guided.json").exists():
         public, heldout = (read(config.dataset, split) for split in ("public", "heldout"))
-        model = LatentHintControlNet.from_pretrained(out / "controlnet").eval()
+        model = load_model(LatentHintControlNet, out / "controlnet")
         tried = {g: follows(model, public.subset(range(config.eval_samples)), g, config, base) for g in guidances}
         best = max(tried, key=lambda g: tried[g][measure])
         asked = heldout.subset(range(config.eval_samples))

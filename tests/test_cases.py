@@ -10,7 +10,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cases
 
 PENDING = pytest.mark.xfail(reason="attack_gradient takes diffusers' models and splitlab's names only", strict=False)
-NAMES = [pytest.param(name, marks=PENDING if name.startswith("gradient-") else ()) for name in cases.CASES]
+LATER = [name for name in cases.CASES if name.startswith("gradient-") and name != "gradient-pickled-model"]
+NAMES = [pytest.param(name, marks=PENDING if name in LATER else ()) for name in cases.CASES]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,6 +30,7 @@ FUNCTIONS = (
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader"),
     *("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec"),
 )
+WITHOUT_WEIGHTS = ("Tokenizer.from_pretrained", "Config.from_pretrained")
 METHODS = ("to_pickle", "read_pickle")
 
 
@@ -56,6 +57,10 @@ def _in_call(call: ast.Call, known: dict[str, str]) -> Iterator[str]:
         value = options.get(option)
         if value is not None and not (isinstance(value, ast.Constant) and value.value is only):
             yield f"{option} is not {only}"
+    called = names.dotted(call.func, known) or ast.unparse(call.func)
+    weights = called.endswith(".from_pretrained") and not called.endswith((*WITHOUT_WEIGHTS,))
+    if weights and "use_safetensors" not in options and None not in options:  # None: ** that says so, see `load_model`
+        yield f"{called} opens a pickle where there is nothing else; say use_safetensors=True"
     if names.dotted(call.func, known) == "numpy.load" and len(call.args) > 2:
         yield "numpy.load's third argument is allow_pickle; give it by name"
 
@@ -118,6 +123,8 @@ def test_no_source_opens_the_door_to_code_in_files(path):
         "from yaml import unsafe_load",
         "eval(text)",
         "Model.from_pretrained(path, use_safetensors=False)",
+        "Model.from_pretrained(path)",
+        "CLASSES[kind].from_pretrained(path)",
         "Model.from_pretrained(path, use_safetensors=safe)",
         "load_dataset(name, trust_remote_code=True)",
     ],
@@ -136,6 +143,8 @@ def test_the_search_sees_every_form(source: str):
         "import numpy as np\nnp.load(path, allow_pickle=False)",
         "import yaml\nyaml.safe_load(text)",
         "model.eval()",
+        "Model.from_pretrained(path, use_safetensors=True)",
+        "CLIPTokenizer.from_pretrained(path)",
         "from splitlab.data import load\nload(path)",
         "import torch\ntorch.hub_is_not_here",
     ],

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from splitlab import checkpoint
 from splitlab.base import Base, load_base
+from splitlab.base_files import load_model
 from splitlab.controlnet import LatentHintControlNet
 from splitlab.errors import InputError
 from splitlab.federated import ControlledUNet, InversionKnowledge, plain_attention
@@ -83,7 +84,7 @@ def _load_model(path: Path, base: Base | None) -> nn.Module:
     if kind not in CLASSES:
         what = f"a {kind}" if config else "no model"
         raise InputError(f"{path}: {what}; name a directory that holds one of {', '.join(CLASSES)}")
-    model: nn.Module = plain_attention(CLASSES[kind].from_pretrained(path)).eval()
+    model: nn.Module = plain_attention(load_model(CLASSES[kind], path)).eval()
     if not isinstance(model, LatentHintControlNet):
         return model
     if base is None:
