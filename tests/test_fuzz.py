@@ -4,7 +4,9 @@ import pytest
 from fuzz_kinds import kinds
 from fuzzing import Kind, Outcome, attempt
 
+from splitlab.artefacts import read_table
 from splitlab.errors import InputError
+from splitlab.paths import ROOT
 
 NAMES = ("message", "transcript", "truth", "server", "update", "update truth", "granted", "reconstruction", "inversion")
 NAMES += ("record", "samples", "scores", "image", "metadata")
@@ -17,6 +19,15 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 
 def test_every_kind_is_tried(known: dict[str, Kind]):
     assert set(known) == set(NAMES)
+
+
+def test_the_tracked_counts_are_of_every_kind_and_nothing_went_wrong():
+    table = read_table(ROOT / "reports/metrics/fuzz.csv").set_index("kind")
+    assert set(table.index) == set(NAMES)
+    assert table.loc[["message", "transcript", "update", "image", "metadata"], "n"].min() == 100_000
+    assert table["n"].sum() == 680_000  # as docs/measurements.md says
+    assert (table["accepted"] + table["refused"] == table["n"]).all()
+    assert not table[["crashes", "out_of_range"]].to_numpy().any()
 
 
 @pytest.mark.parametrize("name", NAMES)
