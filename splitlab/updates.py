@@ -66,6 +66,11 @@ class Update:
                 f"update: local_steps must be 1 or more and lr positive, got {self.local_steps} and {self.lr}"
             )
 
+    def shows(self, name: str) -> bool:
+        """Say whether it holds a gradient of the parameter `name` that is not zero."""
+        value = self.gradients.get(name)
+        return value is not None and bool(value.any())
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Update":
         """Return a copy with `change` applied to every tensor."""
         return replace(self, gradients={name: change(value) for name, value in self.gradients.items()})

@@ -1,6 +1,6 @@
 """Gradients of models of other code bases are attacked: time embeddings are found, layers are tried, not assumed."""
 
-import math
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,6 @@ from splitlab.errors import InputError
 from splitlab.federated import ControlledUNet, InversionKnowledge, Update, pixel_unet
 from splitlab.inversion.external_model import external_model
 from splitlab.inversion.problem import Problem
-from splitlab.inversion.residual import solve_residual
 from splitlab.inversion.time_layers import TimeProbe
 from splitlab.update_scores import matched
 
@@ -121,8 +120,8 @@ def test_a_learned_variance_is_said_to_be_left_out() -> None:
 
 def test_inputs_need_be_neither_square_nor_coloured() -> None:
     clean = images(1, 1, 8, 12)
-    model = made(lambda: lookalikes.SineUnet(channels=1))
-    shared, _ = gradient(model, clean, [137], plain)
+    model = pixel_unet(SIZE, seed=0, channels=(32, 32), in_channels=1)
+    shared, _ = gradient(model, clean, [137], lambda m, x, t: m(x, t).sample)
     found = attack_gradient(shared, model=model, size=(8, 12), alphas_cumprod=ALPHAS)
     assert found.images.shape == (1, 1, 8, 12)
     assert psnr_db(found.images, clean) > 45
@@ -133,10 +132,10 @@ def test_a_config_may_give_height_and_width_or_neither() -> None:
     shared, _ = gradient(model, clean, [137], lambda m, x, t: m(x, t).sample)
     model.register_to_config(sample_size=[8, 16])
     assert attack_gradient(shared, model=model, alphas_cumprod=ALPHAS).images.shape == (1, 3, 8, 16)
-    model.register_to_config(sample_size=None)
+    model = UNet2DModel.from_config(dict(model.config) | {"sample_size": None})
     with pytest.raises(InputError, match=r"sample_size is null or absent\); say size=<height and width>"):
         attack_gradient(shared, model=model)
-    model.register_to_config(sample_size="large")
+    model = UNet2DModel.from_config(dict(model.config) | {"sample_size": "large"})
     with pytest.raises(InputError, match=r"expected a whole number, or \[height, width\], got 'large'"):
         attack_gradient(shared, model=model)
 
@@ -189,15 +188,22 @@ def test_a_layer_in_front_of_a_norm_of_single_channels_is_not_tested() -> None:
     assert strengths[1][15] > 1e-4 * strengths[1][0]
 
 
+class _LossyBlock(lookalikes.GuidedBlock):
+    """Checkpoints a method that nothing tells to be its forward."""
+
+    inner = lookalikes.GuidedBlock._forward
+    _forward = property()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return lookalikes.checkpoint(self.inner, (x, emb), self.parameters())
+
+
 def test_second_derivatives_that_are_lost_are_noticed() -> None:
     model = made(lookalikes.GuidedUNet)
-    for block in model.middle_block:  # no `_forward` to call in place of the checkpoint
-        run = block._forward
-        block.forward = lambda x, emb, run=run, own=block: lookalikes.checkpoint(run, (x, emb), own.parameters())
-    problem = problem_of(model.requires_grad_(True), plain)
-    problem.model.requires_grad_(True)
-    with pytest.raises(InputError, match="second derivatives are wrong"):
-        solve_residual(problem, 0, images(1), torch.tensor([137]), list(problem.gradients[0]))
+    model.middle_block = nn.ModuleList([_LossyBlock(64, 16)])
+    shared, _ = gradient(model, images(1), [137], plain)
+    with pytest.raises(InputError, match=r"cannot run on this GuidedUNet .*checkpointing"):
+        attack_gradient(shared, model=model, alphas_cumprod=ALPHAS)
 
 
 @pytest.mark.parametrize("frozen_table", [False, True])
@@ -222,14 +228,16 @@ def test_class_labels_are_read_off_or_tried(frozen_table: bool) -> None:
     assert psnr_db(found.images, clean) > 45
     granted = attack_gradient(shared, model=model, alphas_cumprod=ALPHAS, class_labels=2)
     assert torch.equal(granted.images, found.images)
-    with pytest.raises(InputError, match="too many ways to assign them to 4 image"):
-        attack_gradient(shared, model=model, alphas_cumprod=ALPHAS, batch_size=4, attack="unknown_noise")
+    if frozen_table:
+        with pytest.raises(InputError, match="there are 5, too many ways to assign them to 4 image"):
+            attack_gradient(shared, model=model, alphas_cumprod=ALPHAS, batch_size=4)
 
 
 def test_a_text_model_needs_no_base_if_its_text_is_granted(base: Base) -> None:
     clean, text = torch.randn(1, 4, 8, 8, generator=tiny.draw(1)), torch.randn(1, 5, 16, generator=tiny.draw(2))
-    shared, noise = gradient(base.unet, clean, [137], lambda m, x, t: m(x, t, text).sample)
-    told = {"model": base.unet, "size": 8, "alphas_cumprod": ALPHAS}
+    unet = copy.deepcopy(base.unet).requires_grad_(True)
+    shared, noise = gradient(unet, clean, [137], lambda m, x, t: m(x, t, text).sample)
+    told = {"model": unet, "size": 8, "alphas_cumprod": ALPHAS}
     assert attack_gradient(shared, attack="timesteps", **told).timesteps.tolist() == [137]
     facts = {"noise": noise.numpy(), "timesteps": 137}
     found = attack_gradient(shared, attack="known_noise", text=text.tolist(), **facts, n_evals=150, **told)
@@ -279,13 +287,12 @@ def test_models_that_cannot_be_attacked_say_why(tmp_path) -> None:
     deaf = module(lambda noisy, t: noisy)
     assert "no layer of this Module sees the timestep alone" in refused(deaf)
     assert "does not say the size of its input" in refused(deaf, size=None)
-    assert "channels: expected a whole number of 1 or more, got 'three'" in refused(deaf, channels="three")
+    assert "channels: expected a whole number of 1 or more, got 0" in refused(deaf, channels=0)
     assert "returns [2, 1, 8, 8] for noisy inputs [2, 3, 8, 8]" in refused(module(lambda noisy, t: noisy[:, :1]))
     assert "returns a NoneType, no prediction" in refused(module(lambda noisy, t: None))
     assert "cannot be called with noisy inputs [2, 3, 8, 8] and timesteps [0, 999] (TypeError" in refused(
         module(lambda noisy, t, depth: noisy)
     )
-    assert "give a directory or a torch.nn.Module" in refused(5)
     assert "no model; name a directory that diffusers' save_pretrained wrote" in refused(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     assert f"a whole pipeline; name the folder of its denoiser, such as {tmp_path / 'unet'}" in refused(tmp_path)
@@ -301,8 +308,7 @@ def test_models_that_cannot_be_attacked_say_why(tmp_path) -> None:
 def test_a_wrong_schedule_is_doubted() -> None:
     model, clean = made(lookalikes.ConvTimeNet), images(1)
     shared, _ = gradient(model, clean, [600], lambda m, x, t: m(x, t.float())["sample"])
-    cosine = torch.cos(torch.linspace(0, math.pi / 2, 1001)[:-1]) ** 2
     with pytest.warns(UserWarning, match=r"% of the pixels found lie outside \[-1, 1\]: check alphas_cumprod"):
-        attack_gradient(shared, model=model, size=SIZE, alphas_cumprod=cosine / 8)
+        attack_gradient(shared, model=model, size=SIZE, alphas_cumprod=ALPHAS**2)
     with pytest.warns(UserWarning, match="so they are likely wrong: check the length of alphas_cumprod"):
         attack_gradient(shared, model=model, size=SIZE, alphas_cumprod=ALPHAS[:300], attack="timesteps")

@@ -1,7 +1,12 @@
-"""Class labels off an update: the rows of the label table's gradient that are not zero, else all labels are tried."""
+"""Class labels off an update: the rows of the label table's gradient that are not zero, or all labels, likelier first.
+
+Layers behind the table see the label beside the timestep: of one image, their gradient is δ e(t, y)ᵀ, and each label's
+e(t, y) is held against it.
+"""
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +15,16 @@ from torch import Tensor, nn
 from splitlab.denoisers import predict
 from splitlab.errors import InputError
 from splitlab.federated import InversionKnowledge
-from splitlab.inversion.time_layers import stand_in_facts
+from splitlab.inversion.time_layers import TimeProbe, stand_in_facts
+from splitlab.inversion.timesteps import timesteps
 from splitlab.updates import Update
 
 MOST = 32
-"""Assignments of labels to images that are tried before they have to be granted."""
+"""Assignments of labels to several images that are tried before they have to be granted."""
 
 
 def label_options(update: Update, knowledge: InversionKnowledge, shape: tuple[int, int, int]) -> list[Tensor]:
-    """Return the labels `[b]` that the images of an update may have, all of them to be tried.
+    """Return the labels `[b]` that the images of an update may have, to be tried in this order.
 
     Args:
         update: the update.
@@ -29,19 +35,35 @@ def label_options(update: Update, knowledge: InversionKnowledge, shape: tuple[in
         InputError: the model looks no label up in a table, or there are too many to try.
     """
     name, table = _table(knowledge, shape)
-    batch = knowledge.batch_size or 1
-    gradient = update.gradients.get(f"{name}.weight")
+    is_shown = update.shows(f"{name}.weight")
     labels = list(range(table.num_embeddings))
-    if gradient is not None and gradient.any():
-        labels = gradient.flatten(1).any(1).nonzero()[:, 0].tolist()
-        batch = max(batch, len(labels)) if knowledge.batch_size is None else batch
-    every = itertools.product(labels, repeat=batch)
-    shown = gradient is not None and len(labels) <= batch
-    options = list(itertools.islice((o for o in every if not shown or set(o) == set(labels)), MOST + 1))
+    if is_shown:
+        labels = update.gradients[f"{name}.weight"].flatten(1).any(1).nonzero()[:, 0].tolist()
+    batch = knowledge.batch_size or (len(labels) if is_shown else 1)
+    if batch == 1:
+        return [torch.tensor([label]) for label in (labels if is_shown else _ranked(update, knowledge, shape, labels))]
+    every = (option for option in itertools.product(labels, repeat=batch) if not is_shown or set(option) == set(labels))
+    options = list(itertools.islice(every, MOST + 1))
     if not options or len(options) > MOST:
-        told = f"the update shows {labels}" if shown else f"there are {table.num_embeddings}"
+        told = f"the update shows {labels}" if is_shown else f"there are {table.num_embeddings}"
         raise InputError(f"class labels: {told}, too many ways to assign them to {batch} image(s); grant class_labels")
     return [torch.tensor(option) for option in options]
+
+
+def _ranked(update: Update, knowledge: InversionKnowledge, shape: tuple[int, int, int], labels: list[int]) -> list[int]:
+    """Return the labels of one image by how much of their layers' gradients they leave unexplained."""
+    found = knowledge.timesteps
+    if found is None:
+        found = timesteps(update, knowledge, generator=torch.Generator()).timesteps
+    left = {}
+    for label in labels:
+        probe = TimeProbe(replace(knowledge, class_labels=torch.tensor([label])), shape)
+        layers = [layer for layer in probe.all() if update.shows(f"{layer.name}.weight") and not layer.is_table]
+        left[label] = 0.0
+        for name, inputs in probe.inputs(layers, found[:1]).items():
+            rows, seen = update.gradients[f"{name}.weight"].flatten(1).double(), inputs[0].double()
+            left[label] += 1 - float((rows @ seen).square().sum() / rows.square().sum() / seen.square().sum())
+    return sorted(labels, key=left.__getitem__)
 
 
 @torch.no_grad()

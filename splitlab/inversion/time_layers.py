@@ -73,15 +73,17 @@ class TimeProbe:
         return [found[0], *sorted(found[1:], key=lambda layer: order.index(layer.name))]
 
     @torch.no_grad()
-    def inputs(self, layers: Sequence[TimeLayer]) -> dict[str, Tensor]:
-        """Return the input of each layer at every timestep `[T, d]`; of a table `[T, 1]`, the rows looked up."""
-        names = sorted({layer.like for layer in layers} - set(self.tables))
+    def inputs(self, layers: Sequence[TimeLayer], at: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the input of each layer at every timestep `[T, d]`, or at some; of a table `[T, 1]`, the rows seen."""
+        known = self.tables if at is None else {}
+        names = sorted({layer.like for layer in layers} - set(known))
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for times in torch.arange(self.n_timesteps).split(self.batch) if names else ():
+        every = torch.arange(self.n_timesteps) if at is None else at
+        for times in every.split(self.batch) if names else ():
             noisy = self._images(1).expand(len(times), -1, -1, -1)
             for name, value in capture(self.model, names, self._at(times), noisy).items():
                 parts[name].append(value.reshape(len(times), -1))
-        tables = self.tables | {name: torch.cat(rows) for name, rows in parts.items()}
+        tables = known | {name: torch.cat(rows) for name, rows in parts.items()}
         return {layer.name: tables[layer.like] for layer in layers}
 
     @torch.no_grad()

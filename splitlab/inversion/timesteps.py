@@ -106,7 +106,7 @@ def timesteps(
         raise InputError(f"layers must be 'strongest', 'embedding' or 'all', got {layers!r}")
     probe = TimeProbe(knowledge, input_shape(knowledge.model, size=update.size, channels=knowledge.channels))
     first = probe.first()
-    if first.is_table and _is_told(update, first):
+    if first.is_table and update.shows(f"{first.name}.weight"):
         return _from_table(update, first, probe, knowledge.batch_size)
     inputs = _inputs(update, first, probe, everything=_everything(update, first, layers))
     if "TopK" in update.defence and (single := _single(update, inputs, knowledge.batch_size)):
@@ -153,23 +153,18 @@ def _gradient(update: Update, name: str) -> Tensor:
     return value
 
 
-def _is_told(update: Update, layer: TimeLayer) -> bool:
-    value = update.gradients.get(f"{layer.name}.weight")
-    return value is not None and bool(value.any())
-
-
 def _everything(update: Update, first: TimeLayer, layers: str) -> bool:
     """Say whether to read more than the first layer."""
     if layers != "strongest":
         return layers == "all"
     noised = update.kind == "gradient" and any(word in update.defence for word in ("GaussianNoise", "PerExample"))
-    return not _is_told(update, first) or noised
+    return not update.shows(f"{first.name}.weight") or noised
 
 
 def _inputs(update: Update, first: TimeLayer, probe: TimeProbe, *, everything: bool) -> dict[str, Tensor]:
     """Return the layers that show timesteps, each with its input for every candidate `[T, d]`."""
     found = probe.all() if everything else [first]
-    shared = [layer for layer in found if not layer.is_table and _is_told(update, layer)]
+    shared = [layer for layer in found if not layer.is_table and update.shows(f"{layer.name}.weight")]
     if not shared:
         _gradient(update, f"{first.name}.weight")
     return probe.inputs(shared)
