@@ -22,7 +22,7 @@ from splitlab.errors import InputError  # noqa: E402
 from splitlab.evaluate import evaluate_all  # noqa: E402
 from splitlab.figures import draw_figures  # noqa: E402
 from splitlab.inversion import INVERSIONS  # noqa: E402
-from splitlab.inversion.brought import attack_gradient  # noqa: E402
+from splitlab.inversion.external import attack_gradient  # noqa: E402
 from splitlab.params import load_params, load_split, section  # noqa: E402
 from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
 from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402

@@ -9,19 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers import UNet2DModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from splitlab.base import Base
-from splitlab.controlnet import predict_noise
+from splitlab.denoisers import Call, ControlledUNet, plain_attention, predict
 from splitlab.errors import InputError
 from splitlab.updates import (
     Update,
     UpdateTruth,
     check_update,
+    checked_size,
     model_digest,
     read_update,
     read_update_truth,
@@ -75,7 +74,13 @@ class InversionKnowledge:
         timesteps: `[b]` int64.
         noise: `[b, c, h, w]`.
         text: `[b, l, d]` text embeddings.
-        hint_latents: `[b, c, h, w]`.
+        hint_latents: `[b, c, h, w]`; for a ControlNet of diffusers' own, hints `[b, 3, s, s]` in [0, 1].
+        class_labels: `[b]` int64.
+        call: how the model is called, where that cannot be told from it, see `splitlab.denoisers.predict` (public).
+        channels: of the model's input, where its config does not say (public).
+        scale: what the client's gradient of the mean loss was multiplied with: a summed loss, a GradScaler, steps
+            of accumulation; None: unknown to the server.
+        sign: 1, or -1 for an update that points downhill; None: unknown to the server.
     """
 
     model: nn.Module
@@ -86,26 +91,17 @@ class InversionKnowledge:
     noise: Tensor | None = None
     text: Tensor | None = None
     hint_latents: Tensor | None = None
+    class_labels: Tensor | None = None
+    call: Call | None = None
+    channels: int | None = None
+    scale: float | None = 1.0
+    sign: int | None = 1
 
     @property
     def granted(self) -> tuple[str, ...]:
         """Names of the facts granted to the server beyond what is public."""
-        names = ("batch_size", "timesteps", "noise", "text", "hint_latents")
+        names = ("batch_size", "timesteps", "noise", "text", "hint_latents", "class_labels")
         return tuple(name for name in names if getattr(self, name) is not None)
-
-
-class ControlledUNet(nn.Module):
-    """A ControlNet with latent hints in front of a frozen U-Net, as one module: what federated ControlNet trains."""
-
-    def __init__(self, unet: UNet2DConditionModel, controlnet: ControlNetModel):
-        super().__init__()
-        self.unet = unet.requires_grad_(False)
-        self.controlnet = controlnet
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, hint_latents: Tensor) -> Tensor:
-        """Predict the noise `[b, c, h, w]`."""
-        control = self.controlnet(noisy, timesteps, encoder_hidden_states=text, controlnet_cond=hint_latents)
-        return predict_noise(self.unet, noisy, timesteps, text, control)
 
 
 def pixel_unet(size: int, *, seed: int, channels: tuple[int, ...] = (32, 64), in_channels: int = 3) -> UNet2DModel:
@@ -124,14 +120,6 @@ def pixel_unet(size: int, *, seed: int, channels: tuple[int, ...] = (32, 64), in
             norm_num_groups=8,
         )
     return plain_attention(model).eval()
-
-
-def plain_attention(model: nn.Module) -> Any:
-    """Switch `model` to attention that can be differentiated twice, in place; return it."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
-    return model
 
 
 def noised(
@@ -157,43 +145,6 @@ def target_of(
         return noise
     alphas = alphas_cumprod[timesteps][:, None, None, None]
     return alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
-
-
-def predict(
-    model: nn.Module,
-    noisy: Float[Tensor, "b c h w"],
-    timesteps: Int[Tensor, " b"],
-    text: Tensor | None = None,
-    hint_latents: Tensor | None = None,
-    *,
-    parameters: Mapping[str, Tensor] | None = None,
-) -> Float[Tensor, "b c h w"]:
-    """Call any of the supported models: the one place that knows how each is called.
-
-    Args:
-        model: a UNet2DModel, a UNet2DConditionModel, a `ControlledUNet`, or any module called as (noisy, timesteps).
-        noisy: the noisy images or latents.
-        timesteps: their timesteps.
-        text: `[b, l, d]` text embeddings; needed by the text-conditional ones.
-        hint_latents: `[b, c, h, w]`; needed by `ControlledUNet`.
-        parameters: take these in place of the model's own.
-
-    Raises:
-        InputError: the model needs text or hints, and there are none.
-    """
-    arguments: tuple[Tensor, ...] = (noisy, timesteps)
-    if isinstance(model, UNet2DConditionModel | ControlledUNet):
-        arguments += (_needed("text", text, model),)
-    if isinstance(model, ControlledUNet):
-        arguments += (_needed("hint_latents", hint_latents, model),)
-    output = functional_call(model, dict(parameters), arguments) if parameters else model(*arguments)
-    return output if isinstance(output, Tensor) else output.sample
-
-
-def _needed(name: str, value: Tensor | None, model: nn.Module) -> Tensor:
-    if value is None:
-        raise InputError(f"a {type(model).__name__} needs {name}, and there is none; give it")
-    return value
 
 
 def training_loss(
@@ -275,7 +226,8 @@ def share(
         raise InputError(f"the batch has draws for {len(truth.timesteps)} local steps, not {steps}; give one per step")
     names = trainable_names(model, trainable)
     start = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    result = Update({}, kind, objective, truth.clean.shape[-1], model_digest(model), local_steps=steps, lr=lr)
+    size = checked_size(truth.clean.shape[-2:], "the batch's size")
+    result = Update({}, kind, objective, size, model_digest(model), local_steps=steps, lr=lr)
     now, gradients = start, {}
     for step in range(steps):
         own = {name: value.clone().requires_grad_(name in names) for name, value in now.items()}

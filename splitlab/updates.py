@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 AXES = {"clean": 4, "timesteps": 1, "noise": 4, "text": 3, "hint_latents": 4, "images": 4}
 """Of what a client alone knows, for one local step."""
 
+Size = int | tuple[int, int]
+"""Of a model's input: pixels or latent cells; one number where height and width are equal, else both."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -33,7 +37,7 @@ class Update:
             weights before minus the weights after the local steps (so both point uphill).
         kind: "gradient", or "fedavg" for a weight difference after `local_steps` steps of SGD.
         objective: what the model is trained to predict: "epsilon" (the noise) or "v_prediction".
-        size: height and width of the model's input: pixels, or latent cells.
+        size: of the model's input, see `Size`.
         model: `model_digest` of the weights the client started from, which the server sent it.
         defence: the defence that is on, in public words; "none".
         local_steps, lr: the client's SGD, public; the loss is a mean over batch and elements.
@@ -42,7 +46,7 @@ class Update:
     gradients: dict[str, Tensor]
     kind: str
     objective: str
-    size: int
+    size: Size
     model: str
     defence: str = "none"
     local_steps: int = 1
@@ -61,6 +65,11 @@ class Update:
             raise InputError(
                 f"update: local_steps must be 1 or more and lr positive, got {self.local_steps} and {self.lr}"
             )
+
+    def shows(self, name: str) -> bool:
+        """Say whether it holds a gradient of the parameter `name` that is not zero."""
+        value = self.gradients.get(name)
+        return value is not None and bool(value.any())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Update":
         """Return a copy with `change` applied to every tensor."""
@@ -108,6 +117,19 @@ class UpdateTruth:
             **{k: v if v is None else v[indices] for k, v in optional.items()},
             prompts=self.prompts[indices],
         )
+
+
+def checked_size(value: object, where: str) -> Size:
+    """Return the size that a number or a pair of numbers stands for.
+
+    Raises:
+        InputError: it is neither.
+    """
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
+        raise InputError(f"{where}: expected a whole number, or [height, width], got {value!r}")
+    height, width = sides
+    return height if height == width else (height, width)
 
 
 def model_digest(model: nn.Module) -> str:
@@ -170,7 +192,7 @@ def write_update(path: Path, update: Update) -> None:
 class _Header:
     kind: str
     objective: str
-    size: int
+    size: Any
     model: str
     defence: str
     local_steps: int
@@ -178,32 +200,36 @@ class _Header:
     version: int
 
 
-def read_update(
-    path: str | Path, *, model: nn.Module | None = None, size: int | None = None, objective: str = "epsilon"
-) -> Update:
-    """Read an update and check it.
+def with_header(tensors: dict[str, Tensor], meta: Mapping[str, object], *, where: str) -> Update | None:
+    """Return the update that a file's tensors and metadata are; None if `write_update` did not write it.
+
+    Raises:
+        InputError: the header is of another version, lacks a field or makes no sense.
+    """
+    fields = meta.get("update")
+    if not isinstance(fields, dict):
+        return None
+    if fields.get("version") != VERSION:
+        raise InputError(f"{where}: update version {fields.get('version')}, expected {VERSION}; share it again")
+    header = asdict(parse_exactly(_Header, fields, where=f"{where}: header"))
+    size = checked_size(header.pop("size"), f"{where}: header.size")
+    return Update(tensors, size=size, **{k: v for k, v in header.items() if k != "version"})
+
+
+def read_update(path: str | Path, *, model: nn.Module | None = None) -> Update:
+    """Read an update that `write_update` wrote, and check it.
 
     Args:
-        path: the file: `write_update`'s, or any safetensors file of gradients by parameter name.
+        path: the file.
         model: the model it is to be attacked with; None skips the checks against it.
-        size: for a file without splitlab's header: height and width of the model's input.
-        objective: for a file without splitlab's header: what the model was trained to predict.
 
     Raises:
         InputError: the file is missing or damaged, of another version, or not of this model (see `check_update`).
     """
-    path = Path(path)
-    tensors, meta = checkpoint.load(path)
-    fields = meta.get("update") if isinstance(meta, dict) else None
-    if fields is None and size is not None:
-        update = Update(tensors, "gradient", objective, size, "")
-    elif not isinstance(fields, dict):
-        raise InputError(f"{path}: it has no header of an update; if it holds plain gradients, say size=<input's size>")
-    elif fields.get("version") != VERSION:
-        raise InputError(f"{path}: update version {fields.get('version')}, expected {VERSION}; share it again")
-    else:
-        header = asdict(parse_exactly(_Header, fields, where=f"{path}: header"))
-        update = Update(tensors, **{k: v for k, v in header.items() if k != "version"})
+    tensors, meta = checkpoint.load(Path(path))
+    update = with_header(tensors, meta if isinstance(meta, dict) else {}, where=str(path))
+    if update is None:
+        raise InputError(f"{path}: it has no header of an update; plain gradients are for `splitlab.attack_gradient`")
     if model is not None:
         check_update(update, model, where=str(path))
     return update

@@ -9,12 +9,7 @@ from splitlab import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cases
 
-PENDING = pytest.mark.xfail(reason="attack_gradient takes diffusers' models and splitlab's names only", strict=False)
-LATER = [name for name in cases.CASES if name.startswith("gradient-") and name != "gradient-pickled-model"]
-NAMES = [pytest.param(name, marks=PENDING if name in LATER else ()) for name in cases.CASES]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_what_people_bring_is_loaded_as_meant_or_refused(name: str) -> None:
     assert cases.run(name) == ""
 

@@ -203,20 +203,19 @@ def test_truth_crosses_a_file_of_its_own(base: Base, tmp_path: Path):
     assert torch.equal(read.noise, truth.noise)
     assert torch.equal(read.text, truth.text)
     assert read.images is None
-    with pytest.raises(InputError, match=r"t: it has no header of an update"):
+    with pytest.raises(
+        InputError, match=r"t: it has no header of an update; plain gradients are for `splitlab\.attack_gradient`"
+    ):
         read_update(tmp_path / "t")
     write_update(tmp_path / "u", Update({"w": torch.ones(1)}, "gradient", "epsilon", 8, ""))
     with pytest.raises(InputError, match="u: not the truth of an update"):
         read_update_truth(tmp_path / "u")
 
 
-def test_plain_gradients_that_somebody_brings_can_be_read(pixel: nn.Module, tmp_path: Path):
-    update = share(pixel, update_truth(), alphas_cumprod=ALPHAS)
-    checkpoint.save(tmp_path / "g", update.gradients, {})
-    with pytest.raises(InputError, match="g: it has no header of an update; if it holds plain gradients, say size="):
-        read_update(tmp_path / "g", model=pixel)
-    read = read_update(tmp_path / "g", model=pixel, size=8, objective="v_prediction")
-    assert (read.kind, read.objective, read.size) == ("gradient", "v_prediction", 8)
+def test_an_update_may_be_of_an_input_that_is_not_square(pixel: nn.Module, tmp_path: Path):
+    truth = replace(update_truth(), clean=torch.zeros(2, 3, 8, 16), noise=torch.ones(2, 3, 8, 16))
+    write_update(tmp_path / "u", share(pixel, truth, alphas_cumprod=ALPHAS))
+    assert read_update(tmp_path / "u", model=pixel).size == (8, 16)
 
 
 def spoilt(update: Update, name: str, value: Tensor | None) -> Update:
@@ -263,7 +262,8 @@ def test_gradients_of_another_architecture_are_named(pixel: nn.Module, tmp_path:
         ({"version": 2}, "update version 2, expected 1; share it again"),
         ({"kind": "sum"}, "kind 'sum' is unknown; choose one of gradient, fedavg"),
         ({"objective": "x0"}, "objective 'x0' is unknown; choose one of epsilon, v_prediction"),
-        ({"size": "8"}, r"u: header\.size: expected int, got '8'"),
+        ({"size": "8"}, r"u: header\.size: expected a whole number, or \[height, width\], got '8'"),
+        ({"size": [8, 0]}, r"u: header\.size: expected a whole number, or \[height, width\], got \[8, 0\]"),
         ({"key": 1}, "unknown key key"),
         ({"local_steps": 0}, "local_steps must be 1 or more"),
         ({"kind": "fedavg", "lr": 0.0}, "lr positive, got 1 and 0.0"),

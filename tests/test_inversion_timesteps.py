@@ -210,6 +210,9 @@ def test_models_and_options_that_do_not_fit_are_refused(pixel: nn.Module):
         find(update, pixel, layers="some")
     with pytest.raises(InputError, match="this UNet2DModel has no parameter"):
         find(update, pixel_unet(8, seed=0, channels=(8, 16)))
-    linear = nn.Linear(2, 2)
-    with pytest.raises(InputError, match="a Linear embeds no timesteps as diffusers' U-Nets do"):
-        find(Update({"weight": torch.ones(2, 2)}, "gradient", "epsilon", 8, ""), linear)
+    deaf = nn.Module()
+    deaf.conv, deaf.forward = nn.Conv2d(3, 3, 1), lambda noisy, timesteps: deaf.conv(noisy)
+    with pytest.raises(
+        InputError, match=r"no layer of this Module sees the timestep alone; grant knowledge\.timesteps"
+    ):
+        find(Update({"conv.weight": torch.ones(3, 3, 1, 1)}, "gradient", "epsilon", 8, ""), deaf)

@@ -178,7 +178,7 @@ np.save(folder / "x.npy", np.array([Payload()], dtype=object))
 sys.addaudithook(lambda event, args: print(event) if event.startswith("pickle.") else None)
 readers = (
     checkpoint.load, checkpoint.load_json, describe_file, load_reconstruction, read_table, load_data, load_inversion,
-    lambda path: read_update(path, size=8), read_update_truth, wire.read_transcript, wire.read_truth,
+    read_update, read_update_truth, wire.read_transcript, wire.read_truth,
     wire.read_server, lambda path: wire.from_bytes(path.read_bytes()),
 )
 count = 0

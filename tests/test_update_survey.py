@@ -15,7 +15,7 @@ from splitlab.config import parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.federated import pixel_unet, share
-from splitlab.inversion.brought import attack_gradient
+from splitlab.inversion.external import attack_gradient
 from splitlab.inversion.saved import NO_INFORMATION, SavedInversion, load_inversion, save_inversion
 from splitlab.update_explore import Inverted, side_by_side
 from splitlab.update_scores import COLUMNS, _row, matched, score_inversion
@@ -239,7 +239,7 @@ def test_a_gradient_that_somebody_brings_is_attacked(tmp_path: Path):
         assert found.timesteps.tolist() == [100]
     with pytest.raises(InputError, match="attack 'x' is unknown"):
         attack_gradient(tmp_path / "update.safetensors", model=model, attack="x")
-    with pytest.raises(InputError, match="no model; name a directory"):
+    with pytest.raises(InputError, match="no model; name a directory that diffusers'"):
         attack_gradient(tmp_path / "update.safetensors", model=tmp_path)
     other = pixel_unet(SIZE, seed=0, channels=(16, 32))
     with pytest.raises(InputError, match="shapes that differ"):

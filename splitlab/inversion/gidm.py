@@ -12,7 +12,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from splitlab.errors import InputError
@@ -95,9 +94,10 @@ def gidm_plus(
         cpu_s: stop after this many CPU seconds.
 
     Raises:
-        InputError: the update does not fit the model, or that is not a U-Net.
+        InputError: the update does not fit the model, or that takes whole timesteps only.
     """
     problem = Problem(update, knowledge)
+    _check_fractions(problem)
     recorder = Recorder(problem, "gidm_plus", n_evals, callback)
     alphas = knowledge.alphas_cumprod.float()
     shape = (problem.n_samples, *problem.shape)
@@ -122,6 +122,14 @@ def gidm_plus(
     _, gap = expand(clean, noise, logits)
     timesteps = (logits.softmax(1) @ steps).round().long()
     return recorder.finish(clean, gap(clean).detach(), timesteps, noise)
+
+
+@torch.no_grad()
+def _check_fractions(problem: Problem) -> None:
+    try:
+        problem.predict(torch.zeros(1, *problem.shape), torch.tensor([0.5]), torch.tensor([0]))
+    except (RuntimeError, TypeError, IndexError) as error:  # a table is looked up by whole numbers
+        raise InputError(f"GIDM+ needs a model that takes fractional timesteps, this one does not ({error})") from None
 
 
 def _adam(
@@ -159,10 +167,8 @@ def _gaps(problem: Problem, noisy: Tensor, target: Tensor, timesteps: Tensor) ->
     for number, wanted in enumerate(problem.gradients):
         part = slice(number * problem.batch, (number + 1) * problem.batch)
         parameters = {name: value.detach().requires_grad_(True) for name, value in own.items()}
-        arguments: list[Tensor] = [noisy[part], timesteps[part]]
-        arguments += [fact[part] for fact in (problem.text, problem.hint_latents) if fact is not None]
-        output = functional_call(problem.model, parameters, tuple(arguments))
-        predicted = output if isinstance(output, Tensor) else output.sample
+        samples = torch.arange(number * problem.batch, (number + 1) * problem.batch)
+        predicted = problem.predict(noisy[part], timesteps[part], samples, parameters=parameters)
         loss = (predicted - target[part]).square().mean()
         found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
         pairs = zip(found, parameters, strict=True)

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from splitlab.federated import InversionKnowledge, Update
+from splitlab.inversion.doubts import doubts
 from splitlab.inversion.matching import Matcher, best_of
 from splitlab.inversion.noisy_inputs import find_noisy
-from splitlab.inversion.optimise import lbfgs
+from splitlab.inversion.optimise import Minimum, lbfgs
 from splitlab.inversion.problem import Inversion, Problem, Recorder
+from splitlab.inversion.scale import nearest_usual
 from splitlab.types import Callback
+
+BLIND_GOAL = 1e-6
+"""Where a fit that is blind to the scale may stop: near enough to read the scale off, after which it is finished."""
 
 
 def known_noise(
@@ -31,7 +36,8 @@ def known_noise(
 
     Args:
         update: the update, or several to be inverted side by side.
-        knowledge: the threat model; needs `timesteps` and `noise`.
+        knowledge: the threat model; needs `timesteps` and `noise`. A scale that is not known is fitted first, by a
+            distance that is blind to it.
         generator: of the starting points.
         callback: told of every evaluation.
         start: "random", or "patches": from the noisy inputs that the patch test finds (see `noisy_inputs`).
@@ -47,15 +53,21 @@ def known_noise(
     """
     problem = Problem(update, knowledge)
     noise, timesteps = problem.need("noise"), problem.timesteps
-    matcher = Matcher(problem, distance=distance)
-    objective = matcher.from_clean(noise)
-    total = n_evals * n_starts
-    recorder = Recorder(problem, "known_noise", total, callback)
+    is_blind = distance is None and (knowledge.scale is None or knowledge.sign is None)
+    matcher = Matcher(problem, distance="scale_free" if is_blind else distance)
+    recorder = Recorder(problem, "known_noise", n_evals * n_starts, callback)
 
     def watch(count: int, point: Tensor, value: Tensor) -> None:
         recorder.tell(float(value.mean()), point.reshape(-1, *problem.shape))
 
-    ends, values = [], []
+    def fit(z: Tensor, n_stages: int, until: float) -> Minimum:
+        for stage in range(n_stages):
+            matcher.anneal((stage + 1) / n_stages)
+            end = lbfgs(matcher.from_clean(noise), z, n_evals=n_evals // n_stages, goal=until, stall=100, watch=watch)
+            z = end.point
+        return end
+
+    ends = []
     for _ in range(n_starts):
         shape = (len(problem.updates), problem.batch * problem.unknowns)
         z = std * torch.randn(shape, generator=generator)
@@ -63,12 +75,15 @@ def known_noise(
             noisy = find_noisy(problem, timesteps, generator=generator, recorder=recorder)
             if noisy is not None:
                 z = problem.without_noise(noisy.noisy, noise, timesteps).reshape(shape)
-        for stage in range(stages):
-            matcher.anneal((stage + 1) / stages)
-            end = lbfgs(objective, z, n_evals=n_evals // stages, goal=goal, stall=100, watch=watch)
-            z = end.point
-        ends.append(end.point)
-        values.append(end.value)
-    best, value = best_of(torch.stack(values), ends)
+        ends.append(fit(z, stages, BLIND_GOAL if is_blind else goal))
+    best, value = best_of(torch.stack([end.value for end in ends]), [end.point for end in ends])
+    scale: float | None = None if problem.is_rescaled else problem.prescale
+    if is_blind:
+        factors = [nearest_usual(problem, float(factor)) for factor in matcher.best_scale(best, noise)]
+        scale = problem.prescale * factors[0] if len(set(factors)) == 1 else None
+        matcher = Matcher(problem.rescaled(factors))
+        end = fit(best, 1, goal)
+        best, value = end.point, end.value
     clean = best.reshape(-1, *problem.shape)
-    return recorder.finish(clean, value, timesteps, noise)
+    said = doubts(problem, clean, noise, value)
+    return recorder.finish(clean, value, timesteps, noise, scale=scale, warnings=said)

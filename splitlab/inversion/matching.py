@@ -122,7 +122,9 @@ class Matcher:
         self.names = [name for name, _ in problem.model.named_parameters() if name in problem.gradients[0]]
         self.wanted = {name: torch.stack([g[name] for g in problem.gradients]) for name in self.names}
         self.kept = {name: value != 0 for name, value in self.wanted.items()} if problem.withholds else None
-        self.tape = Tape(problem.model, self.names)
+        made = problem.products
+        others = [name for name in self.names if name not in made]
+        self.tape = Tape(problem.model, [name for name in self.names if name in made], others)
         self.samples = torch.arange(problem.n_samples)
         self.anneal(1.0)
 
@@ -146,6 +148,19 @@ class Matcher:
             return self._evaluate(z, signal * clean + sigma * noise, timesteps, lambda output: output - target)
 
         return objective
+
+    @torch.no_grad()
+    def best_scale(self, z: Tensor, noise: Tensor) -> Float[Tensor, " u"]:
+        """Return what gradients of clean samples `[u, b c h w]` have to be multiplied with to meet the shared ones."""
+        problem, clean = self.problem, z.reshape(-1, *self.problem.shape)
+        signal, sigma = problem.rates(problem.timesteps)
+        target = noise if problem.objective == "epsilon" else signal * noise - sigma * clean
+        with torch.enable_grad(), self.tape as tape:
+            prediction = problem.predict(signal * clean + sigma * noise, problem.timesteps, self.samples)
+            back = (prediction - target).detach() * (2.0 / (problem.batch * problem.unknowns))
+            found = tape.gradients(prediction, back, batch=problem.batch)
+        inner, own, _ = _products(found, self.wanted, self.weights)
+        return inner / own
 
     def from_residual(self, timesteps: Tensor) -> Objective:
         """Return the objective over `[u, 2 b c h w]`: noisy inputs and residuals r = prediction - target.

@@ -7,11 +7,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from splitlab.inversion.optimise import Objective, Watch, lbfgs
-from splitlab.inversion.patches import SpanTest, choose_layers, find_layers
+from splitlab.inversion.patches import Layer, SpanTest, capture, choose_layers
 from splitlab.inversion.problem import Problem, Recorder
 
 AGAIN = 1e-2
 """Two starts whose values differ by less than this, relatively, have ended in the same minimum."""
+
+
+RANK = 1e-6
+"""Smaller singular values, in units of the largest, are a float32 gradient's rounding: 7e-8 at most was seen where the
+exact value is zero, 1e-5 at least where it is not."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,7 @@ def find_noisy(
             one image per update, else 10.
     """
     margin = margin or (40.0 if problem.batch == 1 else 10.0)
-    probe = torch.zeros(1, *problem.shape)
-    first = torch.zeros(1, dtype=torch.int64)
-    available = find_layers(
-        problem.model, list(problem.gradients[0]), lambda x: problem.predict(x, timesteps[:1], first), probe
-    )
-    layers = choose_layers(available, batch=problem.batch, unknowns=problem.unknowns, margin=margin)
+    layers = _layers(problem, margin)
     if not layers:
         return None
     test = SpanTest(problem.model, layers, problem.gradients, batch=problem.batch)
@@ -94,6 +94,42 @@ def find_noisy(
                 best[sample], value[sample] = point, reached
         settled = twice & (starts >= 4 and problem.is_inexact)
     return NoisyInputs(best.reshape(-1, *problem.shape), value, tuple(layer.name for layer in layers), starts)
+
+
+def _layers(problem: Problem, margin: float) -> list[Layer]:
+    """Choose layers that tell the images apart from others."""
+    available = problem.layers()
+    while chosen := choose_layers(available, batch=problem.batch, unknowns=problem.unknowns, margin=margin):
+        lacking = [layer for layer in chosen if _is_blind(problem, layer)]
+        if not lacking:
+            return chosen
+        available = [layer for layer in available if layer not in lacking]
+    return []
+
+
+def _is_blind(problem: Problem, layer: Layer) -> bool:
+    """Say whether a layer's gradient lacks the rank of its patches, or cannot tell two images from their mixtures.
+
+    In front of a norm over single channels, or of a softmax, the patches' mean is lacking: every row of the signal that
+    comes back sums to zero over the positions; rounding to 16 bits and defences hide that. Where its input is affine in
+    the images, the span of several holds all their mixtures.
+    """
+    if problem.batch > 1 and _is_affine(problem, layer):
+        return True
+    if problem.is_inexact:
+        return False
+    gradients = (gradient[f"{layer.name}.weight"].flatten(1).double() for gradient in problem.gradients)
+    strengths = torch.stack([torch.linalg.svdvals(gradient) for gradient in gradients])
+    return bool((strengths[:, problem.batch * layer.positions - 1] < RANK * strengths[:, 0]).any())
+
+
+@torch.no_grad()
+def _is_affine(problem: Problem, layer: Layer) -> bool:
+    images = torch.randn(3, *problem.shape, generator=torch.Generator().manual_seed(0))
+    images[2] = images[:2].mean(0)
+    inputs = capture(problem.model, [layer.name], problem.run, images)[layer.name]
+    gap = (inputs[2] - inputs[:2].mean(0)).abs().max()
+    return bool(gap <= 1e-5 * inputs.abs().max())
 
 
 def _explained(

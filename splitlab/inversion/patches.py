@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Forward = Callable[[Tensor], object]
-"""Runs the model on noisy inputs `[m, c, h, w]`."""
+Forward = Callable[[Tensor], Tensor]
+"""Runs the model on noisy inputs `[m, c, h, w]` and returns its prediction."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Layer:
         return self.positions * (self.width - batch * self.positions) if self.is_spanned(batch) else 0
 
 
-class _EnoughError(Exception):
+class EnoughError(Exception):
     """Ends a forward pass after the last layer of interest."""
 
 
@@ -60,14 +60,14 @@ def capture(model: nn.Module, names: Sequence[str], forward: Forward, noisy: Ten
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             found[name] = inputs[0]
             if len(found) == len(names):
-                raise _EnoughError
+                raise EnoughError
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         forward(noisy)
-    except _EnoughError:
+    except EnoughError:
         pass
     finally:
         for handle in handles:
@@ -75,32 +75,55 @@ def capture(model: nn.Module, names: Sequence[str], forward: Forward, noisy: Ten
     return found
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution's kernel meets its input; None in place of one: a linear layer."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
 def is_supported(module: nn.Module) -> bool:
-    """Say whether `patches` knows the module: linear layers, and convolutions of one group padded with zeros."""
+    """Say whether `patches` knows the module: linear layers, and convolutions of one group padded with zeros.
+
+    A module of another code base counts by the shape of its weight; whether it works as one is for `products` to say.
+    """
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear)
+    if isinstance(module, nn.Linear):
+        return True
+    weight, is_torch = getattr(module, "weight", None), type(module).__module__.startswith("torch.")
+    return isinstance(weight, nn.Parameter) and weight.ndim in (2, 4) and not is_torch
+
+
+def geometry(module: nn.Module) -> Geometry | None:
+    """Return the geometry of a supported module; one of another code base is taken to keep height and width."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str), "not is_supported"
+        return Geometry(module.kernel_size, module.stride, module.padding, module.dilation)
+    kernel = tuple(module.get_parameter("weight").shape[2:])
+    return Geometry(kernel, (1, 1), tuple(size // 2 for size in kernel), (1, 1)) if kernel else None
 
 
 def patches(module: nn.Module, inputs: Tensor) -> Float[Tensor, "m p d"]:
     """Return what the module's weight is multiplied with, position by position."""
-    if isinstance(module, nn.Conv2d):
-        assert not isinstance(module.padding, str), "not is_supported"
-        unfolded = F.unfold(
-            inputs, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
-        )
-        return unfolded.transpose(1, 2)
-    return inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    shape = geometry(module)
+    if shape is None:
+        return inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    unfolded = F.unfold(inputs, shape.kernel, dilation=shape.dilation, padding=shape.padding, stride=shape.stride)
+    return unfolded.transpose(1, 2)
 
 
 def find_layers(
     model: nn.Module, names: Sequence[str], forward: Forward, probe: Float[Tensor, "1 c h w"]
 ) -> list[Layer]:
-    """List the layers whose weights are among the shared parameters `names` and whose input depends on the image.
+    """List the layers whose weights are among the parameters `names` and whose input depends on the image.
 
     Args:
         model: the attacked model.
-        names: parameter names in the update.
+        names: of parameters in the update that are `products` of their layer.
         forward: runs the model on a probe.
         probe: any input of the right shape.
     """
@@ -109,10 +132,13 @@ def find_layers(
         name: module for name, module in model.named_modules() if f"{name}.weight" in shared and is_supported(module)
     }
     found: dict[str, Layer] = {}
+    again: set[str] = set()  # the gradient of a layer that runs twice mixes two inputs
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].requires_grad:
+            if name in found:
+                again.add(name)
+            elif inputs[0].requires_grad:
                 seen = patches(module, inputs[0])
                 weight = module.get_parameter("weight")
                 found[name] = Layer(name, len(found), seen.shape[1], seen.shape[2], weight.shape[0])
@@ -125,7 +151,7 @@ def find_layers(
     finally:
         for handle in handles:
             handle.remove()
-    return list(found.values())
+    return [layer for name, layer in found.items() if name not in again]
 
 
 def choose_layers(layers: Sequence[Layer], *, batch: int, unknowns: int, margin: float = 4.0) -> list[Layer]:

@@ -2,17 +2,24 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from splitlab.denoisers import plain_attention, predict
 from splitlab.errors import InputError
-from splitlab.federated import ControlledUNet, InversionKnowledge, Update, check_update, plain_attention, predict
+from splitlab.federated import InversionKnowledge
+from splitlab.inversion.patches import Layer, find_layers
+from splitlab.inversion.products import products
+from splitlab.inversion.shapes import input_shape
 from splitlab.types import Callback
+from splitlab.updates import Update, check_update
 
 STRIP = (1, 3, 10, 30, 60, 100, 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 5000)
 """After how many evaluations an inversion keeps a picture of its progress."""
@@ -23,7 +30,8 @@ class Inversion:
     """What an inversion made of updates, sample by sample, in the order of the updates.
 
     Attributes:
-        images: `[n, 3, h, w]` in [-1, 1]; latents are decoded.
+        images: `[n, 3, h, w]` in [-1, 1], or as many channels as the model's pixels have; latents are decoded, without
+            a base they stay as they are.
         clean: `[n, c, h, w]`: what the model was trained on, as reconstructed: pixels or latents, not clamped.
         objective: the attack's own objective as it went on, a mean over the updates.
         final: `[u]`: the objective of each update at its end.
@@ -33,6 +41,10 @@ class Inversion:
         timesteps: `[n]` int64, as used or found.
         noise: `[n, c, h, w]`, as used or found; None if the attack has no opinion.
         prompts: n prompts, where the attack finds some.
+        scale: what the client's gradient was multiplied with, negative if it points downhill: as granted, or as found;
+            None if each sample has its own, or the attack is blind to it.
+        class_labels: `[n]`, where they were found.
+        warnings: what speaks against the result, in words; empty if nothing does.
     """
 
     images: Tensor
@@ -45,6 +57,9 @@ class Inversion:
     timesteps: Tensor | None = None
     noise: Tensor | None = None
     prompts: tuple[str, ...] = ()
+    scale: float | None = None
+    class_labels: Tensor | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class Problem:
@@ -78,10 +93,43 @@ class Problem:
         self.model = plain_attention(copy.deepcopy(knowledge.model)).requires_grad_(False).eval()
         self.gradients = [update.mean_gradient() for update in self.updates]
         self.batch = knowledge.batch_size or self._count_samples()
-        channels = _config(self.model, "in_channels")
-        self.shape = (channels, first.size, first.size)
+        self.shape = input_shape(self.model, size=first.size, channels=knowledge.channels)
         self.n_samples = len(self.updates) * self.batch
         self.text, self.hint_latents = self._fact("text"), self._fact("hint_latents")
+        self.class_labels = self._fact("class_labels")
+        self.prescale = self._prescale()
+        if self.prescale != 1.0:
+            self.gradients = self.rescaled([self.prescale] * len(self.updates)).gradients
+
+    def _prescale(self) -> float:
+        """Return what gradients are divided by: their scale, or, if it is unknown, a power of two that brings their
+        length within a factor of 64 of that at random inputs and residuals, where numbers neither vanish nor overflow.
+        """
+        sign = self.knowledge.sign or 1
+        if self.knowledge.scale is not None:
+            return self.knowledge.scale * sign
+        parameters = [p for name, p in self.model.named_parameters() if name in self.gradients[0]]
+        generator = torch.Generator().manual_seed(0)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        prediction = self.run(torch.randn(1, *self.shape, generator=generator))
+        back = torch.randn(prediction.shape, generator=generator) * 2 / self.unknowns
+        usual = torch.autograd.grad(prediction, parameters, back, materialize_grads=True)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        lengths = [
+            torch.stack([value.double().norm() for value in values]).norm()
+            for values in (self.gradients[0].values(), usual)
+        ]
+        ratio = float((lengths[0] / lengths[1].clamp_min(1e-30)).log2())
+        return sign * (1.0 if abs(ratio) < 6 else 2.0 ** round(ratio))
+
+    def rescaled(self, factors: Sequence[float]) -> "Problem":
+        """Return a copy with each update's gradients divided by a factor."""
+        other = copy.copy(self)
+        pairs = zip(self.gradients, factors, strict=True)
+        other.gradients = [{name: value / factor for name, value in gradient.items()} for gradient, factor in pairs]
+        return other
 
     @property
     def is_rescaled(self) -> bool:
@@ -101,7 +149,7 @@ class Problem:
         return rounded or update.kind != "gradient" or update.defence != "none"
 
     def _count_samples(self) -> int:
-        for name in ("timesteps", "noise"):
+        for name in ("timesteps", "noise", "class_labels"):
             value = getattr(self.knowledge, name)
             if value is not None:
                 return max(1, len(value) // len(self.updates))
@@ -143,12 +191,34 @@ class Problem:
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def predict(
-        self, noisy: Float[Tensor, "m c h w"], timesteps: Int[Tensor, " m"], samples: Int[Tensor, " m"]
+        self,
+        noisy: Float[Tensor, "m c h w"],
+        timesteps: Int[Tensor, " m"] | Float[Tensor, " m"],
+        samples: Int[Tensor, " m"],
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> Float[Tensor, "m c h w"]:
-        """Call the model on inputs that stand for the samples numbered `samples`."""
-        text = None if self.text is None else self.text[samples]
-        hints = None if self.hint_latents is None else self.hint_latents[samples]
-        return predict(self.model, noisy, timesteps, text, hints)
+        """Call the model on inputs that stand for the samples numbered `samples`, perhaps with other parameters."""
+        facts = (None if fact is None else fact[samples] for fact in (self.text, self.hint_latents, self.class_labels))
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            return predict(self.model, noisy, timesteps, *facts, call=self.knowledge.call, parameters=parameters)
+
+    @cached_property
+    def products(self) -> frozenset[str]:
+        """The shared parameters whose gradient is a product of their layer's input and signal, see `products`."""
+        probe = torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(0))
+        return products(self.model, list(self.gradients[0]), self.run, probe)
+
+    def layers(self) -> list[Layer]:
+        """List the layers whose gradient tells of their input: products, and not zero."""
+        told = [name for name in self.gradients[0] if name in self.products and self.gradients[0][name].any()]
+        return find_layers(self.model, told, self.run, torch.zeros(1, *self.shape))
+
+    def run(self, noisy: Tensor) -> Tensor:
+        """Call the model on inputs that all stand for the first sample."""
+        times = self.knowledge.timesteps
+        times = torch.tensor([len(self.knowledge.alphas_cumprod) // 2]) if times is None else times[:1]
+        return self.predict(noisy, times.expand(len(noisy)), torch.zeros(len(noisy), dtype=torch.int64))
 
     def unmix(
         self, noisy: Float[Tensor, "n c h w"], target: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
@@ -162,22 +232,22 @@ class Problem:
             return (noisy - sigma * target) / signal, target
         return signal * noisy - sigma * target, sigma * noisy + signal * target
 
+    @property
+    def is_pixels(self) -> bool:
+        """Whether the model is taken to denoise pixels: one or three channels; others are latents."""
+        return self.shape[0] in (1, 3)
+
     def without_noise(self, noisy: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the clean samples, given their noise (Ho et al. 2020, eq. 4)."""
         signal, sigma = self.rates(timesteps)
         return (noisy - sigma * noise) / signal
 
     @torch.no_grad()
-    def images(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 s s"]:
-        """Return clean samples as images in [-1, 1]."""
-        if self.knowledge.base is not None and self.shape[0] != 3:
+    def images(self, clean: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d s t"]:
+        """Return clean samples as images in [-1, 1]; latents without a base to decode them as they are."""
+        if self.knowledge.base is not None and not self.is_pixels:
             return self.knowledge.base.decode(clean)
-        return clean.clamp(-1.0, 1.0)
-
-
-def _config(model: nn.Module, name: str) -> int:
-    inner: Any = model.unet if isinstance(model, ControlledUNet) else model
-    return int(inner.config[name])
+        return clean.clamp(-1.0, 1.0) if self.is_pixels else clean
 
 
 class Recorder:
@@ -204,10 +274,12 @@ class Recorder:
         """CPU seconds since the beginning."""
         return time.process_time() - self.began
 
-    def finish(self, clean: Tensor, final: Tensor, timesteps: Tensor | None, noise: Tensor | None) -> Inversion:
-        """Return the result."""
+    def finish(
+        self, clean: Tensor, final: Tensor, timesteps: Tensor | None, noise: Tensor | None, **found: Any
+    ) -> Inversion:
+        """Return the result; `found`: further fields of `Inversion`."""
         clean, images = clean.detach(), self.problem.images(clean.detach())
         history = (*self.history, (self.n_evals, images))
         return Inversion(
-            images, clean, tuple(self.objective), final, self.n_evals, self.cpu_s, history, timesteps, noise
+            images, clean, tuple(self.objective), final, self.n_evals, self.cpu_s, history, timesteps, noise, **found
         )

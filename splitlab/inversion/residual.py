@@ -4,13 +4,14 @@ The gradient of the mean squared error is (2 / elements) J(x_t)ᵀ r, linear in 
 it best, and their part of J costs least. Entries that the client's defence, which is public, withholds are left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from splitlab.errors import InputError
 from splitlab.inversion.matching import layer_weights
-from splitlab.inversion.patches import find_layers
 from splitlab.inversion.problem import Problem
 
 
@@ -31,25 +32,21 @@ class Residual:
     n_evals: int
 
 
-def tail(problem: Problem, timesteps: Tensor, *, margin: float = 20.0) -> list[str]:
-    """Name the shared parameters of the last layers, at least `margin` times as many as residuals, if there are."""
+def tail(problem: Problem, *, margin: float = 20.0) -> list[str]:
+    """Name the shared parameters of the last layers, at least `margin` times as many as residuals, if there are.
+
+    All shared ones if no layer is known by its products.
+    """
     shared = problem.gradients[0]
-    sample = torch.zeros(1, dtype=torch.int64)
-    layers = find_layers(
-        problem.model,
-        list(shared),
-        lambda x: problem.predict(x, timesteps[:1], sample),
-        torch.zeros(1, *problem.shape),
-    )
     names: list[str] = []
     entries = 0
-    for layer in sorted(layers, key=lambda layer: -layer.order):
+    for layer in sorted(problem.layers(), key=lambda layer: -layer.order):
         own = [f"{layer.name}.{kind}" for kind in ("weight", "bias") if f"{layer.name}.{kind}" in shared]
         names += own
         entries += sum(shared[name].numel() for name in own)
         if entries >= margin * problem.batch * problem.unknowns:
             break
-    return names
+    return names or list(shared)
 
 
 def solve_residual(
@@ -98,6 +95,7 @@ def solve_residual(
         return torch.autograd.grad(linear, probe, weighted, retain_graph=True)[0]
 
     kept = {name: value != 0 if problem.withholds else torch.ones(()) for name, value in wanted.items()}
+    _check_transpose(back, forth, torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)))
     left = [roots[name] * wanted[name] for name in order]
     whole = float(sum(part.square().sum() for part in left))
     found = torch.zeros_like(prediction)
@@ -119,3 +117,20 @@ def solve_residual(
     for parameter in parameters:
         parameter.requires_grad_(False)
     return Residual(found.detach(), prediction.detach(), misfits[-1], count)
+
+
+def _check_transpose(
+    back: Callable[[Tensor], list[Tensor]], forth: Callable[[list[Tensor]], Tensor], u: Tensor
+) -> None:
+    """Refuse a model that loses second derivatives: with J u = v, |v|² must be uᵀ (Jᵀ v).
+
+    Raises:
+        InputError: it does.
+    """
+    image = back(u)
+    length = float(sum(part.double().square().sum() for part in image))
+    if abs(float((forth(image).double() * u).sum()) - length) > 1e-2 * length:
+        raise InputError(
+            "the model's second derivatives are wrong, as of autograd functions that have a first one only (some "
+            "checkpointing, fused kernels); switch them off"
+        )

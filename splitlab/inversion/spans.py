@@ -58,7 +58,7 @@ def rounding_std(update: Update, name: str, weight: Tensor) -> Float[Tensor, " n
 
 @dataclass(frozen=True)
 class Block:
-    """A gradient `[n, d]` float64 of a linear layer, and the standard deviation `[n]` of its rows' rounding."""
+    """A gradient `[n, d]` float64 of a linear layer or 1x1 convolution; the standard deviation `[n]` of rounding."""
 
     values: Float[Tensor, "n d"]
     std: Float[Tensor, " n"]
@@ -67,7 +67,7 @@ class Block:
 def block(update: Update, model: nn.Module, name: str) -> Block:
     """Return the gradient of the parameter `name` with its rounding."""
     weight = model.get_parameter(name)
-    return Block(update.gradients[name].double(), rounding_std(update, name, weight))
+    return Block(update.gradients[name].double().flatten(1), rounding_std(update, name, weight))
 
 
 def unit_rows(blocks: list[Block]) -> Rows:

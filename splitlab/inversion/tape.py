@@ -3,49 +3,51 @@
 As in Goodfellow 2015 and Opacus: a layer's weight gradient is made of its input and of the signal that comes back to
 its output, so that one batched pass serves all updates and a batched matrix product per layer tells them apart. Nothing
 is differentiated with respect to a parameter, and no graph runs through the gradients: what a distance says about
-them is handed back to inputs and signals by the same products.
+them is handed back to inputs and signals by the same products. What belongs to no such layer, as an embedding or a lone
+scale, is differentiated twice by autograd, update by update.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from splitlab.errors import InputError
-from splitlab.inversion.patches import is_supported
+from splitlab.inversion.patches import Geometry, geometry, is_supported
 
 
 class Tape:
     """Records inputs and outputs of the modules that own the parameters `names` while it is entered.
 
-    Raises:
-        InputError: a parameter belongs to a module of a kind that the tape cannot differentiate.
+    Args:
+        model: the attacked model, its parameters frozen.
+        names: parameters that are `products` of their layer.
+        others: further parameters.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.names = list(names)
+    def __init__(self, model: nn.Module, names: Sequence[str], others: Sequence[str] = ()):
+        self.names, self.others = list(names), {name: model.get_parameter(name) for name in others}
         self.modules = {owner: model.get_submodule(owner) for owner in {name.rpartition(".")[0] for name in names}}
-        for owner, module in self.modules.items():
-            if not (is_supported(module) or isinstance(module, nn.GroupNorm | nn.LayerNorm)):
-                raise InputError(
-                    f"parameter of {owner or 'the model'}: a {type(module).__name__} is not supported; "
-                    "share only linear layers, zero-padded convolutions of one group, group and layer norms"
-                )
         self.calls: list[tuple[str, Tensor, Tensor]] = []
         self.layers: list[tuple[str, _Linear | _Convolution | _Norm]] = []
+        self.found: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Tape":
         self.calls = []
         self._handles = [module.register_forward_hook(self._note(owner)) for owner, module in self.modules.items()]
+        for parameter in self.others.values():
+            parameter.requires_grad_(True)
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _note(self, owner: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _note(self, owner: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            if not isinstance(output, Tensor) or not inputs:  # no layer, whatever the shape of its weight
+                return output
             if not output.requires_grad:  # depends on no candidate, as the time embedding
                 output = output.detach().requires_grad_(True)
             self.calls.append((owner, inputs[0], output))
@@ -58,10 +60,11 @@ class Tape:
         outputs = [output for _, _, output in self.calls]
         signals = torch.autograd.grad(prediction, outputs, signal, create_graph=True, materialize_grads=True)
         self.layers = [
-            (owner, _layer(self.modules[owner], inputs, back, batch))
+            (owner, layer_of(self.modules[owner], inputs, back, batch))
             for (owner, inputs, _), back in zip(self.calls, signals, strict=True)
         ]
-        found: dict[str, Tensor] = {}
+        self.found = self._twice(prediction, signal, batch)
+        found = {name: value.detach() for name, value in self.found.items()}
         with torch.no_grad():
             for owner, layer in self.layers:
                 for kind, value in layer.gradients().items():
@@ -70,13 +73,30 @@ class Tape:
                         found[name] = found[name] + value if name in found else value
         return found
 
+    def _twice(self, prediction: Tensor, signal: Tensor, batch: int) -> dict[str, Tensor]:
+        """Return the gradients of `others` `[u, ...]`, differentiable."""
+        if not self.others:
+            return {}
+        rows = []
+        for number in range(len(signal) // batch):
+            own = torch.zeros_like(signal)
+            own[number * batch : (number + 1) * batch] = 1.0
+            values = list(self.others.values())
+            rows.append(
+                torch.autograd.grad(prediction, values, own * signal, create_graph=True, materialize_grads=True)
+            )
+        for parameter in self.others.values():
+            parameter.requires_grad_(False)
+        return {name: torch.stack(parts) for name, parts in zip(self.others, zip(*rows, strict=True), strict=True)}
+
     def pull(self, slopes: Mapping[str, Tensor], z: Tensor) -> Tensor:
         """Return the derivative by `z` of whatever has the derivatives `slopes` by the gradients last returned."""
         ends: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for owner, layer in self.layers:
                 ends += layer.pull(slopes.get(f"{owner}.weight"), slopes.get(f"{owner}.bias"))
-        self.layers = []
+        ends += [(value, slopes[name]) for name, value in self.found.items()]
+        self.layers, self.found = [], {}
         ends = [(tensor, slope) for tensor, slope in ends if tensor.requires_grad]
         return torch.autograd.grad([tensor for tensor, _ in ends], z, [slope for _, slope in ends])[0]
 
@@ -91,14 +111,14 @@ class _Linear:
         batch: images per update.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, inputs: Tensor, back: Tensor, batch: int):
+    def __init__(self, module: nn.Module, inputs: Tensor, back: Tensor, batch: int):
         self.module, self.inputs, self.back, self.batch = module, inputs, back, batch
-        self.axis = 1 if isinstance(module, nn.Conv2d) else -1
+        self.axis = 1 if geometry(module) else -1
         self.seen, self.signals = self._rows(inputs), self._rows(back)
 
     def gradients(self) -> dict[str, Tensor]:
         weight = torch.bmm(self.signals.mT, self.seen)
-        return {"weight": weight.reshape(-1, *self.module.weight.shape), "bias": self.signals.sum(1)}
+        return {"weight": weight.reshape(-1, *_weight(self.module).shape), "bias": self.signals.sum(1)}
 
     def pull(self, weight: Tensor | None, bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         ends = []
@@ -123,21 +143,21 @@ class _Linear:
 class _Convolution:
     """A convolution, by the library's own convolutions update by update: they beat products of unfolded patches."""
 
-    def __init__(self, module: nn.Conv2d, inputs: Tensor, back: Tensor, batch: int):
-        self.module, self.inputs, self.back = module, inputs, back
+    def __init__(self, module: nn.Module, shape: Geometry, inputs: Tensor, back: Tensor, batch: int):
+        self.weight, self.shape, self.inputs, self.back = _weight(module), shape, inputs, back
         self.pairs = list(zip(inputs.detach().split(batch), back.detach().split(batch), strict=True))
 
     def gradients(self) -> dict[str, Tensor]:
-        weights = [self._backward(seen, signal, self.module.weight, 1) for seen, signal in self.pairs]
+        weights = [self._backward(seen, signal, self.weight, 1) for seen, signal in self.pairs]
         return {"weight": torch.stack(weights), "bias": torch.stack([s.sum((0, 2, 3)) for _, s in self.pairs])}
 
     def pull(self, weight: Tensor | None, bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        ends, module = [], self.module
+        ends, shape = [], self.shape
         if weight is not None:
             biases = [None] * len(weight) if bias is None else bias
             with_weight = zip(self.pairs, weight, biases, strict=True)
             parts = [
-                F.conv2d(seen, one, offset, module.stride, module.padding, module.dilation)
+                F.conv2d(seen, one, offset, shape.stride, shape.padding, shape.dilation)
                 for (seen, _), one, offset in with_weight
             ]
             ends.append((self.back, torch.cat(parts)))
@@ -152,9 +172,9 @@ class _Convolution:
 
     def _backward(self, seen: Tensor, signal: Tensor, weight: Tensor, which: int) -> Tensor:
         """Return the derivative by the input (0) or by the weight (1)."""
-        module, mask = self.module, [which == 0, which == 1, False]
-        shape = (module.stride, module.padding, module.dilation, False, [0, 0], 1)
-        found: Tensor = torch.ops.aten.convolution_backward(signal, seen, weight, None, *shape, mask)[which]
+        shape, mask = self.shape, [which == 0, which == 1, False]
+        how = (shape.stride, shape.padding, shape.dilation, False, [0, 0], 1)
+        found: Tensor = torch.ops.aten.convolution_backward(signal, seen, weight, None, *how, mask)[which]
         return found
 
 
@@ -191,11 +211,23 @@ class _Norm:
         return each.reshape(shape)
 
 
-def _layer(module: nn.Module, inputs: Tensor, back: Tensor, batch: int) -> _Linear | _Convolution | _Norm:
-    if isinstance(module, nn.Linear):
-        return _Linear(module, inputs, back, batch)
-    if isinstance(module, nn.Conv2d):
-        is_point = module.weight[0, 0].numel() == 1 and module.stride == (1, 1) and module.padding == (0, 0)
-        return (_Linear if is_point else _Convolution)(module, inputs, back, batch)
-    assert isinstance(module, nn.GroupNorm | nn.LayerNorm)
-    return _Norm(module, inputs, back, batch)
+def layer_of(module: nn.Module, inputs: Tensor, back: Tensor, batch: int) -> "_Linear | _Convolution | _Norm":
+    """Return how a module that `has_products` makes its gradient of an input and a signal."""
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        return _Norm(module, inputs, back, batch)
+    shape = geometry(module)
+    point = shape and (max(shape.kernel), max(shape.stride), max(shape.padding)) == (1, 1, 0)
+    return (
+        _Convolution(module, shape, inputs, back, batch)
+        if shape and not point
+        else _Linear(module, inputs, back, batch)
+    )
+
+
+def has_products(module: nn.Module) -> bool:
+    """Say whether the gradient of a module's weight may be a product that `layer_of` knows."""
+    return is_supported(module) or isinstance(module, nn.GroupNorm | nn.LayerNorm)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return module.get_parameter("weight")

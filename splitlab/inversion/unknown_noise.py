@@ -5,6 +5,7 @@ then r = prediction - target, in which the gradient is linear (`residual`); then
 the image. Where no layer allows the patch test, both are fitted to the gradient by L-BFGS.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,13 +14,22 @@ from torch import Tensor
 
 from splitlab.errors import InputError
 from splitlab.federated import InversionKnowledge, Update
+from splitlab.inversion.doubts import doubts
 from splitlab.inversion.matching import Matcher, best_of
-from splitlab.inversion.noisy_inputs import NoisyInputs, find_noisy
+from splitlab.inversion.noisy_inputs import find_noisy
 from splitlab.inversion.optimise import lbfgs
 from splitlab.inversion.problem import Inversion, Problem, Recorder
 from splitlab.inversion.residual import solve_residual, tail
+from splitlab.inversion.scale import Scaling, find_scale
 from splitlab.inversion.timesteps import timesteps as read_timesteps
 from splitlab.types import Callback
+
+MOST_PAIRED = 3
+"""Images per update for which all pairings with timesteps are tried."""
+
+OPEN, OPEN_INEXACT = 1e-7, 1e-4
+"""A residual that leaves more of the gradient unexplained is another one: right ones leave 1e-8 of a float32 gradient,
+1e-5 of one of 16 bits."""
 
 
 def unknown_noise(
@@ -32,6 +42,7 @@ def unknown_noise(
     n_evals: int = 400,
     n_starts: int = 16,
     n_iterations: int = 200,
+    thorough: bool = False,
     fit_evals: int = 0,
     stages: int = 1,
     std: float = 0.3,
@@ -48,6 +59,8 @@ def unknown_noise(
         n_evals: evaluations of the patch test, or of the fit, per start.
         n_starts: random starts at most; the one of the smallest objective is kept.
         n_iterations: of the linear solve for the residual.
+        thorough: solve it again, over all shared layers and for all pairings of images and timesteps, where the last
+            layers, which suffice as a rule, left it open.
         fit_evals: L-BFGS evaluations on (x_t, r) together, after the linear solve.
         stages: annealing of a fit from random starts: the first stage counts the last 1/stages of the tensors.
         std: of the random starts of a fit.
@@ -68,7 +81,9 @@ def unknown_noise(
             problem, timesteps, generator=generator, recorder=recorder, n_evals=n_evals, n_starts=n_starts
         )
     if found is not None:
-        state = _solve(problem, found, timesteps, n_iterations, recorder)
+        state = _solve(problem, found.noisy, tail(problem), timesteps, n_iterations, recorder)
+        if thorough:
+            state = _solve_again(problem, matcher, found.noisy, state, timesteps, n_iterations, recorder)
         if fit_evals:
             state, _ = _fit(problem, matcher, state, timesteps, fit_evals, recorder)
     else:
@@ -77,8 +92,9 @@ def unknown_noise(
         )
     matcher.anneal(1.0)
     value, _ = matcher.from_residual(timesteps)(state)
-    clean, noise = _read(problem, state, timesteps)
-    return recorder.finish(clean, value, timesteps, noise)
+    clean, noise, scaling = _read(problem, state, timesteps)
+    said = (*scaling.words, *doubts(problem, clean, noise, value, None if found is None else found.value))
+    return recorder.finish(clean, value, timesteps, noise, scale=scaling.scale, warnings=said)
 
 
 def _with_timesteps(
@@ -100,15 +116,45 @@ def _with_timesteps(
     return replace(knowledge, batch_size=batch, timesteps=timesteps)
 
 
-def _solve(problem: Problem, found: NoisyInputs, timesteps: Tensor, n_iterations: int, recorder: Recorder) -> Tensor:
-    """Return `[u, 2 b c h w]`: noisy inputs and the residuals that explain the gradient best."""
-    names, rows = tail(problem, timesteps), []
+def _solve(
+    problem: Problem, found: Tensor, names: list[str], timesteps: Tensor, n_iterations: int, recorder: Recorder
+) -> Tensor:
+    """Return `[u, 2 b c h w]`: noisy inputs and the residuals that explain the gradient of `names` best."""
+    rows = []
     for number in range(len(problem.updates)):
         own = slice(number * problem.batch, (number + 1) * problem.batch)
-        solved = solve_residual(problem, number, found.noisy[own], timesteps[own], names, n_iterations=n_iterations)
+        solved = solve_residual(problem, number, found[own], timesteps[own], names, n_iterations=n_iterations)
         recorder.n_evals += solved.n_evals if number == 0 else 0
-        rows.append(torch.stack([found.noisy[own], solved.residual]).flatten())
+        rows.append(torch.stack([found[own], solved.residual]).flatten())
     return torch.stack(rows)
+
+
+def _solve_again(
+    problem: Problem,
+    matcher: Matcher,
+    found: Tensor,
+    state: Tensor,
+    timesteps: Tensor,
+    n_iterations: int,
+    recorder: Recorder,
+) -> Tensor:
+    """Solve over all shared layers what the last ones left open, and with images and timesteps paired in other ways.
+
+    Layers in front of where the timestep enters find the images, but not which of them is whose.
+    """
+    objective = matcher.from_residual(timesteps)
+    best = objective(state)[0]
+    orders = (
+        list(itertools.permutations(range(problem.batch))) if problem.batch <= MOST_PAIRED else [range(problem.batch)]
+    )
+    for names, order in itertools.product((list(problem.gradients[0]), tail(problem)), orders):
+        if float(best.max()) <= (OPEN_INEXACT if problem.is_inexact else OPEN):
+            break
+        paired = found.unflatten(0, (-1, problem.batch))[:, list(order)].flatten(0, 1)
+        trial = _solve(problem, paired, names, timesteps, n_iterations, recorder)
+        value = objective(trial)[0]
+        state, best = torch.where((value < best)[:, None], trial, state), torch.minimum(value, best)
+    return state
 
 
 def _fit(
@@ -149,14 +195,18 @@ def _fit_from_random(
 
 
 @torch.no_grad()
-def _read(problem: Problem, state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def _read(problem: Problem, state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Scaling]:
     """Return clean samples and noise: target = prediction - r."""
     noisy, residual = state.reshape(-1, 2, problem.batch, *problem.shape).unbind(1)
     noisy, residual = noisy.flatten(0, 1), residual.flatten(0, 1)
     prediction = problem.predict(noisy, timesteps, torch.arange(problem.n_samples))
-    if problem.is_rescaled and problem.objective == "epsilon":
-        residual = residual * _unit_noise(prediction, residual)[:, None, None, None]
-    return problem.unmix(noisy, prediction - residual, timesteps)
+    scaling = Scaling(torch.ones(problem.n_samples), problem.prescale)
+    if problem.knowledge.scale is None or problem.knowledge.sign is None:
+        scaling = find_scale(problem, noisy, prediction, residual, timesteps)
+    elif problem.is_rescaled and problem.objective == "epsilon":
+        scaling = Scaling(_unit_noise(prediction, residual), None)
+    target = prediction - residual * scaling.factor[:, None, None, None]
+    return *problem.unmix(noisy, target, timesteps), scaling
 
 
 def _unit_noise(prediction: Tensor, residual: Tensor) -> Tensor:
