@@ -9,6 +9,7 @@ from splitlab import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cases
 
+
 @pytest.mark.parametrize("name", cases.CASES)
 def test_what_people_bring_is_loaded_as_meant_or_refused(name: str) -> None:
     assert cases.run(name) == ""
