@@ -1,8 +1,9 @@
 """Membership by training again with what a private run publishes: `python benchmarks/retraining.py [--runs 240]`.
 
 Who holds record.json, the weights, the base, all data but one sample, and both candidates for that one, trains with
-either, from every seed that the record names, and compares weights: where the draws follow from what is published, one
-of the two comes out bit for bit, unless the sample was in no batch. The runs are as large as they need be for that.
+either, as the record says and from every seed that it names, and compares weights: where the draws follow from what is
+published, one of the two comes out bit for bit, unless the sample was in no batch. The runs are as large as they need
+be for that.
 
 What is done is kept in `.cache/retraining`, so an interrupted call goes on. Writes `reports/metrics/retraining.csv`: a
 row for runs with a published key, for contrast, and one for secret ones.
@@ -46,28 +47,44 @@ def trained(name, config, base, data, folder):
     return weights(folder / name)
 
 
-def attack(base, folder, worlds):
-    """Score how much more like the first of two candidate data sets a published run looks; infinite: bit for bit."""
+def distances(base, folder, worlds):
+    """Train again on either data set; return how far from the published weights each ends, a pair per attempt.
+
+    Attempts are the run as its record says, whose secret draws are new ones, and with every seed as a published key.
+    """
     config = json.loads((folder / "run/record.json").read_text())["config"]
     given = DPConfig(**{**config, "classes": tuple(config["classes"])})
-    released, score = weights(folder / "run"), 0.0
-    for seed in sorted({config[name] for name in SEEDS if config[name] is not None}):
-        again = replace(given, seed=seed, published_key=seed)
-        first, second = (
+    seeds = sorted({config[name] for name in SEEDS if config[name] is not None})
+    attempts = dict.fromkeys([given, *(replace(given, seed=seed, published_key=seed) for seed in seeds)])
+    released, pairs = weights(folder / "run"), {}
+    for again in attempts:
+        pairs[again] = [
             (trained(f"again-{number}", again, base, data, folder) - released).norm().item()
             for number, data in enumerate(worlds)
-        )
+        ]
+    return pairs
+
+
+def attack(base, folder, worlds):
+    """Score how much more like the first of two candidate data sets a published run looks; infinite: bit for bit."""
+    score = 0.0
+    for again, (first, second) in distances(base, folder, worlds).items():
         if (first == 0.0) != (second == 0.0):
             return math.inf if first == 0.0 else -math.inf
-        score += second - first
+        score += 0.0 if again.published_key is None else second - first  # new secret draws tell nothing by distance
     return score
+
+
+def candidates(pool, number):
+    """Return the two data sets of a game: they differ in one sample."""
+    order = torch.randperm(len(pool), generator=generator("retraining", number % PAIRS)).tolist()
+    place = int(torch.randint(N, (), generator=generator("retraining place", number % PAIRS)))
+    return [pool.subset([*order[:place], sample, *order[place : N - 1]]) for sample in order[N - 1 : N + 1]]
 
 
 def game(base, pool, config, number, folder):
     """Train on one of two data sets that differ in a sample, by a coin; return the coin, and the attack's score."""
-    order = torch.randperm(len(pool), generator=generator("retraining", number % PAIRS)).tolist()
-    place = int(torch.randint(N, (), generator=generator("retraining place", number % PAIRS)))
-    worlds = [pool.subset([*order[:place], sample, *order[place : N - 1]]) for sample in order[N - 1 : N + 1]]
+    worlds = candidates(pool, number)
     first = bool(torch.rand((), generator=generator("retraining coin", number)) < 0.5)
     trained("run", config, base, worlds[0 if first else 1], folder)
     return first, attack(base, folder, worlds)
