@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitlab.errors import InputError
+from splitlab.errors import InputError, brief
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -176,11 +176,6 @@ def _check_tensors(model: nn.Module, found: dict[str, Any], file: Path) -> None:
             raise InputError(
                 f"{file}: {len(tensors)} {problem}: {_some(tensors)}; use a complete {type(model).__name__}"
             )
-
-
-def brief(error: Exception) -> str:
-    """Return what a library's error says, on one line of no great length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

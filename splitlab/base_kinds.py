@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from splitlab.base_files import CONVERT, PICKLES, brief, read_config
-from splitlab.errors import InputError
+from splitlab.base_files import CONVERT, PICKLES, read_config
+from splitlab.errors import InputError, brief
 
 PARTS = {
     "vae": ("AutoencoderKL",),
@@ -69,6 +69,10 @@ UNET = {
 SCHEDULERS = {kind.name for kind in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
 """Samplers of one kind of noise schedule, which is given by betas."""
 
+LORA = "pytorch_lora_weights.safetensors"
+
+BETAS = ("beta_start", "beta_end", "beta_schedule")
+
 NO_SIGNAL = "from a last timestep without signal no noise prediction leads to an image; a model so trained predicts v"
 
 
@@ -83,6 +87,8 @@ def check_kind(folder: Path) -> None:
     index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else None
     if index is not None:
         _check_index(index, folder / "model_index.json")
+    if (folder / LORA).exists():
+        warnings.warn(f"{folder / LORA}: not read; the base is the model without it", stacklevel=3)
     configs = {part: read_config(folder / part / "config.json") for part in ("vae", "unet", "text_encoder")}
     for part, config in configs.items():
         kind = config.get("_class_name", PARTS[part][0])
@@ -214,8 +220,11 @@ def load_scheduler(folder: Path) -> DDIMScheduler | PNDMScheduler:
         raise InputError(f"{path}: it predicts {predicted!r}; S1 needs a noise-predicting ('epsilon') model")
     if config.get("rescale_betas_zero_snr"):
         raise InputError(f"{path}: rescale_betas_zero_snr is set: {NO_SIGNAL}. If this one was not, set it to false")
+    if missing := [key for key in BETAS if key not in config and not config.get("trained_betas")]:
+        raise InputError(f"{path}: it does not say {', '.join(missing)}, and no other schedule is the model's")
     if name != "DDIMScheduler":
-        config = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} | config
+        config = {"set_alpha_to_one": False} | config
+    config |= {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline has them, whatever the file says
     if name not in ("DDIMScheduler", "PNDMScheduler"):
         warnings.warn(f"{path}: sampling is by DDIM on the schedule of its {name}", stacklevel=4)
         name = "DDIMScheduler"
@@ -270,9 +279,9 @@ def load_tokenizer(folder: Path, text: CLIPTextConfig) -> CLIPTokenizer:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # as in Stable Diffusion 1.x
     length = tokenizer.model_max_length
-    if not isinstance(length, int | float) or length < 3:
+    if not isinstance(length, int | float) or not length >= 3:
         raise InputError(f"{folder}: model_max_length is {length!r}; it is a number of tokens")
-    tokenizer.model_max_length = min(int(length), text.max_position_embeddings)
+    tokenizer.model_max_length = int(min(length, text.max_position_embeddings))
     return tokenizer
 
 

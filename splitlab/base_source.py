@@ -9,9 +9,9 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-from splitlab.base_files import PICKLES, brief, choose_weights
+from splitlab.base_files import PICKLES, choose_weights
 from splitlab.base_kinds import PARTS, check_kind, load_scheduler, single_file
-from splitlab.errors import InputError
+from splitlab.errors import InputError, brief
 from splitlab.paths import ROOT
 
 WEIGHTS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -32,6 +32,8 @@ def locate(source: str | Path) -> Path:
     Raises:
         InputError: there is no such folder, or the hub has no such model, asks for terms, or cannot be reached.
     """
+    if not str(source).strip() or "://" in str(source):
+        raise InputError("it is named by a folder or a hub id such as owner/name, not by an address or nothing")
     path = Path(os.path.expanduser(source))
     for place in (path, ROOT / path):
         if place.is_dir():

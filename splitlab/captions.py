@@ -29,6 +29,8 @@ def caption(value: Any, column: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(f"column {column}: half a surrogate pair, which is no character; mend the text") from None
+    if "\0" in value:
+        raise InputError(f"column {column}: a NUL character, which is no part of any text; mend the text")
     return value
 
 

@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """Bad input: the message says what was wrong, where, and what to do about it."""
+
+
+def brief(error: Exception) -> str:
+    """Return what a library's error says, on one line of no great length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitlab.errors import InputError
+from splitlab.pictures import SUFFIXES
 
 LARGEST = 2**30
 """Bytes that one file of a data set may have when unpacked: more is no picture or table, but a decompression bomb."""
 
+SYSTEM = {"__macosx", "$recycle.bin", "system volume information", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+"""What macOS, Windows and network disks put beside people's files, thumbnails among it; in lower case."""
 
 POINTER = b"version https://git-lfs"
 
@@ -58,7 +61,9 @@ class Files:
             advice = (
                 f"but {alike[0]} is there: names must agree in upper and lower case" if alike else "restore the file"
             )
-            raise InputError(f"{name} is missing; {advice}")
+            if name.startswith(("http:", "https:")):
+                advice = "addresses are not fetched: put the file into the data set, and its name into the table"
+            raise InputError(f"{name:.200} is missing; {advice}")
         try:
             content = self.content(self.names[clean])
         except InputError:
@@ -87,6 +92,8 @@ def open_files(path: Path) -> Files:
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # zipfile raises many types for damaged archives
+        if path.suffix.lower() in (*SUFFIXES, ".csv", ".jsonl", ".json", ".txt"):
+            raise InputError(f"{path}: one file of a data set; name the folder that holds it, {path.parent}") from None
         raise InputError(
             f"{path}: not a zip file ({error}); give a folder, zip or Parquet file. `dvc pull` restores shipped ones"
         ) from None
@@ -143,6 +150,5 @@ def _clean(name: str) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-    parts = name.removeprefix("../").split("/")
-    system = parts[0] == "__MACOSX" or parts[-1] in ("Thumbs.db", "desktop.ini")
-    return system or any(part.startswith(".") and part != ".." for part in parts)
+    parts = name.removeprefix("../").lower().split("/")
+    return not SYSTEM.isdisjoint(parts) or any(part.startswith(".") and part != ".." for part in parts)

@@ -9,25 +9,43 @@ Folders and zips (where there is one folder at the top, that is looked into):
 - pictures with captions in text files of the same name, and pictures in one folder per class.
 
 What holds several splits, as folders or Parquet files called `train`, `test` and the like, is asked for one of them as
-`<path>@<split>`. `hub:<id>[@<split>]` is read through `datasets`.
+`<path>@<split>`. `hub:<id>[/<configuration>][@<split>]` is read through `datasets`. Files that belong to no layout are
+named in a warning, but for those that explain the set.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
-from splitlab.errors import InputError
+from splitlab.errors import InputError, brief
 from splitlab.files import Files, open_files
 from splitlab.metadata import read_csv, read_jsonl, read_text
 from splitlab.pictures import SUFFIXES
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+TABLES = (*METADATA, "prompt.json")
 FILL50K = {"target": "image", "source": "conditioning_image", "prompt": "text"}
-SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "private", "public", "heldout")
-UNREAD = (".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".jxl", ".npy")
+SPLIT_NAMES = (
+    *("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"),
+    *("private", "public", "heldout"),
+)
+UNREAD = (
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".dcm", ".npy"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
 """Suffixes of pictures that are not read here: a set of pictures would silently lack them."""
+
+EXPLAINING = re.compile(
+    r"(?i)(.*/)?((readme|licen[cs]e|citation|datasheet|dataset_infos?)[^/]*|[^/.]+|.*\.(md|html|yaml|bib|py|pdf))"
+)
+"""Files that explain a set and are no part of it."""
+
+SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\b.*")
+"""A Parquet file as the hub names it."""
 
 PICTURE_COLUMNS = ("file_name", "image_file_name", "image")
 """Where a table may name the picture, in the order of preference."""
@@ -81,8 +99,8 @@ def open_listing(source: str, *, image_column: str = "") -> Listing:
     if source.startswith("hub:"):
         return _hub(source)
     path, split = split_off(source)
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return _saved(path)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved(path, split)
     files, split = _inside(open_files(path), split)
     wanted = (image_column,) if image_column else PICTURE_COLUMNS
     found = [name for name in METADATA if name in files.names]
@@ -95,7 +113,12 @@ def open_listing(source: str, *, image_column: str = "") -> Listing:
     parquet = [name for name in files.names if name.lower().endswith(".parquet")]
     if other := [name for name in files.names if name.lower().startswith("metadata") and name not in parquet]:
         raise InputError(f"{path}: {other[0]} is not read; the table is called {' or '.join(METADATA)}")
-    return _parquet(source, files, parquet, split) if parquet else _pictures(source, files)
+    if parquet:
+        return _parquet(source, files, parquet, split, whole=files.path == path)
+    if further := sorted(name for name in files.names if PurePosixPath(name).name in TABLES):
+        folder = PurePosixPath(further[0]).parent
+        raise InputError(f"{path}: its table {further[0]} is further down: name the folder, as in {path / folder}")
+    return _pictures(source, files)
 
 
 def split_off(source: str, root: Path = Path()) -> tuple[Path, str]:
@@ -104,6 +127,8 @@ def split_off(source: str, root: Path = Path()) -> tuple[Path, str]:
     Raises:
         InputError: no path can be called that.
     """
+    if not source.strip():
+        raise InputError("no data set is named: give a folder, zip or Parquet file, or hub:<id>")
     path, _, split = source.rpartition("@")
     try:
         whole = root / Path(source).expanduser()
@@ -115,14 +140,14 @@ def split_off(source: str, root: Path = Path()) -> tuple[Path, str]:
 
 def _inside(files: Files, split: str) -> tuple[Files, str]:
     """Look into the only folder at the top, and into that of the split; return the split if it is still to be found."""
-    while len(files.folders) == 1 and all("/" in name for name in files.names):
+    while len(files.folders) == 1 and all("/" in name or EXPLAINING.fullmatch(name) for name in files.names):
         if files.folders[0] == split:
             split = ""
         files = files.below(files.folders[0])
     folders = {name.lower(): name for name in files.folders}
     if split.lower() in folders:
         return _inside(files.below(folders[split.lower()]), "")
-    has_rows = any(name in files.names for name in (*METADATA, "prompt.json"))
+    has_rows = any(name in files.names for name in TABLES)
     named = [name for name in files.folders if name.lower() in SPLIT_NAMES]
     parquet = any(name.lower().endswith(".parquet") for name in files.names)
     if split and not parquet:
@@ -132,8 +157,9 @@ def _inside(files: Files, split: str) -> tuple[Files, str]:
     return files, split
 
 
-def _which(path: Path, splits: Sequence[str]) -> str:
-    return f"{path}: it has the splits {', '.join(splits)}; name one, as in {path}@{splits[0]}"
+def _which(path: Path, splits: Sequence[str], wanted: str = "") -> str:
+    problem = f"no split {wanted!r}; " if wanted else ""
+    return f"{path}: {problem}it has the splits {', '.join(splits)}; name one, as in {path}@{splits[0]}"
 
 
 def _table(source: str, files: Files, name: str, wanted: Sequence[str]) -> Listing:
@@ -167,7 +193,8 @@ def _pictures(source: str, files: Files) -> Listing:
     if unread := sorted(name for name in files.names if PurePosixPath(name).suffix.lower() in UNREAD):
         raise InputError(f"{files.path}: {unread[0]} is of a kind that is not read here; convert it to PNG or JPEG")
     if not pictures:
-        raise InputError(f"{files.path}: no pictures and no metadata; {LAYOUT}")
+        there = ", ".join(sorted(files.names)[:5]) or "it is empty"
+        raise InputError(f"{files.path}: no pictures and no metadata ({there}); {LAYOUT}")
     texts = {name[:-4]: name for name in files.names if name.lower().endswith(".txt")}
     captions = {name: texts.get(name[: -len(PurePosixPath(name).suffix)]) for name in pictures}
     if bare := [name for name, caption in captions.items() if caption is None]:
@@ -177,6 +204,7 @@ def _pictures(source: str, files: Files) -> Listing:
                 f"{len(bare)} have none, the first {bare[0]}; give each its caption"
             )
         captions = {}
+    _name_unread(files, {*pictures, *captions.values()})
     rows = []
     for name in pictures:
         row: dict[str, Any] = {"image": name}
@@ -189,6 +217,17 @@ def _pictures(source: str, files: Files) -> Listing:
     return Listing(source, columns, rows, lambda index: f"row {index}", lambda value: _file(files, value))
 
 
+def _name_unread(files: Files, read: Set[str | None]) -> None:
+    """Say which files are not read: among them may be captions, or the captions of pictures that are gone."""
+    if unread := sorted(name for name in files.names if name not in read and not EXPLAINING.fullmatch(name)):
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        warnings.warn(
+            f"{files.path}: of no use here and not read: {', '.join(unread[:3])}{more}; captions stand in "
+            f"{' or '.join(METADATA)}, or in a text file beside each picture, called as it is",
+            stacklevel=5,
+        )
+
+
 def _caption(files: Files, name: str) -> str:
     try:
         return read_text(files.read(name)).strip()
@@ -196,28 +235,26 @@ def _caption(files: Files, name: str) -> str:
         raise InputError(f"{files.path}: the caption {name}: {error}") from None
 
 
-def _parquet(source: str, files: Files, names: Sequence[str], split: str) -> Listing:
-    """List the rows of Parquet files, in the order of their names."""
+def _parquet(source: str, files: Files, names: Sequence[str], split: str, *, whole: bool) -> Listing:
+    """List the rows of Parquet files, in the order of their names; `whole`: no shard of theirs may be missing."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    splits: dict[str, list[str]] = {}
-    for name in sorted(names):
-        splits.setdefault(_split_of(name, split), []).append(name)
-    if (split and split not in splits) or (not split and len(splits) > 1):
-        problem = f"no split {split!r}; " if split else ""
-        raise InputError(problem + _which(files.path, [name or "(no name)" for name in splits]))
-    chosen = splits[split] if split else next(iter(splits.values()))
+    chosen = _chosen(files.path, names, split)
     if len(folders := sorted({str(PurePosixPath(name).parent) for name in chosen})) > 1:
         raise InputError(f"{files.path}: Parquet files in several folders, {', '.join(folders)}; name one folder")
+    if whole:
+        _refuse_lost_shards(files.path, chosen)
     try:
         table = pa.concat_tables([pq.read_table(pa.BufferReader(files.read(name))) for name in chosen])
         classes = _classes(datasets.Features.from_arrow_schema(table.schema))
     except InputError:
         raise
     except Exception as error:  # pyarrow raises many types for damaged files
-        raise InputError(f"{files.path}: {', '.join(chosen)} cannot be read ({error}); restore or mend it") from None
+        raise InputError(
+            f"{files.path}: {', '.join(chosen)} cannot be read ({brief(error)}); restore or mend it"
+        ) from None
     return Listing(
         name=source,
         columns=tuple(table.column_names),
@@ -228,11 +265,40 @@ def _parquet(source: str, files: Files, names: Sequence[str], split: str) -> Lis
     )
 
 
-def _split_of(name: str, wanted: str) -> str:
+def _chosen(path: Path, names: Sequence[str], split: str) -> list[str]:
+    """Return which of the Parquet files make up a split; "": the only one."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(names):
+        splits.setdefault(_split_of(name), []).append(name)
+    if len(splits) > 1:
+        for name in splits.pop("", []):  # beside splits, a file that names none is one
+            splits.setdefault(PurePosixPath(name).stem, []).append(name)
+    if split and list(splits) == [""]:
+        raise InputError(f"{path}: no split {split!r}: its Parquet files name no splits; leave @{split} out")
+    if (split and split not in splits) or (not split and len(splits) > 1):
+        raise InputError(_which(path, list(splits), split))
+    return splits[split] if split else next(iter(splits.values()))
+
+
+def _split_of(name: str) -> str:
     """Return the split that a Parquet file belongs to, by its own name or its folder's; "" if neither tells."""
     path = PurePosixPath(name)
-    word = re.split(r"[-.]", path.name)[0]
-    return next((part for part in (word, path.parent.name) if part in SPLIT_NAMES or (part and part == wanted)), "")
+    shard = SHARD.fullmatch(path.name)
+    for part in (shard["split"] if shard else path.stem, path.parent.name):
+        if known := [word for word in re.split(r"[\W\d_]+", part.lower()) if word in SPLIT_NAMES]:
+            return known[0]
+    return shard["split"] if shard else ""
+
+
+def _refuse_lost_shards(path: Path, names: Sequence[str]) -> None:
+    shards = [shard for name in names if (shard := SHARD.fullmatch(name))]
+    for (split, total), there in itertools.groupby(shards, lambda shard: (shard["split"], shard["total"])):
+        numbers = {int(shard["number"]) for shard in there}
+        if lost := [number for number in range(int(total)) if number not in numbers]:
+            raise InputError(
+                f"{path}: {len(lost)} of the {int(total)} shards of {split} are missing, the first "
+                f"{split}-{lost[0]:05d}-of-{total}; get them as well, or name a file"
+            )
 
 
 class _ArrowRows:
@@ -266,25 +332,34 @@ def _hub(source: str) -> Listing:
     import datasets
 
     repository, _, split = source.removeprefix("hub:").partition("@")
+    owner, _, rest = repository.partition("/")
+    name, _, configuration = rest.partition("/")
+    if not owner:
+        raise InputError(f"{source}: no hub id; write hub:<owner>/<name>, and @<split> behind it")
     try:
-        rows = datasets.load_dataset(repository, split=split or "train")
+        rows = datasets.load_dataset(
+            *filter(None, (f"{owner}/{name}".removesuffix("/"), configuration)), split=split or "train"
+        )
     except Exception as error:  # datasets raises many types, from network to parsing
         raise InputError(
-            f"{source}: cannot be loaded ({error}); check the name, the split and the network. An entry of the section "
-            "datasets says which of the hub's splits are meant"
+            f"{source}: cannot be loaded ({brief(error)}); check the name, the split and the network. An entry of the "
+            "section datasets says which are meant: hub:<owner>/<name>/<configuration>@<split>"
         ) from None
     return _dataset(source, rows)
 
 
-def _saved(path: Path) -> Listing:
-    """List the rows of a folder written by `Dataset.save_to_disk`."""
+def _saved(path: Path, split: str) -> Listing:
+    """List the rows of a folder written by `save_to_disk`, of a `Dataset` or one split of a `DatasetDict`."""
     import datasets
 
     try:
-        rows = datasets.load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path))
     except Exception as error:  # as above
-        raise InputError(f"{path}: cannot be loaded ({error}); restore the folder") from None
-    return _dataset(str(path), rows)
+        raise InputError(f"{path}: cannot be loaded ({brief(error)}); restore the folder") from None
+    splits = saved if isinstance(saved, dict) else {str(saved.split or ""): saved}
+    if (split and split not in splits) or (not split and len(splits) != 1):
+        raise InputError(_which(path, list(splits), split))
+    return _dataset(str(path), splits[split] if split else next(iter(splits.values())))
 
 
 def _dataset(source: str, rows: Any) -> Listing:

@@ -22,7 +22,7 @@ def read_text(content: bytes) -> str:
         InputError: it is something else. The message is the reason alone, as in all of this module.
     """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError("it is UTF-16; save it as UTF-8")
+        raise InputError("it is UTF-16 or UTF-32; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -67,7 +67,7 @@ def _fields(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
             fields = next(reader, None)
         except csv.Error as error:
             raise InputError(
-                f"line {reader.line_num}: {error}; put text that holds quotes in quotes, doubled"
+                f"line {reader.line_num}: {error}; close each quote, and put text that holds quotes in quotes, doubled"
             ) from None
         if fields is None:
             return

@@ -2,6 +2,9 @@
 
 import io
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +17,11 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 """What is read, by content and not by suffix."""
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
-
 Image.init()  # Pillow knows some of these formats only then
+SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")))
+
+TIFF_BITS, TIFF_INTERPRETATION = 258, 262
+"""Tags: the bits per sample, and whether 0 is white (0) or black (1)."""
 
 RESIZE = ("none", "stretch", "shortest")
 CROP = ("none", "centre")
@@ -26,14 +31,16 @@ RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling}
 def decode(content: bytes, *, background: str = "white") -> Pixels:
     """Decode a picture file to `[h, w, 3]` uint8.
 
-    The EXIF orientation is applied, 16-bit grey is scaled so that 0 is black and 65535 white, what is transparent is
-    composited on `background`, and other modes (palette, CMYK, 1-bit, ...) are converted. Colour profiles are not
-    applied.
+    The EXIF orientation is applied, grey of 12 or 16 bits is scaled so that 0 is black and the largest number white (or
+    the other way round, where a TIFF says so), what is transparent is composited on `background`, and other modes
+    (palette, CMYK, 1-bit, ...) are converted. Colour profiles are not applied.
 
     Raises:
         InputError: it is no picture, damaged, too large (decompression bombs), has several frames, or holds numbers of
             which nobody says what is white (floating-point and 32-bit integers). The message is the reason alone.
     """
+    if not content:
+        raise InputError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -44,7 +51,10 @@ def decode(content: bytes, *, background: str = "white") -> Pixels:
                         f"it has {frames} frames or pages; save the one that counts as a picture of its own"
                     )
                 picture.load()
-                return _rgb(ImageOps.exif_transpose(picture), picture.format, background)
+                shown = ImageOps.exif_transpose(picture)  # a copy, without the tags
+                if picture.format == "TIFF" and shown.mode.startswith("I;16"):
+                    return _grey(shown, getattr(picture, "tag_v2", {}))
+                return _rgb(shown, picture.format, background)
     except InputError:
         raise
     except UnidentifiedImageError:
@@ -58,8 +68,7 @@ def _rgb(picture: Image.Image, kind: str | None, background: str) -> Pixels:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and kind in ("PNG", "PPM")):
         if "transparency" in picture.info:
             raise InputError("it is 16-bit grey with a transparent colour; save it without either")
-        grey = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
-        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
+        return _grey(picture)
     if picture.mode in ("I", "F"):
         what = "32-bit integers" if picture.mode == "I" else "floating-point numbers"
         raise InputError(
@@ -69,6 +78,15 @@ def _rgb(picture: Image.Image, kind: str | None, background: str) -> Pixels:
         ground = Image.new("RGBA", picture.size, (*ImageColor.getrgb(background)[:3], 255))
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))
     return np.asarray(picture.convert("RGB"))
+
+
+def _grey(picture: Image.Image, tags: Mapping[int, Any] = MappingProxyType({})) -> Pixels:
+    """Scale grey of 16 bits, or as many as the `tags` of a TIFF say, to RGB pixels; in a TIFF, 0 may be white."""
+    white = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
+    grey = np.asarray(picture).astype(np.float64).clip(0, white) * 255 / white
+    if tags.get(TIFF_INTERPRETATION) == 0:
+        grey = 255 - grey
+    return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
 
 
 def fit(pixels: Pixels, size: int, *, resize: str = "none", crop: str = "none", resampling: str = "lanczos") -> Pixels:

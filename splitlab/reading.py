@@ -24,6 +24,10 @@ COLUMNS = {
 """What a row is made of, and what its column may be called where nobody says: the first name that is there."""
 
 
+LARGEST = 8192
+"""Pixels along one side: more is a mistake, and the memory would be gone before anybody is told."""
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """How a source is read.
@@ -69,6 +73,8 @@ class ReadOptions:
         for name in ("size", "limit"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.size > LARGEST:
+            raise InputError(f"size is the side of a picture in pixels, {LARGEST} at most, got {self.size}")
         if not self.size and (self.resize, self.crop) != ("none", "none"):
             raise InputError("resize and crop lead to a size: give size too")
         if self.resize == "stretch" and self.crop != "none":

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,6 +200,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "spacing": (scheduler(timestep_spacing="wide"), r"no schedule can be made of it \(wide is not supported"),
     "tokens": (few_tokens, r"tokenizer: its tokens are numbered up to \d+, the text model knows 10"),
     "length-word": (tokenizer(model_max_length="77"), r"tokenizer: model_max_length is '77'"),
+    "length-not-a-number": (tokenizer(model_max_length=float("nan")), r"tokenizer: model_max_length is nan"),
+    "no-betas": (
+        scheduler(beta_start=REMOVED, beta_end=REMOVED),
+        r"scheduler_config\.json: it does not say beta_start, beta_end",
+    ),
     "length-negative": (tokenizer(model_max_length=-1), r"tokenizer: model_max_length is -1"),
     "no-end": (tokenizer(eos_token=None), r"tokenizer: "),
     "t5-tokenizer": (tokenizer(tokenizer_class="T5Tokenizer"), r"tokenizer: its class is T5Tokenizer"),
@@ -240,6 +246,9 @@ SAME: dict[str, Change] = {
     "no-tokenizer-config": removed("tokenizer/tokenizer_config.json"),
     "no-length": tokenizer(model_max_length=REMOVED),
     "longer": tokenizer(model_max_length=77),
+    "length-without-end": tokenizer(model_max_length=float("inf")),
+    "old-scheduler": scheduler(clip_sample=REMOVED, steps_offset=REMOVED),
+    "clipped": scheduler(clip_sample=True, steps_offset=0),
     "no-padding": tokenizer(pad_token=None),
     "fast-class": tokenizer(tokenizer_class="CLIPTokenizerFast"),
     "one-width-per-block": unet(cross_attention_dim=[16, 16]),
@@ -265,8 +274,12 @@ SAME: dict[str, Change] = {
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
 def test_other_ways_to_write_the_same_model_make_the_same_model(base: Base, copied: Path, change: Change):
     change(copied)
-    other = load_base(copied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of diffusers, about entries that are set right
+        other = load_base(copied)
     assert other.digest == base.digest
+    assert not other.pipeline.scheduler.config.clip_sample
+    assert other.pipeline.scheduler.config.steps_offset == 1
     assert other.text_shape == base.text_shape
     assert isinstance(other.unet.config.sample_size, int)
     prompts = ["lime circle with navy background", "red circle"]
@@ -284,6 +297,12 @@ def test_other_samplers_give_way_to_ddim_on_their_schedule(base: Base, copied: P
     assert isinstance(other.pipeline.scheduler, DDIMScheduler)
     assert not other.pipeline.scheduler.config.clip_sample
     assert torch.equal(other.alphas_cumprod, base.alphas_cumprod)
+
+
+def test_lora_weights_beside_a_base_are_not_passed_over(base: Base, copied: Path):
+    written("pytorch_lora_weights.safetensors", "")(copied)
+    with pytest.warns(UserWarning, match=r"pytorch_lora_weights\.safetensors: not read; the base is the model without"):
+        assert load_base(copied).digest == base.digest
 
 
 def test_a_unet_of_stable_diffusion_2_loads(base: Base, copied: Path):

@@ -219,6 +219,12 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(hub: ThreadingH
     assert not hub.fetched
 
 
+@pytest.mark.parametrize("source", ["", " ", "https://example.org/org/name"])
+def test_an_address_or_nothing_is_no_base(source: str):
+    with pytest.raises(InputError, match="cannot be loaded: it is named by a folder or a hub id such as owner/name"):
+        load_base(source)
+
+
 def test_a_folder_comes_before_a_hub_id(base: Base, base_path: Path, hub: ThreadingHTTPServer):
     shutil.copytree(base_path, base_source.ROOT / "org" / "name")
     assert load_base("org/name").digest == base.digest

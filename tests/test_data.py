@@ -157,7 +157,7 @@ def test_no_metadata_at_all_is_refused(folder: Path, damage):
     for file in folder.iterdir():
         file.unlink()
     with pytest.raises(
-        InputError, match=r"no pictures and no metadata; expected metadata\.csv or metadata\.jsonl with"
+        InputError, match=r"no pictures and no metadata \(it is empty\); expected metadata\.csv or metadata\.jsonl with"
     ):
         load(damage())
 
@@ -173,7 +173,7 @@ def test_no_metadata_at_all_is_refused(folder: Path, damage):
 def test_metadata_that_cannot_be_parsed_is_named(folder: Path, damage, name: str, content: bytes):
     (folder / "metadata.csv").unlink()
     (folder / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: (line 1 is no JSON|it is UTF-16; save it as UTF-8)"):
+    with pytest.raises(InputError, match=rf"{name}: (line 1 is no JSON|it is UTF-16 or UTF-32; save it as UTF-8)"):
         load(damage())
 
 

@@ -65,7 +65,10 @@ def test_a_table_means_what_a_spreadsheet_shows(text: str, expected: dict):
         ("file_name,text,\na.png,b,c\n", r"row 0 \(line 2\) has 3 fields, more"),
         ("file_name,text,text\na.png,b,c\n", "the header gives 'text' twice"),
         ("file_name,file_name\na.png,b\n", "the header gives 'file_name' twice"),
-        ('file_name,text\na.png,"b\nc.png,d\n', "line 3: unexpected end of data; put text that holds quotes in quotes"),
+        (
+            'file_name,text\na.png,"b\nc.png,d\n',
+            "line 3: unexpected end of data; close each quote",
+        ),
         ('file_name,text\na.png,"b" c\n', "line 2: ',' expected after '\"'"),
         ("name,text\na.png,b\n", "the first line, 'name,text', names no column file_name or image"),
         ("a.png,b\n", "names no column"),
@@ -104,7 +107,7 @@ def test_text_is_utf_8_with_or_without_a_mark():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("a".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ("a".encode("utf-16"), "it is UTF-16 or UTF-32; save it as UTF-8"),
         (b"\xfe\xff\0a", "it is UTF-16"),
         ("file_name\nä".encode("latin-1"), "line 2: byte 0xe4 is no UTF-8"),
         ("abc".encode("utf-16-le"), "line 1: a NUL character"),

@@ -49,6 +49,27 @@ def test_16_bit_grey_keeps_its_256_levels():
         assert (pixels == pixels[..., :1]).all()
 
 
+def tiff(bits: int, interpretation: int, samples: bytes) -> bytes:
+    """Return 2x1 grey pixels as the TIFF 6.0 specification lays them out, without compression."""
+    entries = [(256, 3, 2), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, interpretation), (273, 4, 122)]
+    entries += [(277, 3, 1), (278, 3, 1), (279, 4, len(samples))]
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return (b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory).ljust(122, b"\0") + samples
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (tiff(16, 1, struct.pack("<HH", 0, 65535)), [0, 255]),
+        (tiff(16, 0, struct.pack("<HH", 0, 65535)), [255, 0]),  # 0 is white
+        (tiff(12, 1, bytes([0x00, 0x0F, 0xFF])), [0, 255]),
+        (tiff(8, 0, bytes([0, 255])), [255, 0]),
+    ],
+)
+def test_grey_is_shown_as_the_tiff_says(content: bytes, expected: list[int]):
+    assert decode(content)[0, :, 0].tolist() == expected
+
+
 def test_16_bit_colour_keeps_its_upper_bits():
     rows = b"".join(b"\0" + struct.pack(">HHH", 65535, 0x1234, 0) * 2 for _ in range(2))
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -116,7 +137,8 @@ NOISE = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
         (file(FLOAT, "TIFF"), "mode F: it holds floating-point numbers, and nothing says which is white"),
         (file(INTEGERS, "TIFF"), "mode I: it holds 32-bit integers"),
         (file(Image.fromarray(np.zeros((2, 2), np.uint16)), transparency=0), "16-bit grey with a transparent colour"),
-        (b"", "it is no picture in a format that is read here .PNG, JPEG"),
+        (b"", "the file is empty"),
+        (b"<html>", "it is no picture in a format that is read here .PNG, JPEG"),
         (b"version https://git-lfs.github.com/spec/v1", "it is no picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is no picture"),  # would start Ghostscript
         (file(Image.fromarray(NOISE))[:5000], "truncated"),
