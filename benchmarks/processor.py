@@ -1,8 +1,8 @@
 """Which bits does this processor compute? Two machines that print one digest repeat each other's results exactly.
 
 Thirty training steps of the shipped base model, from seeds, with one thread: once as everything here runs, then with
-the libraries held to instructions that more processors have. Where the first digests of two machines differ, their tables
-differ in the last digits; a setting whose digests agree on both is one that would make them equal.
+the libraries held to instructions that more processors have. Where the first digests of two machines differ, their
+tables differ in the last digits; a setting whose digests agree on both is one that would make them equal.
 
 `python benchmarks/processor.py` (a minute)
 """
