@@ -11,7 +11,6 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -143,13 +142,7 @@ def alone(path: Path, lock: Path, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_folder(
-    path: str | Path,
-    maker: str,
-    *,
-    known: Sequence[str] = (),
-    apart: Mapping[str, Path] | None = None,
-) -> Iterator[Path]:
+def whole_folder(path: str | Path, maker: str, *, apart: Mapping[str, Path] | None = None) -> Iterator[Path]:
     """Give a folder to fill that takes the place of `path` only once the block has ended without an error.
 
     All that can be refused is refused before the block begins, so that hours of work inside do not end in an error: an
@@ -159,7 +152,6 @@ def whole_folder(
     Args:
         path: the folder; if it is a symbolic link, what it points to.
         maker: who writes it, e.g. "train".
-        known: patterns of the files that `maker` writes, to recognise folders of versions that left no marker.
         apart: what must not lie in `path`, by the argument that names it.
 
     Raises:
@@ -172,7 +164,7 @@ def whole_folder(
         try:
             with writing(place):
                 _recover(workshop, place)
-                _check_replaceable(place, maker, known)
+                _check_replaceable(place, maker)
                 (workshop / "new").mkdir()
                 (workshop / "new").chmod(_mode(place, workshop / "new"))
             yield workshop / "new"
@@ -196,7 +188,7 @@ def discard(path: Path, maker: str) -> None:
     Raises:
         InputError: it is not such a folder.
     """
-    _check_replaceable(path, maker, ())
+    _check_replaceable(path, maker)
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -236,14 +228,12 @@ def _recover(workshop: Path, place: Path) -> None:
             (workshop / "old").rename(place)
 
 
-def _check_replaceable(place: Path, maker: str, known: Sequence[str]) -> None:
+def _check_replaceable(place: Path, maker: str) -> None:
     """Refuse a folder that holds anything but what `maker` wrote."""
     names = sorted(_files(place))  # none, if there is no such folder
     if not names:
         return
     by, hashes = _marker(place)
-    if by is None and "record.json" in names and all(any(fnmatch(n, pattern) for pattern in known) for n in names):
-        return _mark(place, maker)
     if by != maker:
         whose = f"it is an output of {by}" if by else f"it holds {_some(names)}, which splitlab did not write"
         raise InputError(f"{place}: {whose}; it stays as it is: name another folder for the output, or move this one")
@@ -257,13 +247,17 @@ def _check_replaceable(place: Path, maker: str, known: Sequence[str]) -> None:
 
 def _files(place: Path) -> Iterator[str]:
     """Yield the names of all in a folder that is neither a folder itself, nor the marker, nor a bystander."""
-    for folder, folders, files in os.walk(place):
+    for folder, folders, files in os.walk(place, onerror=_raise) if place.exists() else ():
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
         for name in (*files, *links):
             if name not in BYSTANDERS:
                 inside = (Path(folder) / name).relative_to(place).as_posix()
                 if inside != MARKER:
                     yield inside
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _some(names: Sequence[str]) -> str:
@@ -314,11 +308,15 @@ def _dispose(old: Path, place: Path) -> None:
     for name in list(_files(old)):
         if _ours(old, name, hashes):
             (old / name).unlink()
-    for bystander in [path for path in old.rglob("*") if path.name in BYSTANDERS and path.is_file()]:
-        target = place / bystander.relative_to(old)
-        if target.parent.is_dir() and not target.exists():
-            bystander.rename(target)
     left = list(_files(old))
+    for bystander in [
+        path for path in old.rglob("*") if path.name in BYSTANDERS and (path.is_symlink() or path.is_file())
+    ]:
+        target = place / bystander.relative_to(old)
+        if target.parent.is_dir() and not os.path.lexists(target):
+            bystander.rename(target)
+        else:
+            left.append(str(bystander.relative_to(old)))
     if left:
         kept = place.with_name(f"{place.name}-kept-{uuid.uuid4().hex[:6]}")
         old.rename(kept)

@@ -39,9 +39,6 @@ from splitlab.split import Client, client_send
 from splitlab.types import Callback, Truth
 from splitlab.wire import Header, write_transcript, write_truth
 
-FILES = ("controlnet/*.json", "controlnet/*.safetensors", "*.safetensors", "record.json", "timing.json")
-"""What a run's folder holds."""
-
 PACKAGES = ("splitlab", "torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -145,7 +142,7 @@ def train(
         depends["public"] = public.digest
     cache = Path(cache)
     state = cache / f"train-{digest({'run': run} | depends)[:16]}.safetensors"
-    written = storage.whole_folder(out, "train", known=FILES, apart={"cache": cache})
+    written = storage.whole_folder(out, "train", apart={"cache": cache})
     with storage.alone(state, state.with_name(f".{state.name}.lock"), "a run of that name, data and settings"):
         with written as folder:
             key = run_key(state, config.published_key, bound_to=digest(depends))

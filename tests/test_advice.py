@@ -13,9 +13,13 @@ from splitlab.errors import InputError
 from splitlab.paths import ROOT
 
 DESTROYS = re.compile(
-    r"\b(delet(e|es|ing)|overwrite|remove|erase|wipe|discard|empty it|throw (it|them) away|get rid)\b"
-    r"|\brm -|\b(unlink|rmtree|shred)\b|\bstart (over|from scratch)\b"
-    r"|\bgit (checkout|restore|reset|clean|stash|rm)\b|\b(git|dvc) (pull|checkout|add|push|fetch)\b[^\n]*(--force|-f\b)"
+    r"\b(delet|eras|wip|purg|trash|shredd|scrapp)(e|es|ing)\b|\b(must|should|can|may|to) be (delet|eras|remov|wip)ed\b"
+    r"|\b(remove|removing|unlink\w*|rmtree|shred|nuke|destroy|discard|discarding|recreate|overwrite)\b"
+    r"|\b(by|after|try) overwriting\b|\bempty (it|the|that|this)\b|\bthrow\w* \w* ?away\b|\bget(ting)? rid\b"
+    r"|\b(clear|clean)(ing|ed)? (it|them|out|up|the|that|this|your)\b|\bdispose of\b|\bdrop the (file|folder|cache)"
+    r"|\bwrite (a new one )?over\b|\breplace (it|them|the (file|folder))\b|\bstart (over|from scratch)\b"
+    r"|\brm -|\b(mv|cp) -f|\bmake clean\b|\btruncate -|\bforce=true\b|--(overwrite|hard)\b"
+    r"|\bgit (checkout|restore|reset|clean|stash|rm)\b|\b(git|dvc) (?!commit)\w+\b[^\n]*(--force|-f\b)"
     r"|\bdvc (remove|gc|destroy)\b",
     re.IGNORECASE,
 )
@@ -26,6 +30,8 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
     """Yield every string of a source that is no docstring, whole sentences of f-strings included."""
     tree = ast.parse(path.read_text())
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    if any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree)):
+        yield 1, ast.get_docstring(tree) or ""  # a script's usage
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
@@ -87,10 +93,28 @@ def test_nothing_advises_to_destroy(path: Path, read):
         "dvc checkout -f",
         "rm -rf runs",
         "git reset --hard, then git clean -fd",
+        "damaged; try again after removing the file",
+        "it must be deleted first",
+        "clear the cache and run again",
+        "clean up runs/ first",
+        "pass force=True to write over it",
+        "start over with an empty folder: empty the old one",
+        "`make clean` helps",
+        "recreate the data set",
+        "dvc repro -f",
+        "mv -f new old",
+        "Nothing was changed; delete the folder",
     ],
 )
 def test_the_search_sees_advice_that_destroys(advice: str):
     assert DESTROYS.search(advice)
+
+
+@pytest.mark.parametrize(
+    "said", ["Nothing was changed, copied or deleted. Move it", "the transcript is empty", "it stays"]
+)
+def test_the_search_leaves_what_did_not_happen(said: str):
+    assert not DESTROYS.search(said)
 
 
 def test_sources_are_found():

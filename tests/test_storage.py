@@ -22,12 +22,11 @@ from splitlab.errors import InputError
 from splitlab.paths import ROOT
 
 FORK = multiprocessing.get_context("fork")  # another process at once: importing torch anew takes seconds
-KNOWN = ("part/*", "record.json")
 
 
 def write(path: Path | str, text: str = "new", maker: str = "train") -> None:
     """Write an output of two files, as a run would."""
-    with storage.whole_folder(path, maker, known=KNOWN) as folder:
+    with storage.whole_folder(path, maker) as folder:
         (folder / "part").mkdir()
         (folder / "part" / "weights").write_text(text)
         (folder / "record.json").write_text("{}")
@@ -43,7 +42,7 @@ def entries(folder: Path) -> list[str]:
 
 def refused(path: Path | str, says: str, maker: str = "train") -> None:
     """Assert that nothing happens within the block, nor to what is there."""
-    with pytest.raises(InputError, match=says), storage.whole_folder(path, maker, known=KNOWN):
+    with pytest.raises(InputError, match=says), storage.whole_folder(path, maker):
         pytest.fail("the work began")
 
 
@@ -104,15 +103,32 @@ def test_the_output_of_another_maker_is_refused(tmp_path: Path):
     refused(tmp_path / "out", "it is an output of finetune; it stays")
 
 
-def test_an_output_without_a_marker_is_known_by_its_files(tmp_path: Path):
-    write(tmp_path / "out", "old")
+@pytest.mark.parametrize("marker", [None, '{"maker": "train", "sha256": {}}', '{"maker": "Train", "sha256": {}}', "{"])
+def test_names_as_splitlab_gives_them_do_not_make_a_folder_its_own(tmp_path: Path, marker: str | None):
+    write(tmp_path / "out", "theirs")
     (tmp_path / "out" / storage.MARKER).unlink()
-    write(tmp_path / "out", "new")
-    assert (tmp_path / "out" / "part" / "weights").read_text() == "new"
-    assert entries(tmp_path) == ["out"]
-    (tmp_path / "out" / storage.MARKER).unlink()
-    (tmp_path / "out" / "record.json").unlink()  # without a record it may be anybody's
-    refused(tmp_path / "out", "part/weights, which splitlab did not write")
+    if marker:
+        (tmp_path / "out" / storage.MARKER).write_text(marker)
+    before = everything(tmp_path)
+    refused(tmp_path / "out", "(part/weights|an output of Train).*it stays as it is")
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "out")
+    closed = tmp_path / "out" / "closed"
+    closed.mkdir()
+    (closed / "notes.txt").write_text("work")
+    listed = os.scandir
+
+    def scandir(path: str | Path | int):
+        if not isinstance(path, int) and Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(tmp_path / "out", "closed.*permission is missing")
+    assert (closed / "notes.txt").read_text() == "work"
 
 
 def test_a_pipeline_that_took_the_files_away_and_left_the_marker_is_no_hindrance(tmp_path: Path):
@@ -246,6 +262,14 @@ def test_what_other_tools_leave_everywhere_goes_on_in_the_new_folder(tmp_path: P
     assert entries(tmp_path) == ["out"]
 
 
+def test_what_other_tools_leave_where_nothing_new_is_written_is_kept_beside_it(tmp_path: Path):
+    write(tmp_path / "out")
+    (tmp_path / "out" / "mine").mkdir()
+    (tmp_path / "out" / "mine" / ".gitignore").write_text("written by hand")
+    write(tmp_path / "out", "new")
+    assert "written by hand" in {path.read_text() for path in tmp_path.rglob(".gitignore")}
+
+
 def test_discard_removes_what_was_written_and_nothing_else(tmp_path: Path):
     write(tmp_path / "out", maker="finetune")
     (tmp_path / "out" / "notes.txt").write_text("work")
@@ -372,7 +396,7 @@ def errors_of(prepare: Callable[[], None], *writes: Callable[[], None]) -> list[
 
 
 def fill(out: Path, size: int) -> None:
-    with storage.whole_folder(out, "train", known=KNOWN) as folder, storage.writing(folder):
+    with storage.whole_folder(out, "train") as folder, storage.writing(folder):
         (folder / "x").write_bytes(bytes(size))
 
 

@@ -34,9 +34,6 @@ from splitlab.privacy import epsilon_entry
 from splitlab.seeds import PUBLISHED, Key, source
 from splitlab.types import Callback, PrivacyEvent
 
-FILES = ("unet/*", "embedder/*", "text_encoder/*", "record.json")
-"""What a fine-tuned model's folder holds."""
-
 WARM_UP = 10
 """Steps until the learning rate is reached."""
 
@@ -112,7 +109,7 @@ def finetune(
     """
     cache = Path(cache)
     path = cache / f"dp-{name}.safetensors"
-    written = storage.whole_folder(out, "finetune", known=FILES, apart={"cache": cache})
+    written = storage.whole_folder(out, "finetune", apart={"cache": cache})
     with storage.alone(path, path.with_name(f".{path.name}.lock"), f"a fine-tuning named {name!r}"):
         with written as folder:
             record = _finetune(name, config, base, private, folder, path, start, history, callback)
