@@ -63,6 +63,12 @@ UNET = {
     "dual_cross_attention": (False, "it attends to two texts at once"),
     "time_embedding_type": ("positional", "a ControlNet cannot copy its time embedding"),
     "conv_in_kernel": (3, "a ControlNet cannot copy its first convolution"),
+    "center_input_sample": (False, "a ControlNet does not centre its input"),
+    "time_embedding_dim": (None, "a ControlNet cannot copy its time embedding"),
+    "time_embedding_act_fn": (None, "a ControlNet cannot copy its time embedding"),
+    "timestep_post_act": (None, "a ControlNet cannot copy its time embedding"),
+    "resnet_skip_time_act": (False, "a ControlNet cannot copy its residual blocks"),
+    "cross_attention_norm": (None, "a ControlNet cannot copy its attention"),
 }
 """Entries of a U-Net's configuration that must be as given; the default is taken for absent ones."""
 

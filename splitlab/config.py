@@ -201,6 +201,8 @@ class TrainConfig:
         for name in ("n_clients", "steps", "batch_size", "local_steps", "eval_samples", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.record_from >= self.steps:
+            raise InputError(f"record_from {self.record_from} leaves no message of {self.steps} steps: lower it")
         a_round = self.local_steps * self.n_clients
         if self.scheme == "federated" and self.steps % a_round:
             raise InputError(

@@ -21,6 +21,8 @@ reach it; of photographs of different things hardly any do."""
 def refuse_overlap(splits: Mapping[str, ImageSet], *, dataset: str) -> None:
     """Refuse splits that share an image, pixel for pixel; warn of images that look alike, mirrored ones included.
 
+    Splits of different sizes are refused too: their images cannot be compared.
+
     It is called before anything is trained or recorded, wherever several splits of a data set are at hand.
 
     Args:
@@ -28,9 +30,16 @@ def refuse_overlap(splits: Mapping[str, ImageSet], *, dataset: str) -> None:
         dataset: the data set's name, for messages.
 
     Raises:
-        InputError: two splits share an image.
+        InputError: two splits share an image, or have images of different sizes.
     """
+    if "private" in splits:
+        name_repeats(splits["private"], dataset=dataset)
     for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
+        if first.size != second.size:
+            raise InputError(
+                f"data set {dataset}: the {one} images have {first.size}x{first.size} pixels, the {other} ones "
+                f"{second.size}x{second.size}; let its entry say size and resize"
+            )
         places = {content: index for index, content in enumerate(second.image_hashes())}
         shared = [(i, places[content]) for i, content in enumerate(first.image_hashes()) if content in places]
         if shared:
@@ -49,6 +58,20 @@ def refuse_overlaps(datasets: Iterable[str], load: Callable[[str, str], ImageSet
     """Apply `refuse_overlap` to the three splits of each data set; `load` takes its name and a split."""
     for dataset in dict.fromkeys(datasets):
         refuse_overlap({split: load(dataset, split) for split in SPLITS}, dataset=dataset)
+
+
+def name_repeats(private: ImageSet, *, dataset: str) -> None:
+    """Warn of images that stand in the private split several times: what is promised for one row is not for them."""
+    places: dict[str, list[int]] = {}
+    for index, content in enumerate(private.image_hashes()):
+        places.setdefault(content, []).append(index)
+    if repeated := [rows for rows in places.values() if len(rows) > 1]:
+        most = max(repeated, key=len)
+        warnings.warn(
+            f"data set {dataset}: {len(repeated)} private images are there more than once, {_named(private, most[0])} "
+            f"{len(most)} times: an epsilon, and all that is counted per sample, is for one of them only",
+            stacklevel=3,
+        )
 
 
 def _look_alikes(one: str, other: str, first: ImageSet, second: ImageSet) -> str:

@@ -76,6 +76,7 @@ def test_parse_checks_lists_mappings_and_missing_keys(kind: type, values: dict, 
     [
         ({"scheme": "splitt"}, "scheme 'splitt' is unknown; choose one of central, federated"),
         ({"scheme": "central", "defences": Defences(half=True)}, "'central' sends no activations.*: half;"),
+        ({"steps": 5, "record_from": 5}, "record_from 5 leaves no message of 5 steps: lower it"),
         ({"scheme": "federated", "defences": Defences(timestep_floor=5)}, "'federated' sends no activations"),
         ({"scheme": "split_gradients", "defences": Defences(symsigmoid=True)}, "symsigmoid is for latent hints"),
         ({"scheme": "federated", "n_clients": 4, "local_steps": 5, "steps": 19}, "give a multiple of 20 steps"),

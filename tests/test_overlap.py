@@ -13,7 +13,7 @@ from PIL import Image
 from splitlab.base import Base
 from splitlab.config import Defences
 from splitlab.data import ImageSet, _to_uint8, image_set
-from splitlab.dp.finetune import DPConfig
+from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.survey import DPSurveyConfig, dp_survey
 from splitlab.errors import InputError
 from splitlab.overlap import refuse_overlap
@@ -68,6 +68,21 @@ def test_different_images_raise_no_word():
         warnings.simplefilter("error")
         refuse_overlap({"private": ONE, "public": OTHER, "heldout": tiny.small_set(3, seed=2)}, dataset="mine")
         refuse_overlap(dict(zip("ab", flat, strict=True)), dataset="flat")  # what shows nothing resembles nothing
+
+
+def test_splits_of_different_sizes_are_refused():
+    with pytest.raises(InputError, match=r"the private images have 16x16 pixels, the public ones 24x24; .* say size"):
+        refuse_overlap({"private": ONE, "public": tiny.small_set(2, size=24, seed=1)}, dataset="mine")
+
+
+def test_repeats_are_counted(base: Base, tmp_path: Path):
+    repeated = ONE.subset([0, 1, 0, 2, 0, 1])
+    said = "data set mine: 2 private images are there more than once, tiny0 3 times: an epsilon"
+    with pytest.warns(UserWarning, match=said):
+        refuse_overlap({"private": repeated, "public": OTHER}, dataset="mine")
+    config = DPConfig("mine", "none", from_block=0, batch_size=2, steps=1, noise_multiplier=1.0, delta=0.01)
+    with pytest.warns(UserWarning, match=said):
+        finetune("x", config, base, repeated, out=tmp_path / "out", cache=tmp_path / "cache")
 
 
 def test_many_look_alikes_are_one_line():

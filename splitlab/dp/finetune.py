@@ -29,6 +29,7 @@ from splitlab.dp.settings import DPConfig, Mechanism, mechanism
 from splitlab.dp.trainable import check_optimizer, count_trainable, mark_trainable, merge_lora
 from splitlab.draws import end_run, integers, normal, run_key
 from splitlab.errors import InputError
+from splitlab.overlap import name_repeats
 from splitlab.privacy import epsilon as epsilon_of
 from splitlab.privacy import epsilon_entry
 from splitlab.seeds import PUBLISHED, Key, source
@@ -129,6 +130,7 @@ def _finetune(
     callback: Callback | None,
 ) -> dict[str, Any]:
     """Fine-tune, with checkpoints at `path`, and write all outputs to the empty `folder`; return the record."""
+    name_repeats(private, dataset=config.dataset)
     how = mechanism(config, len(private))
     prompts = private.prompts if config.conditioning == "none" else private.need_prompts()
     latents = encoded_images(base, private, cache=path.parent)
