@@ -71,6 +71,7 @@ def main():
     run = replace(RUN, classes=(*sorted(set(digits.prompts)), CANARY))
     runs = [replace(run, epsilon=epsilon) for epsilon in (math.inf, 10.0)]
 
+    print("the key is published, so that the runs repeat: every ε below is simulated")
     print(f"membership: digits, {POOL // 2} members and as many others per model, spread over {models} models")
     print(f"{'ε':>6}  {'attack':<27}{'AUC':>14}{'at most':>9}{'TPR at 1 % FPR':>17}{'at most':>9}{'models':>8}")
     for one in runs:

@@ -51,6 +51,15 @@ def test_what_was_done_is_not_done_again(made: tuple[pd.DataFrame, Path], base: 
     pd.testing.assert_frame_equal(fabricated.make_private(base, folder), table)  # seconds per step included
 
 
+def test_pictures_of_runs_with_a_published_key_are_called_simulated(
+    made: tuple[pd.DataFrame, Path], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(fabricated, "draw_dp_samples", lambda pictures, out: drawn.extend(pictures))
+    fabricated.make_private(base, made[1])
+    assert drawn[-3:] == ["attention, ε = ∞", "attention, simulated ε = 1", "unet, simulated ε = 1"]
+
+
 def test_the_table_has_every_run_and_both_contrasts(made: tuple[pd.DataFrame, Path]) -> None:
     (table, _), config = made, fabricated.private_survey()
     assert tuple(table.columns) == COLUMNS
