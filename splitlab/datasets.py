@@ -208,8 +208,19 @@ def divided(listing: Listing, config: DatasetConfig, indices: Sequence[int]) -> 
         done += len(groups[original])
         if split:
             parts[split] += groups[original]
-    if empty := [split for split, part in parts.items() if not part]:
-        raise InputError(
-            f"{listing.name}: {len(indices)} rows leave nothing for {', '.join(empty)}; change the fractions"
-        )
+    _check_shares(parts, config, len(indices), f"{listing.name}: {len(indices)} rows", len(groups), source)
     return {split: sorted(part) for split, part in parts.items()}
+
+
+def _check_shares(
+    parts: Mapping[str, list[int]], config: DatasetConfig, n: int, name: str, n_groups: int, source: str
+) -> None:
+    """Refuse empty splits; warn of those that rows which stay together make larger or smaller than asked."""
+    if source:
+        name += f" of {n_groups} originals (column {source}: its rows stay together)"
+    advice = ", or say columns: {source: ''} if that names no originals" if source else ""
+    if empty := [split for split, part in parts.items() if not part]:
+        raise InputError(f"{name} leave nothing for {', '.join(empty)}; change the fractions{advice}")
+    if any(abs(len(part) - config.fractions[split] * n) > max(1, 0.05 * n) for split, part in parts.items()):
+        given = ", ".join(f"{split} {len(part)}" for split, part in parts.items())
+        warnings.warn(f"{name} divide otherwise than asked: {given}{advice}", stacklevel=4)

@@ -141,9 +141,12 @@ def split_off(source: str, root: Path = Path()) -> tuple[Path, str]:
 def _inside(files: Files, split: str) -> tuple[Files, str]:
     """Look into the only folder at the top, and into that of the split; return the split if it is still to be found."""
     while len(files.folders) == 1 and all("/" in name or EXPLAINING.fullmatch(name) for name in files.names):
-        if files.folders[0] == split:
+        folder = files.folders[0]
+        if folder.lower() == split.lower():
             split = ""
-        files = files.below(files.folders[0])
+        elif split and folder.lower() in SPLIT_NAMES:
+            break
+        files = files.below(folder)
     folders = {name.lower(): name for name in files.folders}
     if split.lower() in folders:
         return _inside(files.below(folders[split.lower()]), "")
@@ -158,6 +161,8 @@ def _inside(files: Files, split: str) -> tuple[Files, str]:
 
 
 def _which(path: Path, splits: Sequence[str], wanted: str = "") -> str:
+    if list(splits) == [""]:
+        return f"{path}: no split {wanted!r}: its files name no splits; leave @{wanted} out"
     problem = f"no split {wanted!r}; " if wanted else ""
     return f"{path}: {problem}it has the splits {', '.join(splits)}; name one, as in {path}@{splits[0]}"
 
@@ -273,8 +278,6 @@ def _chosen(path: Path, names: Sequence[str], split: str) -> list[str]:
     if len(splits) > 1:
         for name in splits.pop("", []):  # beside splits, a file that names none is one
             splits.setdefault(PurePosixPath(name).stem, []).append(name)
-    if split and list(splits) == [""]:
-        raise InputError(f"{path}: no split {split!r}: its Parquet files name no splits; leave @{split} out")
     if (split and split not in splits) or (not split and len(splits) > 1):
         raise InputError(_which(path, list(splits), split))
     return splits[split] if split else next(iter(splits.values()))
@@ -318,7 +321,10 @@ def _stored(value: Any, read: Callable[[str], bytes]) -> tuple[str, bytes]:
     """Return name and content of a picture as Arrow tables hold it: its bytes, or a record of bytes and path."""
     name, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (None, value)
     if content is None and isinstance(name, str):
-        content = read(name)
+        try:
+            content = read(name)
+        except OSError as error:
+            raise InputError(f"{name:.200} cannot be read ({error.strerror}); restore the file") from None
     if not isinstance(content, bytes):
         raise InputError(f"it holds no image, but {str(value)[:100]!r}; name an image column")
     return str(name or ""), content

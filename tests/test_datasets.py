@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 
 import datasets
@@ -274,3 +275,23 @@ def test_the_entries_that_contributing_shows_are_read():
     assert built["mine"].place("private") == str(Path.home() / "photos" / "private")
     assert built["pets"].place("heldout") == "hub:someone/pets@train"
     assert built["pets"].prompts == "a photograph of a {label}"
+
+
+def test_a_column_source_that_names_no_originals_is_said_to_decide(tmp_path: Path):
+    listed = "".join(f"{i}.png,{'web' if i < 14 else 'book'}\n" for i in range(20))
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,source\n" + listed)
+    whole = {"source": str(tmp_path), "fractions": {"private": 0.4, "public": 0.4, "heldout": 0.2}}
+    with pytest.raises(InputError, match=r"20 rows of 2 originals .column source: .* nothing for .*heldout"):
+        load_split("mine", "private", {"datasets": {"mine": whole}})
+    (tmp_path / "metadata.csv").write_text("file_name,source\n" + listed.replace("19.png,book", "19.png,poster"))
+    found = {}
+    for split in ("private", "public", "heldout"):
+        with pytest.warns(UserWarning, match="of 3 originals .* divide otherwise than asked: private "):
+            found[split] = len(load_split("mine", split, {"datasets": {"mine": whole | {"seed": 7}}}))
+    assert sorted(found.values()) == [1, 5, 14]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        freed = whole | {"columns": {"source": ""}}
+        assert len(load_split("mine", "private", {"datasets": {"mine": freed}})) == 8

@@ -556,8 +556,25 @@ def test_no_two_folders_of_splits_are_taken_for_one(tmp_path: Path, other: str):
 
 def test_a_split_that_files_do_not_name_is_not_made_up(tmp_path: Path):
     parquet(tmp_path / "x.parquet", 0)
-    with pytest.raises(InputError, match="no split 'train': its Parquet files name no splits; leave @train out"):
-        load(f"{tmp_path}@train", **HUB)
+    rows_of_the_hub().save_to_disk(str(tmp_path / "saved"))
+    for name in ("x.parquet", "saved"):
+        with pytest.raises(InputError, match="no split 'train': its files name no splits; leave @train out"):
+            load(f"{tmp_path}/{name}@train", **HUB)
+
+
+def test_the_only_split_is_not_taken_for_another(tmp_path: Path):
+    save(tmp_path / "train" / "0.png", 0)
+    for split in ("train", "Train"):
+        assert len(load(f"{tmp_path}@{split}")) == 1
+    with pytest.raises(InputError, match="no split 'test'; there: train"):
+        load(f"{tmp_path}@test")
+
+
+def test_a_picture_that_left_the_hubs_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = datasets.Dataset.from_dict({"img": [str(tmp_path / "gone.png")]}).cast_column("img", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: rows)
+    with pytest.raises(InputError, match=r"row 0: column img: .*gone\.png cannot be read .No such file"):
+        load("hub:someone/pets", columns={"image": "img"})
 
 
 def test_a_lost_shard_is_named(tmp_path: Path):
