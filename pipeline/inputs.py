@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -196,6 +197,22 @@ def written(params: Mapping[str, Any], digests: Digests) -> dict[str, dict[str, 
     return files
 
 
+def within_reach_of_git(params: Mapping[str, Any]) -> list[str]:
+    """Return the data sets' sources in the checkout that `git add` would take up: their owner may not mean that."""
+    named = {name for pairs in reads(params).values() for name, _ in pairs}
+    entries = [sources(name, params) for name in sorted(named)]
+    values = [entry[part] for entry in entries for part in (*SPLITS, "source") if isinstance(entry.get(part), str)]
+    paths = [place[0].resolve() for value in values if (place := _place(value))]
+    inside = sorted({path for path in paths if path.is_relative_to(ROOT.resolve())})
+    command = ["git", "-C", str(ROOT), "ls-files", "--others", "--exclude-standard", "--"]
+    try:
+        return [
+            str(path) for path in inside if subprocess.run([*command, path], capture_output=True, check=True).stdout
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return []  # no git here
+
+
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -220,6 +237,8 @@ def main() -> int:
     except MissingInput as error:
         print(f"error: {error}. No stage was run, and nothing was deleted; bring it back or mend params.yaml")
         return 1
+    for source in within_reach_of_git(params):
+        print(f"warning: {source} is in the checkout, and `git add` would take it up: move it outside, or ignore it")
     for name, content in files.items():
         path, text = folder / name, json.dumps(content, indent=1, sort_keys=True) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:

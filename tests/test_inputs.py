@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,22 @@ def test_data_that_are_gone_are_one_error_and_delete_nothing(
     assert told.count("\n") == 1
     folder = project / "inputs"
     assert {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.json")} == before
+
+
+def test_data_that_git_would_take_up_are_warned_of(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = project / "my faces"
+    shutil.copytree(tmp_path / "mine" / "private", inside)
+    set_params(project, lambda params: params["datasets"]["mine"].update(private="my faces"))
+    written(project)
+    assert not capsys.readouterr().out  # there is no git
+    subprocess.run(["git", "init", "-q", project], check=True)
+    written(project)
+    assert capsys.readouterr().out.startswith(f"warning: {inside.resolve()} is in the checkout, and `git add` would")
+    (project / ".git/info/exclude").write_text("/my faces\n")
+    written(project)
+    assert not capsys.readouterr().out
 
 
 def test_outputs_of_a_notebook_do_not_count_and_its_cells_do(project: Path) -> None:
