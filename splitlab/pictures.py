@@ -36,8 +36,9 @@ def decode(content: bytes, *, background: str = "white") -> Pixels:
     (palette, CMYK, 1-bit, ...) are converted. Colour profiles are not applied.
 
     Raises:
-        InputError: it is no picture, damaged, too large (decompression bombs), has several frames, or holds numbers of
-            which nobody says what is white (floating-point and 32-bit integers). The message is the reason alone.
+        InputError: it is no picture, damaged, too large (decompression bombs), has several frames, holds numbers of
+            which nobody says what is white (floating-point and 32-bit integers), or shows nothing on `background`. The
+            message is the reason alone.
     """
     if not content:
         raise InputError("the file is empty")
@@ -74,10 +75,14 @@ def _rgb(picture: Image.Image, kind: str | None, background: str) -> Pixels:
         raise InputError(
             f"mode {picture.mode}: it holds {what}, and nothing says which is white; save it with 8 or 16 bits"
         )
-    if picture.has_transparency_data:
-        ground = Image.new("RGBA", picture.size, (*ImageColor.getrgb(background)[:3], 255))
-        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    return np.asarray(picture.convert("RGB"))
+    if not picture.has_transparency_data:
+        return np.asarray(picture.convert("RGB"))
+    picture = picture.convert("RGBA")
+    ground = Image.new("RGBA", picture.size, (*ImageColor.getrgb(background)[:3], 255))
+    shown = np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
+    if np.ptp(np.asarray(picture)[..., 3]) and not np.ptp(shown, axis=(0, 1)).any():
+        raise InputError(f"all that is not transparent is {background}, so nothing is left: say another background")
+    return shown
 
 
 def _grey(picture: Image.Image, tags: Mapping[int, Any] = MappingProxyType({})) -> Pixels:

@@ -110,6 +110,15 @@ def test_transparent_colours_of_palettes_and_rgb_are_composited():
         assert decode(content)[0, 3].tolist() == list(BLUE)
 
 
+def test_what_would_vanish_into_the_background_is_refused():
+    lines = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    lines.putpixel((1, 2), (255, 255, 255, 255))  # white on nothing, as edges are exported
+    with pytest.raises(InputError, match="all that is not transparent is white, so nothing is left: say another"):
+        decode(file(lines))
+    assert decode(file(lines), background="black")[..., 0].sum() == 255
+    assert (decode(file(Image.new("RGBA", (4, 4), (9, 9, 9, 0)))) == 255).all()  # nothing was there
+
+
 def test_content_counts_and_not_the_suffix_and_phones_may_append_pictures():
     photo = file(halves(), "JPEG")
     assert decode(photo).shape == (2, 4, 3)
