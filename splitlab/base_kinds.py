@@ -90,11 +90,18 @@ def check_kind(folder: Path) -> None:
     """
     if not (folder / "model_index.json").exists() and not (folder / "unet").is_dir():
         raise InputError(_what_else(folder))
+    try:
+        _check_configurations(folder)
+    except (TypeError, AttributeError, LookupError) as error:  # lists for numbers, texts for mappings, and the like
+        raise InputError(f"{folder}: its configuration has entries of no type they can have ({brief(error)})") from None
+    if (folder / LORA).exists():
+        warnings.warn(f"{folder / LORA}: not read; the base is the model without it", stacklevel=3)
+
+
+def _check_configurations(folder: Path) -> None:
     index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else None
     if index is not None:
         _check_index(index, folder / "model_index.json")
-    if (folder / LORA).exists():
-        warnings.warn(f"{folder / LORA}: not read; the base is the model without it", stacklevel=3)
     configs = {part: read_config(folder / part / "config.json") for part in ("vae", "unet", "text_encoder")}
     for part, config in configs.items():
         kind = config.get("_class_name", PARTS[part][0])
@@ -170,7 +177,7 @@ def _check_index(index: dict[str, Any], path: Path) -> None:
 
 
 def _check_vae(config: dict[str, Any], where: Path) -> None:
-    if not isinstance(config.get("latent_channels", 4), int):
+    if type(config.get("latent_channels", 4)) is not int:
         raise InputError(f"{where}: latent_channels is {config['latent_channels']!r}; it is a whole number")
     for key in ("in_channels", "out_channels"):
         if config.get(key, 3) != 3:
@@ -180,7 +187,7 @@ def _check_vae(config: dict[str, Any], where: Path) -> None:
             f"{where}: its latents are shifted (shift_factor, latents_mean): not a Stable Diffusion 1.x VAE"
         )
     factor = config.get("scaling_factor", 1.0)
-    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
         raise InputError(f"{where}: scaling_factor is {factor!r}; it is a positive number (Stable Diffusion: 0.18215)")
 
 

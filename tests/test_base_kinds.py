@@ -203,6 +203,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "tokens": (few_tokens, r"tokenizer: its tokens are numbered up to \d+, the text model knows 10"),
     "length-word": (tokenizer(model_max_length="77"), r"tokenizer: model_max_length is '77'"),
     "length-not-a-number": (tokenizer(model_max_length=float("nan")), r"tokenizer: model_max_length is nan"),
+    "class-empty": (index(_class_name=[]), "its configuration has entries of no type"),
+    "channels-list": (unet(in_channels=[4]), "its configuration has entries of no type"),
+    "text-config-list": (text(text_config=[1]), "its configuration has entries of no type"),
+    "factor-true": (vae(scaling_factor=True), "scaling_factor is True; it is a positive number"),
+    "latent-true": (vae(latent_channels=True), "latent_channels is True; it is a whole number"),
     "no-betas": (
         scheduler(beta_start=REMOVED, beta_end=REMOVED),
         r"scheduler_config\.json: it does not say beta_start, beta_end",
