@@ -50,7 +50,8 @@ def locate(source: str | Path) -> Path:
     try:
         return _from_hub(repository, revision or None)
     except _Unreachable as reason:
-        raise InputError(f"there is no folder {ROOT / name}, and for the hub id {repository}: {reason}") from None
+        meant = "" if str(source).startswith("hub:") else f"there is no folder {ROOT / name}, and for "
+        raise InputError(f"{meant}the hub id {repository}: {reason}") from None
 
 
 def _may_be_hub_id(source: str, name: Path) -> bool:

@@ -205,6 +205,8 @@ def test_offline_mode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set, and the model is not in the hub's cache"):
         load_base("org/name")
+    with pytest.raises(InputError, match="cannot be loaded: the hub id org/name: HF_HUB_OFFLINE"):  # no word of folders
+        load_base("hub:org/name")
 
 
 @pytest.mark.parametrize(
