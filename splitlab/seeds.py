@@ -63,17 +63,17 @@ class Key:
 
     def of_client(self, number: int) -> "Key":
         """Return the key of one of the clients whose keys all follow from this one."""
-        if self._secret:
-            return self.derived("client", number)
-        assert isinstance(self.seed, int), "the published keys of clients are numbered from a whole number"
-        return Key.published(self.seed * 1000 + number)
+        return self._numbered("client", number, stride=1000)
 
     def of_repeat(self, number: int) -> "Key":
         """Return the key of repeat `number` of what this one is for."""
+        return self._numbered("repeat", number, stride=1)
+
+    def _numbered(self, word: str, number: int, *, stride: int) -> "Key":
         if self._secret:
-            return self.derived("repeat", number)
-        assert isinstance(self.seed, int), "the published keys of repeats are counted from a whole number"
-        return Key.published(self.seed + number)
+            return self.derived(word, number)
+        assert isinstance(self.seed, int), "published keys are numbered from a whole number"
+        return Key.published(self.seed * stride + number)
 
     def stream(self) -> np.random.Generator:
         """Return a secret key's stream of draws, ChaCha20's (Bernstein 2008); derive a key for each stream."""

@@ -171,6 +171,8 @@ def whole_folder(path: str | Path, maker: str, *, apart: Mapping[str, Path] | No
             with writing(place):
                 _mark(workshop / "new", maker)
                 _swap(workshop, place)
+        except InputError as error:  # of a write in the block: people know the folder that they named
+            raise InputError(str(error).replace(str(workshop / "new"), str(place))) from None
         finally:
             shutil.rmtree(workshop / "new", ignore_errors=True)
             if not (workshop / "old").exists():
@@ -194,9 +196,10 @@ def discard(path: Path, maker: str) -> None:
 
 def _place(path: str | Path, apart: Mapping[str, Path]) -> Path:
     """Return the folder that `path` names, links followed, if it may be made or replaced."""
+    path = Path(path)
     try:
-        with writing(Path(path)):
-            place = Path(path).expanduser().resolve()
+        with writing(path):
+            place = path.expanduser().resolve()
             exists = place.exists()
             owners = {"home": Path.home(), "checkout": ROOT, "working directory": Path.cwd()}
     except InputError:

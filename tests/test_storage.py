@@ -196,7 +196,7 @@ def test_home_checkout_working_directory_and_what_they_lie_in_are_refused(
     for path in ("~", tmp_path / "home", tmp_path, "/"):
         refused(path, "the home is here, and it stays")
     for path in (".", ""):
-        refused(path, "the working directory is here")
+        refused(path, r"^\.: the working directory is here")
     refused(ROOT, "the checkout is here")
 
 
@@ -417,6 +417,7 @@ def test_a_write_that_the_system_stops_leaves_the_earlier_files_and_no_rubbish(t
         lambda: fill(tmp_path / "out", 100_000),
     )
     assert all("cannot be written" in words and "a file may not be that large here" in words for words in said)
+    assert said[2].startswith(f"{tmp_path / 'out'}: cannot be written")  # not where it was in the making
     assert everything(tmp_path) == before
 
 
