@@ -167,7 +167,9 @@ def check_update(update: Update, model: nn.Module, *, where: str = "update") -> 
         raise InputError(f"{where}: {some(integers)} is not of a floating-point type; dequantise it first")
     bad = [name for name, value in update.gradients.items() if not torch.isfinite(value).all()]
     if bad:
-        raise InputError(f"{where}: {some(bad)} holds NaN or infinity; nothing can be learnt from it: ask for another")
+        raise InputError(
+            f"{where}: {some(bad)} holds NaN or infinity; leave it out if the others are whole, or ask for another"
+        )
     if not any(value.any() for value in update.gradients.values()):
         raise InputError(f"{where}: every gradient is zero, so it says nothing about the images; ask for another")
     if update.model and update.model != model_digest(model):

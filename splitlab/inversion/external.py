@@ -16,10 +16,11 @@ from splitlab.denoisers import Call, argument, needs
 from splitlab.errors import InputError
 from splitlab.federated import InversionKnowledge
 from splitlab.inversion import INVERSIONS
-from splitlab.inversion.external_model import check_called, external_model
+from splitlab.inversion.external_model import check_called, external_model, plain_torch
 from splitlab.inversion.facts import batch_of, checked_schedule, embedded, whole_numbers
 from splitlab.inversion.gradient_files import by_parameter, read_gradient
 from splitlab.inversion.labels import label_options
+from splitlab.inversion.scale import clipped_to
 from splitlab.inversion.shapes import input_shape, input_size
 from splitlab.seeds import generator
 from splitlab.types import Callback
@@ -33,6 +34,9 @@ USUAL: dict[str, dict[str, Any]] = {"unknown_noise": {"n_iterations": 1000, "tho
 AS_IT_IS = ("dlg", "gidm", "gidm_plus", "inverting_gradients")
 """Attacks as published: they cannot find a scale or a sign, and take the gradient as it is unless they are told."""
 
+MAY_BE_0 = ("fit_evals", "latent_evals", "pixel_evals", "rounds", "from_block")
+"""Counts among the attacks' options that may be 0; others are 1 or more."""
+
 EXPLAINED = 1e-6
 """Class labels that leave less of the gradient unexplained need no others beside them."""
 
@@ -40,6 +44,7 @@ ON_IMAGES = tuple(name for name in INVERSIONS if name not in ("timesteps", "prom
 """Attacks that take several updates side by side, and whose objective tells how well labels fit."""
 
 
+@plain_torch()
 def attack_gradient(
     gradient: Any,
     *,
@@ -104,7 +109,11 @@ def attack_gradient(
     Raises:
         InputError: a file, model, fact or option that is of no use, or a gradient that is not this model's (says why).
     """
-    _check_arguments(attack, options, kind, lr, steps, sign, scale)
+    _check_options(attack, options)
+    _check_scaling(kind, lr, steps, sign, scale)
+    _check_whole("seed", seed, 0)
+    if call is not None and not callable(call):
+        raise InputError(f"call: expected a function (model, noisy, timesteps) -> prediction, got {call!r:.80}")
     options = USUAL.get(attack, {}) | options
     base = load_base(base) if isinstance(base, str | Path) else base
     module = external_model(model, base)
@@ -115,9 +124,15 @@ def attack_gradient(
     known = InversionKnowledge(module, alphas, base, call=call, channels=channels)
     facts = {"timesteps": timesteps, "noise": noise, "hint_latents": hint_latents, "class_labels": class_labels}
     known = _granted(known, batch_size, facts | {"text": None if text is None else embedded(text, base)})
-    if is_ours or (lr is not None and not clipped):
+    if scale is None and not (is_ours or clipped) and (length := clipped_to(updates)):
+        updates = [replace(update, defence="Clip") for update in updates]
+        words = (*words, f"its length is {length:g}, as of a gradient clipped to it, and it is taken for one")
+    is_clipped = updates[0].defence == "Clip"
+    if is_ours or (lr is not None and not is_clipped):
         scale = scale or 1.0
     sign = sign or (1 if is_ours else None)
+    if attack in AS_IT_IS and None in (scale, sign) and not is_clipped:
+        words = (*words, f"{attack} finds no scale or sign: the gradient is taken to be that of the mean loss")
     if attack in AS_IT_IS:
         scale, sign = scale or 1.0, sign or 1
     known = replace(known, scale=scale, sign=sign, batch_size=known.batch_size if len(updates) == 1 else 1)
@@ -132,9 +147,7 @@ def attack_gradient(
     return found
 
 
-def _check_arguments(
-    attack: str, options: Mapping[str, Any], kind: str, lr: float | None, steps: int, sign: Any, scale: Any
-) -> None:
+def _check_options(attack: str, options: Mapping[str, Any]) -> None:
     if attack not in INVERSIONS:
         raise InputError(f"attack {attack!r} is unknown; choose one of {', '.join(INVERSIONS)}")
     own: dict[str, Any] = dict(list(inspect.signature(INVERSIONS[attack]).parameters.items())[2:])
@@ -142,22 +155,36 @@ def _check_arguments(
     if unknown := [name for name in options if name not in own]:
         raise InputError(f"{attack} has no option {', '.join(unknown)}; it has {', '.join(own)}")
     for name, value in options.items():
-        is_count = isinstance(own[name], int) and not isinstance(own[name], bool)
-        if is_count and not (isinstance(value, int) and value >= (1 if name.startswith("n_") else 0)):
-            raise InputError(f"{name}: expected a whole number of {int(name.startswith('n_'))} or more, got {value!r}")
-        if isinstance(own[name], float) and not isinstance(value, int | float):
+        if isinstance(own[name], int) and not isinstance(own[name], bool):
+            _check_whole(name, value, int(name not in MAY_BE_0))
+        if isinstance(own[name], float) and not _is_number(value):
             raise InputError(f"{name}: expected a number, got {value!r}")
+    if options.get("start", "patches") not in ("patches", "random"):
+        raise InputError(f"start {options['start']!r} is unknown; choose one of patches, random")
+
+
+def _check_scaling(kind: Any, lr: Any, steps: Any, sign: Any, scale: Any) -> None:
     if kind not in KINDS:
         raise InputError(f"kind {kind!r} is unknown; choose one of gradient, weight_difference")
     if kind == "gradient" and (lr is not None or steps != 1):
         raise InputError(
             "lr and steps are of a weight difference; say kind='weight_difference' as well, or leave them out"
         )
+    _check_whole("steps", steps, 1)
     for name, value in (("lr", lr), ("scale", scale)):
-        if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
-            raise InputError(f"{name}: expected a positive number, got {value!r}")
+        if value is not None and not (_is_number(value) and 0 < value < float("inf")):
+            raise InputError(f"{name}: expected a positive number (which way it points is sign's), got {value!r}")
     if sign not in (None, 1, -1):
         raise InputError(f"sign: expected 1, -1 or None, got {sign!r}")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name}: expected a whole number of {least} or more, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _updates(

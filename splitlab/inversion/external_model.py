@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,23 @@ from splitlab.updates import Size
 
 WRAPPERS = ("_orig_mod", "module", "_module")
 """Where torch.compile, DistributedDataParallel and DataParallel, and Opacus keep the model that they wrap."""
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Have torch differentiate, in float32 on the CPU, whatever its caller has set; put that back at the end."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+            if device.type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def external_model(model: str | Path | nn.Module, base: Base | None) -> nn.Module:
@@ -108,8 +127,8 @@ def check_called(knowledge: InversionKnowledge, size: Size) -> tuple[InversionKn
         except Exception as error:  # whatever foreign code raises
             failures.append(
                 f"a {kind} cannot be called with noisy inputs {[2, *shape]} and timesteps [0, {last}] "
-                f"({type(error).__name__}: {error!s:.300}); check size=, channels= and the length of alphas_cumprod, "
-                "or say call=<function (model, noisy, timesteps) -> prediction>"
+                f"({type(error).__name__}: {error!s:.300}); check size=, channels=, granted facts and the "
+                "length of alphas_cumprod, or say call=<function (model, noisy, timesteps) -> prediction>"
             )
     raise InputError(failures[0])
 

@@ -18,7 +18,7 @@ def checked_schedule(value: Any) -> Tensor:
     Raises:
         InputError: it is no falling sequence of numbers in [0, 1].
     """
-    alphas = _floats(value, "alphas_cumprod")
+    alphas = _floats(getattr(value, "alphas_cumprod", value), "alphas_cumprod")
     falls = alphas.ndim == 1 and len(alphas) > 1 and bool((alphas.diff() <= 0).all())
     if not falls or not (float(alphas[0]) <= 1 and float(alphas[-1]) >= 0):
         raise InputError(
@@ -73,10 +73,12 @@ def embedded(text: Any, base: Base | None) -> Tensor:
 
 def _floats(value: Any, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().cpu().to(dtype)
+        return value.detach().cpu().to(dtype, copy=True)  # a copy, which is no inference tensor
     if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
         value = [part.detach().cpu().float().numpy() for part in value]
     try:
+        if isinstance(value, bool | str):
+            raise TypeError
         return torch.as_tensor(np.asarray(value, dtype=np.float64)).to(dtype)
     except (TypeError, ValueError):
         raise InputError(f"{name}: expected numbers, got {value!r:.80}") from None

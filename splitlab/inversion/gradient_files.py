@@ -85,7 +85,9 @@ def _tensor(value: Any, where: str) -> Tensor:
             raise InputError(f"{where} is of type {array.dtype}, no number; save it as float32")
         array = array.astype(np.float64) if array.dtype.itemsize > 8 else array.astype(array.dtype.newbyteorder("="))
         value = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
-    value = value.detach()
+    if value.is_meta:
+        raise InputError(f"{where} is on the meta device and has no values; give the gradient itself")
+    value = value.detach().clone() if value.is_inference() else value.detach()
     value = (value.to_dense() if value.layout != torch.strided else value).cpu()
     kept = (torch.float32, torch.float16, torch.bfloat16)
     return value.float() if value.is_floating_point() and value.dtype not in kept else value

@@ -9,8 +9,8 @@ from splitlab.denoisers import ControlledUNet
 from splitlab.errors import InputError
 from splitlab.updates import some
 
-WRAPPERS = re.compile(r"\b(_orig_mod|_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Put anywhere into names by torch.compile, Opacus, FSDP and checkpointing."""
+WRAPPERS = re.compile(r"\b(module|_orig_mod|_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Put anywhere into names by data parallelism, torch.compile, Opacus, FSDP and checkpointing."""
 
 SPELLINGS = (
     (re.compile(r"\.base_layer\."), "."),

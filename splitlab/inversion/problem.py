@@ -142,6 +142,11 @@ class Problem:
         return any(word in self.updates[0].defence for word in ("TopK", "Soteria"))
 
     @property
+    def is_defended(self) -> bool:
+        """Whether a defence that is more than a factor leaves a part of the update unexplained."""
+        return self.updates[0].defence not in ("none", "Clip")
+
+    @property
     def is_inexact(self) -> bool:
         """Whether rounding or a defence, which is public, keeps the update from being a float32 gradient."""
         update = self.updates[0]
@@ -221,14 +226,19 @@ class Problem:
         return self.predict(noisy, times.expand(len(noisy)), torch.zeros(len(noisy), dtype=torch.int64))
 
     def unmix(
-        self, noisy: Float[Tensor, "n c h w"], target: Float[Tensor, "n c h w"], timesteps: Int[Tensor, " n"]
+        self,
+        noisy: Float[Tensor, "n c h w"],
+        target: Float[Tensor, "n c h w"],
+        timesteps: Int[Tensor, " n"],
+        *,
+        objective: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the clean samples and the noise that a noisy input and its training target are made of.
 
         Ho et al. 2020, eq. 4; for v-prediction Salimans & Ho 2022, appendix D.
         """
         signal, sigma = self.rates(timesteps)
-        if self.objective == "epsilon":
+        if (objective or self.objective) == "epsilon":
             return (noisy - sigma * target) / signal, target
         return signal * noisy - sigma * target, sigma * noisy + signal * target
 

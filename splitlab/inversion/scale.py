@@ -8,12 +8,14 @@ wrong one noise is added to it instead of taken away.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from splitlab.inversion.problem import Problem
+from splitlab.updates import Update
 
 COSTS = (0.0, 2.0, 3.5, 5.0, 5.5)
 """What a usual factor has to make up for in log-likelihood, from the commonest rank on."""
@@ -26,6 +28,12 @@ SMOOTHER = 0.5
 
 NEAR = 2e-3
 """Relative distance at which a scale that was fitted, the noise being known, is taken for a usual one."""
+
+ROUND = tuple(digit * 10.0**k for k in range(-4, 4) for digit in (1, 2, 5))
+"""Lengths that updates are clipped to."""
+
+CLIPPED = 2e-5
+"""Relative distance at which an update's length is taken for one of them."""
 
 ODD = 6.0
 """Standard deviations that a sample's mean square may be off before each sample is taken to have a scale of its own."""
@@ -65,6 +73,11 @@ class _Line:
         root = math.sqrt(max(ab * ab - bb * (aa - self.size), 0.0))
         return [(ab + root) / max(bb, 1e-300), (ab - root) / max(bb, 1e-300)]
 
+    def bounds(self, u: float) -> tuple[float, float]:
+        """Return between which factors of u the noise's mean square is within two standard deviations of 1."""
+        fitting = [u * ratio for ratio in torch.linspace(0.5, 2, 1501).tolist() if abs(self.deviation(u * ratio)) <= 2]
+        return (min(fitting, key=abs), max(fitting, key=abs)) if fitting else (u, u)
+
     def roughness(self, u: float) -> float:
         """Return the sum of squared differences between neighbours."""
         image = self.clean + u * self.slope
@@ -95,8 +108,9 @@ def find_scale(problem: Problem, noisy: Tensor, prediction: Tensor, residual: Te
             continue
         factors += [u] * len(part)
         scales.append(problem.prescale / u)
-        if not usual:
-            words.append("no usual factor fits, so it is an estimate")
+        low, high = sorted(abs(problem.prescale / bound) for bound in line.bounds(u))
+        chosen = "a usual factor near where" if usual else "where"
+        words.append(f"{chosen} the noise found has unit variance (from {low:.4g} to {high:.4g} could be)")
     scale = scales[0] if len(set(scales)) == 1 else None
     return Scaling(torch.tensor(factors), scale, _words(problem, scale, scales, words))
 
@@ -108,7 +122,7 @@ def _words(problem: Problem, scale: float | None, scales: list[float | None], wo
     if None in scales:
         return ("the samples' scales differ: each was estimated from its noise, taken to have unit variance",)
     told = ", ".join(dict.fromkeys(f"{value:.6g}" for value in scales if value is not None))
-    reason = "; ".join(("at which the noise found has unit variance", *dict.fromkeys(words)))
+    reason = "; ".join(dict.fromkeys(words))
     return (f"the gradient is taken to be {told} times that of the mean loss, {reason}; scale= and sign= overrule it",)
 
 
@@ -140,6 +154,15 @@ def _best_root(line: _Line, problem: Problem) -> tuple[float, float]:
     return 1.0, first if first > 0 else 1.0
 
 
+def clipped_to(updates: Sequence[Update]) -> float | None:
+    """Return the round length that every update has, as one that was clipped to it has; None if they have none."""
+    lengths = [
+        float(torch.stack([value.double().norm() for value in update.mean_gradient().values()]).norm())
+        for update in updates
+    ]
+    return next((r for r in ROUND if all(abs(length / r - 1) < CLIPPED for length in lengths)), None)
+
+
 def usual_scales(problem: Problem) -> list[list[float]]:
     """Return what clients multiply the mean loss with, in ranks, the commonest first."""
     sums = [float(n) for n in (problem.unknowns, problem.batch * problem.unknowns, problem.batch)]
@@ -147,7 +170,7 @@ def usual_scales(problem: Problem) -> list[list[float]]:
     return [
         [1.0],
         [*sums, 1 / problem.batch, 2.0, 0.5, 0.25, 0.125, 65536.0],
-        powers + [1 / n for n in range(2, 11)] + [10.0**k for k in range(-6, 4)],
+        powers + [1 / n for n in range(2, 11)] + [10.0**k for k in range(-12, 13)],
         [n**power for n in range(3, 33) for power in (1.0, -1.0)]
         + [digit * 10.0**k for k in range(-6, 4) for digit in (2, 3, 5)],
         [value * power for value in sums for power in powers],

@@ -27,6 +27,11 @@ from splitlab.types import Callback
 MOST_PAIRED = 3
 """Images per update for which all pairings with timesteps are tried."""
 
+NO_TEST = (
+    "no shared gradient spans its layer's patches, so noisy inputs and noise were fitted to the gradient from random "
+    "starts, and others may fit as well: see whether another seed= gives the same images, or grant noise"
+)
+
 OPEN, OPEN_INEXACT = 1e-7, 1e-4
 """A residual that leaves more of the gradient unexplained is another one: right ones leave 1e-8 of a float32 gradient,
 1e-5 of one of 16 bits."""
@@ -71,7 +76,8 @@ def unknown_noise(
     Raises:
         InputError: the update does not fit the model, or its timesteps cannot be told.
     """
-    problem = Problem(update, _with_timesteps(update, knowledge, generator))
+    knowledge, words = _with_timesteps(update, knowledge, generator)
+    problem = Problem(update, knowledge)
     timesteps = problem.timesteps
     recorder = Recorder(problem, "unknown_noise", n_evals * n_starts, callback)
     matcher = Matcher(problem)
@@ -93,18 +99,21 @@ def unknown_noise(
     matcher.anneal(1.0)
     value, _ = matcher.from_residual(timesteps)(state)
     clean, noise, scaling = _read(problem, state, timesteps)
-    said = (*scaling.words, *doubts(problem, clean, noise, value, None if found is None else found.value))
+    if found is None and start == "patches":
+        words = (*words, NO_TEST)
+    said = (*words, *scaling.words, *doubts(problem, clean, noise, value, None if found is None else found.value))
     return recorder.finish(clean, value, timesteps, noise, scale=scaling.scale, warnings=said)
 
 
 def _with_timesteps(
     update: Update | Sequence[Update], knowledge: InversionKnowledge, generator: torch.Generator
-) -> InversionKnowledge:
-    """Return the knowledge with timesteps and batch size as found in closed form, unless they are granted."""
+) -> tuple[InversionKnowledge, tuple[str, ...]]:
+    """Return the knowledge with timesteps and batch size as found in closed form, unless granted; and doubts."""
     if knowledge.timesteps is not None:
-        return knowledge
+        return knowledge, ()
     updates = (update,) if isinstance(update, Update) else update
-    sets = [read_timesteps(one, knowledge, generator=generator).timesteps for one in updates]
+    results = [read_timesteps(one, knowledge, generator=generator) for one in updates]
+    sets = [result.timesteps for result in results]
     batch = knowledge.batch_size or max(len(found) for found in sets)
     for number, found in enumerate(sets):
         if len(found) not in (1, batch):
@@ -113,7 +122,8 @@ def _with_timesteps(
                 "which; grant knowledge.timesteps"
             )
     timesteps = torch.cat([found if len(found) == batch else found.repeat(batch) for found in sets])
-    return replace(knowledge, batch_size=batch, timesteps=timesteps)
+    words = tuple(word for result in results for word in result.warnings)
+    return replace(knowledge, batch_size=batch, timesteps=timesteps), words
 
 
 def _solve(
