@@ -10,9 +10,11 @@ import torch
 
 from splitlab import ROOT, load_base, load_params, load_split
 from splitlab.base import Encoded
-from splitlab.config import Defences
-from splitlab.dp.audit import audit, audit_message
-from splitlab.privacy import composed_mu, matched_message_event, message_events, noise_multiplier_for
+from splitlab.dp.audit import audit
+from splitlab.message_audit import audit_message
+from splitlab.message_privacy import matched_message_event, message_events
+from splitlab.privacy import composed_mu, noise_multiplier_for
+from splitlab.split_config import Defences
 
 sys.path.insert(0, str(ROOT / "tests"))
 from planted import VARIANTS

@@ -30,10 +30,9 @@ from splitlab.federated import InversionKnowledge
 from splitlab.inversion import INVERSIONS
 from splitlab.inversion.candidates import candidate_shares, flattened, likeliest, log_likelihoods
 from splitlab.metrics import identified, line_ups, ssim
-from splitlab.privacy import epsilon, noise_multiplier_for
+from splitlab.privacy import PrivacyEvent, epsilon, noise_multiplier_for
 from splitlab.seeds import PUBLISHED, generator
 from splitlab.tables import read_timed, write_table
-from splitlab.types import PrivacyEvent
 from splitlab.updates import UpdateTruth
 
 CANDIDATES, DRAWS, DELTA = 100, 20, 1e-5

@@ -39,10 +39,8 @@ from matched_settings import DATASETS, STEPS, read
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load_base, n_workers
 from splitlab.abreast import abreast
-from splitlab.artefacts import read_table
 from splitlab.base_files import load_model
 from splitlab.checkpoint import load_json, save_json
-from splitlab.config import read_defences
 from splitlab.controlnet import LatentHintControlNet, control_pipeline
 from splitlab.data import digest
 from splitlab.disguise import asked_layout, colours_of, disguises
@@ -51,7 +49,8 @@ from splitlab.guided import generate_guided
 from splitlab.metrics import disc_iou, edge_control
 from splitlab.recolour import recoloured
 from splitlab.seeds import Key, generator
-from splitlab.tables import write_table
+from splitlab.split_config import read_defences
+from splitlab.tables import read_table, write_table
 from splitlab.train import train
 
 PUBLIC_ONLY = "(public data only)"

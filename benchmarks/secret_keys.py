@@ -12,13 +12,13 @@ import argparse
 import pandas as pd
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load_base, load_params, load_split, read_transcript
-from splitlab.artefacts import load_reconstruction, read_table
+from splitlab.artefacts import load_reconstruction
 from splitlab.attacks import AttackSpec, attack_and_save
 from splitlab.checkpoint import save_json
-from splitlab.config import EvaluateConfig
 from splitlab.data import digest
 from splitlab.evaluate import run_truth, score_samples
-from splitlab.tables import write_table
+from splitlab.study_config import EvaluateConfig
+from splitlab.tables import read_table, write_table
 from splitlab.train import record
 
 SETTINGS = {

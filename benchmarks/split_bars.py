@@ -9,9 +9,9 @@ import sys
 import torch
 
 from splitlab import ROOT, load_base, load_params, load_split, read_transcript
-from splitlab.artefacts import read_table
 from splitlab.attacks import make_knowledge
 from splitlab.attacks.channel import labelled
+from splitlab.tables import read_table
 from splitlab.verdicts import pooled
 from splitlab.wire import read_truth
 

@@ -16,7 +16,7 @@ from splitlab.artefacts import load_reconstruction, save_reconstruction  # noqa:
 from splitlab.attacks import ATTACKS, attack_all, attack_and_save, attack_transcript  # noqa: E402
 from splitlab.base import Base, encoded, load_base  # noqa: E402
 from splitlab.canvas import show_images  # noqa: E402
-from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse  # noqa: E402
+from splitlab.config import parse  # noqa: E402
 from splitlab.data import ImageSet, load  # noqa: E402
 from splitlab.errors import InputError  # noqa: E402
 from splitlab.evaluate import evaluate_all  # noqa: E402
@@ -26,6 +26,8 @@ from splitlab.inversion.external import attack_gradient  # noqa: E402
 from splitlab.params import load_params, load_split, section  # noqa: E402
 from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
 from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
+from splitlab.split_config import AttackSpec, Defences, TrainConfig  # noqa: E402
+from splitlab.study_config import EvaluateConfig  # noqa: E402
 from splitlab.survey import SurveyConfig, record_survey, utility  # noqa: E402
 from splitlab.survey_attack import attack_survey  # noqa: E402
 from splitlab.train import train  # noqa: E402

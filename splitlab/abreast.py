@@ -2,21 +2,32 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import psutil
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
-from splitlab.base import Base, load_base
-from splitlab.errors import InputError
-
 T = TypeVar("T")
 
 MEMORY_PER_PROCESS = 2 << 30
 """Bytes that are set aside for each process: its libraries, models, data and gradients."""
+
+
+class Reference:
+    """What goes to another process in place of something `Loadable`; `load` returns that, or raises InputError."""
+
+    def load(self) -> Any:
+        """Load it in this process."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """What is not copied to another process but loaded there from where it lies."""
+
+    def reference(self) -> Reference:
+        """Say where it lies."""
 
 
 def n_workers() -> int:
@@ -28,8 +39,8 @@ def abreast(work: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, desc: s
     """Yield `work(*call)` for every call, in the order of the calls, and show progress.
 
     Args:
-        work: a function of a module; what it is given and what it returns is copied between processes. A `Base` is not
-            copied but loaded from where it was: a copied tokenizer decodes otherwise.
+        work: a function of a module; what it is given and returns is copied between processes, but for what is
+            `Loadable`: that is loaded there anew.
         calls: its arguments.
         desc: of the progress bar.
         workers: processes. 1: this one, with as many threads as it has; more: one thread each, which is what makes two
@@ -37,40 +48,17 @@ def abreast(work: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, desc: s
             may round sums otherwise.
 
     Raises:
-        InputError: with more than one process, a base model that is not where it was loaded from, or another one.
+        InputError: with more than one process, something `Loadable` that is not where it was, or another one.
         Exception: what a call raised; the others are stopped, what they have written is whole.
     """
     calls = list(calls)
     with parallel_config(backend="loky", inner_max_num_threads=1):
         parallel = Parallel(n_jobs=workers, return_as="generator", pre_dispatch="n_jobs", batch_size=1, max_nbytes=None)
         if workers > 1:
-            calls = [tuple(_Whereabouts.of(one) if isinstance(one, Base) else one for one in call) for call in calls]
+            calls = [tuple(v.reference() if isinstance(v, Loadable) else v for v in call) for call in calls]
         results = parallel(delayed(_arrived)(work, *call) for call in calls)
         yield from tqdm(results, desc=desc, total=len(calls), mininterval=2)
 
 
-@dataclass(frozen=True)
-class _Whereabouts:
-    """What goes to another process in place of a base model."""
-
-    source: str
-    digest: str
-
-    @classmethod
-    def of(cls, base: Base) -> "_Whereabouts":
-        return cls(base.pipeline.name_or_path, base.digest)
-
-    def load(self) -> Base:
-        base = _loaded(self.source)
-        if base.digest != self.digest:
-            raise InputError(
-                f"base model {self.source}: it changed after it was loaded; load it again, or use one worker"
-            )
-        return base
-
-
-_loaded = lru_cache(maxsize=1)(load_base)
-
-
 def _arrived(work: Callable[..., T], *call: Any) -> T:
-    return work(*(one.load() if isinstance(one, _Whereabouts) else one for one in call))
+    return work(*(value.load() if isinstance(value, Reference) else value for value in call))

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from splitlab import checkpoint
-from splitlab.base import finite
-from splitlab.config import TrainConfig, parse
+from splitlab.config import parse
 from splitlab.errors import InputError
+from splitlab.pixels import pictures, to_uint8
+from splitlab.split_config import TrainConfig
 from splitlab.types import Reconstruction
 
 MEASURED = ("control_iou", "control_edges", "eval_loss", "up_bytes_per_sample", "down_bytes_per_sample")
@@ -35,20 +35,6 @@ class SavedReconstruction:
     seed: int
     knowledge: str
     threat_model: tuple[tuple[str, str], ...]
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Quantise images in [-1, 1] to 0 ... 255.
-
-    Raises:
-        InputError: they hold NaN or infinity.
-    """
-    return finite(images, "images").add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def from_uint8(pixels: Tensor) -> Tensor:
-    """Bring pixels 0 ... 255 back to [-1, 1] float32."""
-    return pixels.float().div(127.5).sub(1.0)
 
 
 def save_reconstruction(path: Path, saved: SavedReconstruction) -> None:
@@ -100,18 +86,6 @@ class _Meta:
     prompts: tuple[str, ...] | None
 
 
-def pictures(tensors: dict[str, Tensor], name: str, axes: int, where: Path) -> Tensor:
-    """Return saved images in [-1, 1] float32: `[..., 3, h, w]` of that many axes, none of size 0 but the first.
-
-    Raises:
-        InputError: they are missing, or no such images.
-    """
-    saved = checkpoint.field(tensors, name, axes, (torch.uint8,), where)
-    if saved.shape[-3] != 3 or 0 in saved.shape[-2:]:
-        raise InputError(f"{where}: {name} is of shape {tuple(saved.shape)}; expected RGB images; make the file again")
-    return from_uint8(saved)
-
-
 def read_samples(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Read the images that a run generated: hints and images `[n, 3, h, w]` in [-1, 1], and n prompts.
 
@@ -157,26 +131,6 @@ def read_record(path: Path, *needed: str) -> tuple[dict[str, Any], TrainConfig]:
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in numbers):
         raise InputError(f"{path}: loss or one of {', '.join(MEASURED)} is no number; {checkpoint.REMADE}")
     return record, config
-
-
-def read_table(path: Path, *columns: str, empty: bool = False) -> pd.DataFrame:
-    """Read a result table; `columns`: those it must have; `empty`: one without rows will do.
-
-    Raises:
-        InputError: it is missing, damaged or empty, or lacks a column.
-    """
-    try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # the defences "none" are a word
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run `dvc repro` first, which makes it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error}); {checkpoint.REMADE}") from None
-    lacking = [name for name in columns if name not in table]
-    if lacking:
-        raise InputError(f"{path}: it has no column {', '.join(lacking)}; name a folder of splitlab's tables")
-    if table.empty and not empty:
-        raise InputError(f"{path}: it has no rows; {checkpoint.REMADE}")
-    return table
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from splitlab import checkpoint
+from splitlab.abreast import Reference
 from splitlab.base_files import load_model
 from splitlab.base_kinds import check_kind, load_scheduler, load_tokenizer, square
 from splitlab.base_source import locate
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
+from splitlab.pixels import finite
 
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
@@ -139,6 +141,10 @@ class Base:
                 )
         return torch.tensor(encoded.input_ids)
 
+    def reference(self) -> Reference:
+        """Return what another process loads it by; a copy of the tokenizer would decode otherwise."""
+        return _BaseReference(self.pipeline.name_or_path, self.digest)
+
     def noised(
         self, latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], timesteps: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
@@ -150,25 +156,6 @@ class Base:
     ) -> Float[Tensor, "b c h w"]:
         """Invert `noised`: the latents, given the noise or a prediction of it (Ho et al. 2020, eq. 15)."""
         return denoised(noisy_latents, noise, self.alphas_cumprod[timesteps][:, None, None, None])
-
-
-def finite(values: Tensor, what: str) -> Tensor:
-    """Return `values` if all are finite: NaN would pass for a black image.
-
-    Args:
-        values: of any shape, one item per row.
-        what: what they are, in the plural, for the error.
-
-    Raises:
-        InputError: some are not.
-    """
-    if not values.isfinite().all():
-        bad = int((~values.isfinite()).flatten(1).any(1).sum())
-        raise InputError(
-            f"{bad} of {len(values)} {what} hold NaN or infinity: the model, or what was made with it, diverged; check "
-            "the base model, the learning rate and the number of steps"
-        )
-    return values
 
 
 def noised(
@@ -183,6 +170,22 @@ def denoised(
 ) -> Float[Tensor, "b c h w"]:
     """Solve `noised` for the latents (Ho et al. 2020, eq. 15)."""
     return (noisy_latents - (1 - alphas).sqrt() * noise) / alphas.sqrt()
+
+
+@dataclass(frozen=True)
+class _BaseReference(Reference):
+    """Where a base model lies, and which it is."""
+
+    source: str
+    digest: str
+
+    def load(self) -> Base:
+        base = _loaded(self.source)
+        if base.digest != self.digest:
+            raise InputError(
+                f"base model {self.source}: it changed after it was loaded; load it again, or use one worker"
+            )
+        return base
 
 
 @dataclass(frozen=True)
@@ -273,3 +276,6 @@ def _kept(
     if path:
         checkpoint.save(path, tensors, {}, private=True)
     return tensors
+
+
+_loaded = lru_cache(maxsize=1)(load_base)

@@ -3,14 +3,19 @@
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from transformers import CLIPTextConfig, CLIPTokenizer
-
-from splitlab.base_kinds import load_tokenizer
-from splitlab.base_source import locate
 from splitlab.errors import InputError
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Of a text model: texts to token ids, of which the model takes `model_max_length`."""
+
+    model_max_length: int
+
+    def __call__(self, text: Any) -> Any:
+        """Return what has the token ids as `input_ids`."""
 
 
 def caption(value: Any, column: str) -> str:
@@ -34,28 +39,14 @@ def caption(value: Any, column: str) -> str:
     return value
 
 
-def tokenizer_of(source: str | Path) -> CLIPTokenizer:
-    """Load the tokenizer of a base model alone; `model_max_length` is what the text model takes.
-
-    Raises:
-        InputError: there is no such base model, or its tokenizer or text model's configuration is damaged.
-    """
-    folder = locate(source)
-    try:
-        text = CLIPTextConfig.from_pretrained(str(folder / "text_encoder"), local_files_only=True)
-    except Exception as error:  # the library raises many types
-        raise InputError(f"{folder / 'text_encoder'}: no configuration can be read ({error})") from None
-    return load_tokenizer(folder / "tokenizer", text)
-
-
-def shortened(captions: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
+def shortened(captions: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     """Cut captions to the tokens that the text model takes, behind the last word that fits; shorter ones stay."""
     lengths = [len(ids) for ids in tokenizer(list(captions)).input_ids]
     longest = tokenizer.model_max_length
     return [_cut(text, tokenizer) if length > longest else text for text, length in zip(captions, lengths, strict=True)]
 
 
-def _cut(text: str, tokenizer: CLIPTokenizer) -> str:
+def _cut(text: str, tokenizer: Tokenizer) -> str:
     def overflow(end: int) -> bool:
         return len(tokenizer(text[:end]).input_ids) > tokenizer.model_max_length
 

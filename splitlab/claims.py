@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from splitlab.attacks import NO_INFORMATION
-from splitlab.config import Defences
 from splitlab.leaks import bucket, leaks, strongest
 from splitlab.split import reference_message, sample_bytes
+from splitlab.split_config import Defences
 from splitlab.words import UNMEASURED, attack_label, counted, percent
 
 HOLDS, PARTLY, REFUTED = "holds", "holds in part", "refuted"

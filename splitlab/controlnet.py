@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from splitlab.base import Base, finite
+from splitlab.base import Base
 from splitlab.errors import InputError
+from splitlab.pixels import finite
 
 
 def symsigmoid(x: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 import hashlib
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from splitlab.captions import shortened, tokenizer_of
+from splitlab.captions import Tokenizer, shortened
 from splitlab.config import parse
 from splitlab.data import ImageSet, image_set
 from splitlab.errors import InputError
@@ -142,13 +142,21 @@ def _part(folder: Path, split: str) -> Path | None:
     return next((path for end in ("", ".zip", ".parquet") if (path := folder / f"{split}{end}").exists()), None)
 
 
-def load_split(dataset: str, split: str, params: Mapping[str, Any], *, limit: int | None = None) -> ImageSet:
+def load_split(
+    dataset: str,
+    split: str,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Callable[[], Tokenizer],
+    limit: int | None = None,
+) -> ImageSet:
     """Load the `split` ("public", "heldout", "private", "private-test") of a data set.
 
     Args:
         dataset: a name in the section `datasets`, the path of a folder with three splits, or `hub:<id>`.
         split: which part.
         params: the content of params.yaml.
+        tokenizer: returns the base's, by which long captions are cut; called where an entry asks for that.
         limit: read the first `limit` samples at most.
 
     Raises:
@@ -161,13 +169,12 @@ def load_split(dataset: str, split: str, params: Mapping[str, Any], *, limit: in
         indices = divided(listing, config, indices)[split.replace("-", "_")]
     samples = read(listing, config, indices[:limit])
     if config.long_captions == "truncate":
-        samples = _truncated(samples, f"data set {dataset}, {split}", params)
+        samples = _truncated(samples, f"data set {dataset}, {split}", tokenizer())
     return image_set(*samples)
 
 
-def _truncated(samples: Samples, name: str, params: Mapping[str, Any]) -> Samples:
+def _truncated(samples: Samples, name: str, tokenizer: Tokenizer) -> Samples:
     """Cut long captions and say how many there were."""
-    tokenizer = tokenizer_of(params["base"]["source"])
     prompts = shortened(samples.prompts, tokenizer)
     cut = [index for index, prompt in enumerate(prompts) if prompt != samples.prompts[index]]
     if cut:

@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from splitlab.base import noised as diffused
-from splitlab.config import Defences
 from splitlab.controlnet import coarsened, symsigmoid
 from splitlab.draws import integers, noised, normal, permutation, uniform
 from splitlab.errors import InputError
 from splitlab.seeds import Key, Source, source
+from splitlab.split_config import Defences
 from splitlab.types import Observation
 
 Transform = Callable[[Observation, Source], Observation]

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from splitlab.base import noised
 from splitlab.controlnet import predict_noise
 from splitlab.errors import InputError
 
@@ -164,3 +165,33 @@ def _tensor(output: Any, noisy: Tensor, model: nn.Module) -> Tensor:
             "say call=<function (model, noisy, timesteps) -> prediction>"
         )
     return output
+
+
+class Denoiser(nn.Module):
+    """U-Net and conditioning embedder as one module that returns one loss per sample: what DP-SGD trains.
+
+    Args:
+        unet: the noise predictor.
+        embedder: condition -> hidden states; None where the condition is hidden states already.
+        alphas_cumprod: `[T]` ᾱ of the noise schedule.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, embedder: nn.Module | None, alphas_cumprod: Tensor):
+        super().__init__()
+        self.unet = unet
+        self.embedder = embedder
+        self.alphas_cumprod = alphas_cumprod  # an attribute, no buffer: it is no part of what is saved
+
+    def forward(self, latents: Tensor, condition: Tensor, timesteps: Tensor, noise: Tensor) -> Float[Tensor, " b"]:
+        """Return the squared error of the predicted noise, averaged over each sample (Ho et al. 2020, eq. 14).
+
+        Args:
+            latents: `[b, c, h, w]`, clean.
+            condition: `[b]` labels, `[b, l]` token ids, or `[b, l, d]` hidden states.
+            timesteps: `[b]`.
+            noise: `[b, c, h, w]`.
+        """
+        states = condition if self.embedder is None else self.embedder(condition)
+        noisy = noised(latents, noise, self.alphas_cumprod.to(latents)[timesteps][:, None, None, None])
+        predicted = self.unet(noisy, timesteps, encoder_hidden_states=states).sample
+        return (predicted - noise).square().flatten(1).mean(1)

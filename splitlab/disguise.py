@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from splitlab.colours import COLOURS, are_shapes, rgb, split_prompt
-from splitlab.config import Defences
 from splitlab.data import ImageSet, changed
 from splitlab.draws import integers, noised
 from splitlab.errors import InputError
 from splitlab.seeds import Key, Source, source
+from splitlab.split_config import Defences
 
 LAYOUT_SENSITIVITY = math.sqrt(3.0)
 """How far apart two layouts can be: three numbers, each in [0, 1]."""

@@ -14,17 +14,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitlab import checkpoint, metrics, storage
-from splitlab.artefacts import SavedReconstruction, load_reconstruction, read_record, read_table
-from splitlab.base import Base, finite
+from splitlab.artefacts import SavedReconstruction, load_reconstruction, read_record
+from splitlab.base import Base
 from splitlab.colours import are_shapes
-from splitlab.config import EvaluateConfig, TrainConfig, parse
+from splitlab.config import parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
 from splitlab.overlap import refuse_overlap
 from splitlab.params import load_split
+from splitlab.pixels import finite
 from splitlab.seeds import generator
-from splitlab.tables import write_table
+from splitlab.split_config import TrainConfig
+from splitlab.study_config import EvaluateConfig
+from splitlab.tables import read_table, write_table
 from splitlab.train import control_scores
 from splitlab.types import Reconstruction, Truth
 from splitlab.verdicts import ablations, verdicts

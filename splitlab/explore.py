@@ -18,26 +18,22 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from splitlab.artefacts import (
-    Recorded,
-    SavedReconstruction,
-    from_uint8,
-    load_reconstruction,
-    read_record,
-    read_scores,
-    to_uint8,
-)
+from splitlab.artefacts import Recorded, SavedReconstruction, load_reconstruction, read_record, read_scores
 from splitlab.attacks import ATTACKS, attack_transcript, make_knowledge
 from splitlab.base import Base, load_base
 from splitlab.colours import are_shapes
-from splitlab.config import AttackSpec, Defences, EvaluateConfig, TrainConfig, parse
+from splitlab.config import parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.evaluate import RunTruth, score_samples
 from splitlab.params import load_split
 from splitlab.paths import CACHE, resolve
+from splitlab.pixels import from_uint8, to_uint8
+from splitlab.progress import Callback
 from splitlab.run_view import Attempt, RunView, in_order, knowledge_label
-from splitlab.types import Callback, Observation, stack
+from splitlab.split_config import AttackSpec, Defences, TrainConfig
+from splitlab.study_config import EvaluateConfig
+from splitlab.types import Observation, stack
 from splitlab.wire import read_server, read_transcript, read_truth
 from splitlab.words import DEFENCE_WORDS, SCHEME_WORDS, attack_label
 

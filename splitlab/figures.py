@@ -15,16 +15,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from splitlab import metrics
-from splitlab.artefacts import Recorded, load_reconstruction, read_record, read_samples, read_scores, read_table
+from splitlab.artefacts import Recorded, load_reconstruction, read_record, read_samples, read_scores
 from splitlab.base import Base, load_base
 from splitlab.canvas import STYLE, fill, save_figure, subplots
-from splitlab.config import EvaluateConfig, parse
+from splitlab.config import parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.evaluate import buckets
 from splitlab.params import load_split
+from splitlab.study_config import EvaluateConfig
 from splitlab.survey_figures import draw_frontier, draw_matrix
-from splitlab.tables import write_table
+from splitlab.tables import read_table, write_table
 from splitlab.tradeoff import tradeoff
 from splitlab.tradeoff_figures import draw_tradeoff
 from splitlab.types import stack

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.config import TrainConfig
 from splitlab.errors import InputError
-from splitlab.privacy import epsilon, message_events
-from splitlab.types import PrivacyEvent
+from splitlab.message_privacy import message_events
+from splitlab.privacy import PrivacyEvent, epsilon
+from splitlab.split_config import TrainConfig
 
 DELTA = 1e-5
 """The δ at which a run's ε is stated."""

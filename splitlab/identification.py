@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from splitlab.config import Defences
 from splitlab.data import ImageSet
 from splitlab.disguise import discs, every_turn
+from splitlab.split_config import Defences
 
 
 def identified_by_both(

@@ -8,9 +8,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
-from splitlab.datasets import load_split as load_split
+from splitlab import datasets
+from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.paths import resolve
+from splitlab.tokenizers import tokenizer_of
 
 SECTIONS = ("base", "datasets", "pretrain", "runs", "attacks", "survey", "updates", "dp", "evaluate")
 
@@ -58,6 +60,23 @@ def load_params(path: str | Path = "params.yaml") -> dict[str, Any]:
     if set(params["base"]) != {"source"} or not isinstance(params["base"]["source"], str):
         raise InputError(f"{path}, section base: expected source, a folder or a hub id, got {params['base']!r}")
     return params
+
+
+def load_split(dataset: str, split: str, params: Mapping[str, Any], *, limit: int | None = None) -> ImageSet:
+    """Load the `split` ("public", "heldout", "private", "private-test") of a data set.
+
+    Args:
+        dataset: a name in the section `datasets`, the path of a folder with three splits, or `hub:<id>`.
+        split: which part.
+        params: the content of params.yaml.
+        limit: read the first `limit` samples at most.
+
+    Raises:
+        InputError: there is no such data set or split, or it cannot be read.
+    """
+    return datasets.load_split(
+        dataset, split, params, limit=limit, tokenizer=lambda: tokenizer_of(params["base"]["source"])
+    )
 
 
 def section(params: Mapping[str, Any], name: str, key: str) -> Any:

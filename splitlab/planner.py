@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.artefacts import read_table
-from splitlab.config import Defences, read_defences
 from splitlab.errors import InputError
+from splitlab.message_privacy import message_events
 from splitlab.paths import resolve
-from splitlab.privacy import composed_mu, gdp_epsilon, message_events
+from splitlab.privacy import composed_mu, gdp_epsilon
+from splitlab.split_config import Defences, read_defences
+from splitlab.tables import read_table
 from splitlab.words import UNSCORED
 
 IDENTIFICATION = ("id_top1", "hint_id_top1", "id_image", "id_hint", "id_both", "both_id_top1")

@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 
 from splitlab import metrics
-from splitlab.artefacts import to_uint8
 from splitlab.attacks.closed_form import closed_form
 from splitlab.attacks.one_step import one_step
 from splitlab.base import Base
-from splitlab.config import Defences
 from splitlab.data import ImageSet
 from splitlab.defences import protect, transforms
 from splitlab.errors import InputError
 from splitlab.explore import PRIVATE, RECONSTRUCTED, WIRE, Groups, Picture, png, wire_pictures
+from splitlab.pixels import to_uint8
 from splitlab.seeds import Key, generator
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge, Observation
 
 

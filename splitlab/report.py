@@ -15,7 +15,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab import html as pages
-from splitlab.artefacts import load_reconstruction, read_table
+from splitlab.artefacts import load_reconstruction
 from splitlab.attacks import ATTACKS, NO_INFORMATION
 from splitlab.cells import DASH, figure, in_words, lay_out, mean_of, number
 from splitlab.checkpoint import load_json
@@ -28,7 +28,7 @@ from splitlab.paths import ROOT, resolve
 from splitlab.privacy import SIMULATED_NOTE, epsilon_words, recorded_epsilon
 from splitlab.seeds import PUBLISHED
 from splitlab.storage import write_text
-from splitlab.tables import read_timed
+from splitlab.tables import read_table, read_timed
 from splitlab.words import SCHEME_WORDS, attack_label, counted, percent
 
 _WHOLE = ("bytes.png", "tradeoff.png", "tradeoff.csv")

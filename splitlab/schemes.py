@@ -13,7 +13,6 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from splitlab.base import Base
-from splitlab.config import TrainConfig
 from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet
 from splitlab.data import ImageSet
 from splitlab.defences import protect, transforms
@@ -29,6 +28,7 @@ from splitlab.split import (
     server_loss,
     server_prediction,
 )
+from splitlab.split_config import TrainConfig
 from splitlab.types import Observation, Truth
 from splitlab.wire import from_bytes, to_bytes
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitlab.base import Base, Encoded
-from splitlab.config import Defences
 from splitlab.controlnet import LatentHintControlNet, predict_noise
 from splitlab.defences import (
     draw_noise,
@@ -27,6 +26,7 @@ from splitlab.defences import (
 from splitlab.draws import permutation
 from splitlab.errors import InputError
 from splitlab.seeds import SECRET, Key, Source, generator, source
+from splitlab.split_config import Defences
 from splitlab.types import Observation, Truth
 from splitlab.wire import to_bytes
 

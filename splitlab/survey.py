@@ -11,10 +11,12 @@ from tqdm import tqdm
 from splitlab import checkpoint
 from splitlab.abreast import abreast
 from splitlab.base import Base
-from splitlab.config import GRIDS, AttackSpec, Defences, TrainConfig, reseeded
+from splitlab.config import reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.errors import InputError
 from splitlab.overlap import refuse_overlaps
+from splitlab.split_config import AttackSpec, Defences, TrainConfig
+from splitlab.study_config import GRIDS
 from splitlab.train import record, train
 
 UTILITY_COLUMNS = ("dataset", "setting", "defences", "steps", "seed", "eval_loss", "control_iou", "control_edges")

@@ -5,8 +5,8 @@ from pathlib import Path
 from splitlab.abreast import abreast
 from splitlab.attacks import attack_and_save
 from splitlab.base import Base
-from splitlab.config import AttackSpec, Defences
 from splitlab.data import ImageSet
+from splitlab.split_config import AttackSpec, Defences
 from splitlab.survey import LoadSplit, SurveyConfig
 from splitlab.wire import Transcript, read_transcript
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from splitlab import storage
-from splitlab.artefacts import read_table
+from splitlab import checkpoint, storage
+from splitlab.errors import InputError
 
 MACHINE = ("cpu_s", "step_s", "client_s_per_sample", "server_s_per_sample", "peak_rss_mb")
 """Columns of seconds and memory, which differ from machine to machine and from run to run."""
@@ -46,3 +46,23 @@ def read_timed(path: Path) -> pd.DataFrame:
 def _texts(rows: pd.DataFrame) -> pd.Index:
     """Write each row as one text, to find it again."""
     return pd.Index(rows.map(str).agg(",".join, axis=1))
+
+
+def read_table(path: Path, *columns: str, empty: bool = False) -> pd.DataFrame:
+    """Read a result table; `columns`: those it must have; `empty`: one without rows will do.
+
+    Raises:
+        InputError: it is missing, damaged or empty, or lacks a column.
+    """
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])  # the defences "none" are a word
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run `dvc repro` first, which makes it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}); {checkpoint.REMADE}") from None
+    lacking = [name for name in columns if name not in table]
+    if lacking:
+        raise InputError(f"{path}: it has no column {', '.join(lacking)}; name a folder of splitlab's tables")
+    if table.empty and not empty:
+        raise InputError(f"{path}: it has no rows; {checkpoint.REMADE}")
+    return table

@@ -13,14 +13,14 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from splitlab.artefacts import read_table
 from splitlab.attacks import NO_INFORMATION
-from splitlab.config import TrainConfig, read_defences
 from splitlab.dp.survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.guarantees import guarantee
 from splitlab.inversion.saved import NO_INFORMATION as NO_UPDATE
 from splitlab.privacy import randomness_of
 from splitlab.seeds import PUBLISHED
+from splitlab.split_config import TrainConfig, read_defences
+from splitlab.tables import read_table
 from splitlab.verdicts import SURVEY, WAYS, known, unscored
 from splitlab.words import UNSCORED, attack_label, inversion_label
 

@@ -5,10 +5,10 @@ import html
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.artefacts import read_table
 from splitlab.cells import DASH, figure, lay_out, number
 from splitlab.privacy import SIMULATED_NOTE, epsilon_words
 from splitlab.report import Material
+from splitlab.tables import read_table
 from splitlab.tradeoff import MEMBERSHIP, PUBLIC_DATA, SPLIT, full_name
 from splitlab.tradeoff_figures import LOOKS
 from splitlab.words import UNMEASURED, counted, percent

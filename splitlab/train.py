@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from splitlab import checkpoint, metrics, storage
-from splitlab.artefacts import to_uint8
 from splitlab.base import Base, encoded
 from splitlab.colours import are_shapes
-from splitlab.config import TrainConfig
 from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, predict_noise
 from splitlab.data import ImageSet, digest, partition
 from splitlab.disguise import disguised, disguises
@@ -32,11 +30,14 @@ from splitlab.errors import InputError
 from splitlab.guarantees import DELTA, guarantee
 from splitlab.overlap import refuse_overlap
 from splitlab.paths import ROOT
+from splitlab.pixels import to_uint8
 from splitlab.privacy import epsilon_entry
+from splitlab.progress import Callback
 from splitlab.schemes import Scheme, Step, make_scheme
 from splitlab.seeds import PUBLISHED, Key, generator
 from splitlab.split import Client, client_send
-from splitlab.types import Callback, Truth
+from splitlab.split_config import TrainConfig
+from splitlab.types import Truth
 from splitlab.wire import Header, write_transcript, write_truth
 
 PACKAGES = ("splitlab", "torch", "diffusers", "transformers", "safetensors", "numpy")

@@ -12,11 +12,8 @@ from splitlab.errors import InputError
 
 if TYPE_CHECKING:
     from splitlab.base import Base
-    from splitlab.config import Defences
     from splitlab.data import ImageSet
-
-Callback = Callable[[str, int, int, float], None]
-"""`(what, done, total, objective)`: called by every long job as it goes on."""
+    from splitlab.split_config import Defences
 
 
 @dataclass(frozen=True)
@@ -175,25 +172,6 @@ class Reconstruction:
     n_evals: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class PrivacyEvent:
-    """One application of a randomised mechanism; ε is a pure function of a list of these.
-
-    Attributes:
-        mechanism: e.g. "gaussian".
-        noise_multiplier: noise standard deviation over sensitivity.
-        sample_rate: Poisson sampling rate in (0, 1]; 1 where nothing is sampled.
-        steps: how often it was applied.
-        adjacency: which neighbouring data sets the bound is for, e.g. "add_remove_one".
-    """
-
-    mechanism: str
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    adjacency: str
 
 
 def stack(observations: Sequence[Observation]) -> Observation:

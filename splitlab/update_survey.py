@@ -21,7 +21,6 @@ from splitlab import checkpoint
 from splitlab.abreast import abreast
 from splitlab.base import Base
 from splitlab.base_files import load_model
-from splitlab.config import GRIDS
 from splitlab.controlnet import LatentHintControlNet
 from splitlab.data import ImageSet
 from splitlab.draws import new_key, normal, permutation
@@ -32,6 +31,7 @@ from splitlab.inversion.saved import SavedInversion, guess, save_inversion, save
 from splitlab.overlap import refuse_overlaps
 from splitlab.paths import resolve
 from splitlab.seeds import Key, generator, source
+from splitlab.study_config import GRIDS
 from splitlab.update_defences import (
     Clip,
     GaussianNoise,

@@ -9,9 +9,9 @@ import pandas as pd
 from torch import Tensor
 
 from splitlab.attacks import NO_INFORMATION
-from splitlab.config import Defences, TrainConfig, read_defences
 from splitlab.guarantees import guarantee
 from splitlab.privacy import randomness_of
+from splitlab.split_config import Defences, TrainConfig, read_defences
 from splitlab.words import UNMEASURED
 
 VERDICT_COLUMNS = (

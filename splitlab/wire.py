@@ -19,8 +19,9 @@ from torch import Tensor
 
 from splitlab import checkpoint
 from splitlab.checkpoint import field
-from splitlab.config import SCHEMES, SENDING, Defences, parse_exactly
+from splitlab.config import parse_exactly
 from splitlab.errors import InputError
+from splitlab.split_config import SCHEMES, SENDING, Defences
 from splitlab.types import OBSERVATION_FIELDS, Observation, Truth
 
 if TYPE_CHECKING:

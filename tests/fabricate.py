@@ -9,10 +9,12 @@ import yaml
 from splitlab import generate
 from splitlab.attacks import attack_and_save
 from splitlab.base import load_base
-from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.config import parse
 from splitlab.data import load
 from splitlab.datasets import SPLITS
 from splitlab.evaluate import evaluate_run
+from splitlab.split_config import AttackSpec, TrainConfig
+from splitlab.study_config import EvaluateConfig
 from splitlab.train import train
 from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
 from splitlab.wire import read_transcript

@@ -10,7 +10,7 @@ import tiny
 
 from splitlab.attacks import attack_and_save
 from splitlab.base import Base, load_base
-from splitlab.config import AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.config import parse
 from splitlab.data import ImageSet
 from splitlab.datasets import SPLITS
 from splitlab.dp.figures import draw_dp_curve, draw_dp_samples
@@ -20,6 +20,8 @@ from splitlab.evaluate import evaluate_all
 from splitlab.figures import draw_figures
 from splitlab.generate import write_split
 from splitlab.params import load_split
+from splitlab.split_config import AttackSpec, TrainConfig
+from splitlab.study_config import EvaluateConfig
 from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey
 from splitlab.survey_attack import attack_survey
 from splitlab.tables import write_table

@@ -13,8 +13,8 @@ from fuzzing import NAMES, parts
 from torch import Tensor, nn
 
 from splitlab.artefacts import SavedReconstruction
-from splitlab.config import Defences, TrainConfig
 from splitlab.inversion.saved import SavedInversion
+from splitlab.split_config import Defences, TrainConfig
 from splitlab.types import Observation, Truth
 from splitlab.updates import Update, UpdateTruth
 from splitlab.wire import Transcript

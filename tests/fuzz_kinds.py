@@ -21,10 +21,10 @@ from splitlab.artefacts import (
     read_samples,
     read_scores,
     save_reconstruction,
-    to_uint8,
 )
-from splitlab.config import Defences, TrainConfig
 from splitlab.inversion.saved import SavedInversion, load_inversion, save_inversion
+from splitlab.pixels import to_uint8
+from splitlab.split_config import Defences, TrainConfig
 from splitlab.types import Observation, Reconstruction, Truth
 from splitlab.updates import (
     Update,

@@ -10,8 +10,8 @@ from splitlab.attacks.accumulation import Features, link, same_image
 from splitlab.attacks.channel import labelled, latent_view
 from splitlab.attacks.closed_form import hint_latents
 from splitlab.attacks.posterior import Rehearsal
-from splitlab.config import Defences
 from splitlab.errors import InputError
+from splitlab.split_config import Defences
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=0.3, hide_prompts=True)

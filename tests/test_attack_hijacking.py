@@ -12,11 +12,11 @@ from splitlab import checkpoint, metrics
 from splitlab.attacks import attack_transcript
 from splitlab.attacks.hijacking import hijacking
 from splitlab.base import Base
-from splitlab.config import Defences, TrainConfig
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.hijacker import FEATURE_STD, HijackingServer, Pilot, _statistics, hijacking_networks
 from splitlab.schemes import Scheme, make_scheme
+from splitlab.split_config import Defences, TrainConfig
 from splitlab.train import make_clients, train
 from splitlab.types import Knowledge, Observation
 from splitlab.wire import from_bytes, read_transcript, to_bytes

@@ -12,8 +12,8 @@ from splitlab.attacks import attack_transcript, make_knowledge
 from splitlab.attacks.closed_form import hint_latents
 from splitlab.attacks.imitation import fixed_noise_error, imitate, imitate_known
 from splitlab.base import encoded
-from splitlab.config import Defences
 from splitlab.errors import InputError
+from splitlab.split_config import Defences
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=1.0, hide_prompts=True)

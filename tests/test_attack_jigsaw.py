@@ -12,12 +12,12 @@ from splitlab import metrics
 from splitlab.attacks import attack_transcript, make_knowledge, run_attack
 from splitlab.attacks.jigsaw import place_by_moments
 from splitlab.base import Base, encoded, load_base
-from splitlab.config import Defences, TrainConfig
 from splitlab.data import ImageSet, load
 from splitlab.defences import from_patches, to_patches
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
 from splitlab.split import client_send
+from splitlab.split_config import Defences, TrainConfig
 from splitlab.train import make_clients
 from splitlab.types import Truth
 from splitlab.wire import Header, Transcript, from_bytes

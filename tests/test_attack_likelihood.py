@@ -11,12 +11,12 @@ from splitlab import metrics
 from splitlab.attacks import run_attack
 from splitlab.attacks.likelihood import ACCURACY, denoise, denoising_error, likelihood, mean_gradient, total_variation
 from splitlab.base import Base, encoded, load_base
-from splitlab.config import Defences
 from splitlab.data import ImageSet, load
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
 from splitlab.seeds import Key
 from splitlab.split import Client, client_send, noise_loss
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge, Observation, Reconstruction
 from splitlab.wire import from_bytes
 

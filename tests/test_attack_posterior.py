@@ -10,8 +10,8 @@ import torch
 from splitlab.attacks import make_knowledge, run_attack
 from splitlab.attacks.posterior import Calibration, denoise, wiener
 from splitlab.base import encoded
-from splitlab.config import Defences
 from splitlab.errors import InputError
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge
 
 pytestmark = attacked.needs_shipped

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from splitlab.attacks.prompts import normalise_prompt, prompt_guess, prompt_inversion, token_states, word_accuracy
 from splitlab.base import Base, load_base
-from splitlab.config import Defences
 from splitlab.data import ImageSet, load
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge, Observation
 
 QUICK = {"steps": 10, "batch": 8, "shortlist": 4, "draws": 1}

@@ -9,10 +9,10 @@ import torch
 from splitlab import metrics
 from splitlab.attacks.unsplit import calibrated, hint_encoder, total_variation, unsplit
 from splitlab.base import Base
-from splitlab.config import Defences
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.hijacker import Pilot
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge, Observation
 
 FAST = {"epochs": 2, "restarts": 1}

@@ -21,13 +21,13 @@ from splitlab.attacks import (
 from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
 from splitlab.attacks.closed_form import estimate_fixed_noise, hint_latents
 from splitlab.base import Base, encoded, load_base
-from splitlab.config import AttackSpec, Defences, TrainConfig
 from splitlab.controlnet import low_frequencies, symsigmoid
 from splitlab.data import ImageSet, load
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
 from splitlab.schemes import make_scheme
 from splitlab.split import client_send
+from splitlab.split_config import AttackSpec, Defences, TrainConfig
 from splitlab.train import make_clients
 from splitlab.types import Truth
 from splitlab.wire import Header, Transcript, from_bytes

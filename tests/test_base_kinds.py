@@ -11,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from splitlab.artefacts import to_uint8
 from splitlab.base import Base, encoded, load_base
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
+from splitlab.pixels import to_uint8
 from splitlab.train import train
 
 Change = Callable[[Path], Path | None]

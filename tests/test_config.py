@@ -1,7 +1,9 @@
 import pytest
 
-from splitlab.config import SCHEMES, AttackSpec, Defences, EvaluateConfig, TrainConfig, parse
+from splitlab.config import parse
 from splitlab.errors import InputError
+from splitlab.split_config import SCHEMES, AttackSpec, Defences, TrainConfig
+from splitlab.study_config import EvaluateConfig
 
 
 def test_parse_builds_nested_defences():

@@ -10,9 +10,9 @@ from ruamel.yaml import YAML
 from splitlab import generate
 from splitlab.base import Base
 from splitlab.data import _to_uint8, load
-from splitlab.datasets import SPLITS, dataset_config, load_split
+from splitlab.datasets import SPLITS, dataset_config
 from splitlab.errors import InputError
-from splitlab.params import load_params
+from splitlab.params import load_params, load_split
 from splitlab.paths import ROOT
 
 SHIPPED = {  # SHA-256 over pixels and prompts, from before data sets had a section of their own

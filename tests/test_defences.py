@@ -2,7 +2,6 @@ import pytest
 import tiny
 import torch
 
-from splitlab.config import Defences
 from splitlab.controlnet import coarsened, low_frequencies, symsigmoid
 from splitlab.defences import (
     bounded,
@@ -22,6 +21,7 @@ from splitlab.defences import (
 )
 from splitlab.errors import InputError
 from splitlab.seeds import Key
+from splitlab.split_config import Defences
 from splitlab.types import OBSERVATION_FIELDS, Observation
 
 EACH = [

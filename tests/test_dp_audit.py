@@ -8,13 +8,15 @@ import tiny
 import torch
 
 from splitlab.base import Base, Encoded
-from splitlab.config import Defences
-from splitlab.dp.audit import Canaries, audit, audit_message, epsilon_lower_bound, mu_lower_bound, p_value
+from splitlab.dp.audit import Canaries, audit, epsilon_lower_bound, mu_lower_bound, p_value
 from splitlab.dp.conditioning import denoiser, make_conditioning
 from splitlab.dp.engine import norms, per_sample_gradients, per_sample_hooks
 from splitlab.dp.trainable import mark_trainable
 from splitlab.errors import InputError
-from splitlab.privacy import composed_mu, matched_message_event, message_events, noise_multiplier_for
+from splitlab.message_audit import audit_message
+from splitlab.message_privacy import matched_message_event, message_events
+from splitlab.privacy import composed_mu, noise_multiplier_for
+from splitlab.split_config import Defences
 
 DELTA, RATE, STEPS, DRAWS = 1e-5, 0.1, 50, 4
 

@@ -21,9 +21,8 @@ from splitlab.dp.sample import hidden_states, load_tuned, sample, untuned
 from splitlab.dp.trainable import count_trainable, mark_trainable
 from splitlab.errors import InputError
 from splitlab.pretrain import MAX_TOKENS, PretrainConfig, make_text_encoder, make_tokenizer, make_unet
-from splitlab.privacy import epsilon
+from splitlab.privacy import PrivacyEvent, epsilon
 from splitlab.seeds import Key, source
-from splitlab.types import PrivacyEvent
 
 
 def config(private: ImageSet, **changes) -> DPConfig:

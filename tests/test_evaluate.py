@@ -11,7 +11,6 @@ import torch
 
 from splitlab.artefacts import SavedReconstruction, load_reconstruction, save_reconstruction
 from splitlab.base import Base
-from splitlab.config import Defences, EvaluateConfig
 from splitlab.data import ImageSet
 from splitlab.disguise import disguised
 from splitlab.errors import InputError
@@ -31,6 +30,8 @@ from splitlab.evaluate import (
 )
 from splitlab.generate import write_split
 from splitlab.seeds import Key
+from splitlab.split_config import Defences
+from splitlab.study_config import EvaluateConfig
 from splitlab.train import train
 from splitlab.types import Reconstruction
 

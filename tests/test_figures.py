@@ -11,8 +11,8 @@ from PIL import Image
 
 from splitlab import canvas, figures
 from splitlab.artefacts import Recorded
-from splitlab.config import EvaluateConfig
 from splitlab.errors import InputError
+from splitlab.study_config import EvaluateConfig
 from splitlab.words import attack_label
 
 

@@ -17,13 +17,14 @@ from watch import watched
 
 from splitlab.attacks import ATTACKS
 from splitlab.base import load_base
-from splitlab.config import TrainConfig, parse
+from splitlab.config import parse
 from splitlab.data import load
 from splitlab.datasets import SPLITS
 from splitlab.generate import write_split
 from splitlab.inversion import INVERSIONS
 from splitlab.params import SECTIONS
 from splitlab.paths import ROOT
+from splitlab.split_config import TrainConfig
 from splitlab.survey import SurveyConfig, record_survey
 from splitlab.train import train
 from splitlab.update_survey import UpdateConfig, record_updates

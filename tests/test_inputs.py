@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from pipeline import inputs
-from splitlab.config import TrainConfig, parse
+from splitlab.config import parse
 from splitlab.dp.survey import DPSurveyConfig
 from splitlab.params import load_params
 from splitlab.paths import ROOT
 from splitlab.pretrain import PretrainConfig
+from splitlab.split_config import TrainConfig
 from splitlab.survey import SurveyConfig
 from splitlab.update_survey import UpdateConfig
 

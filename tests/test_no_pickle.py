@@ -158,7 +158,8 @@ import pickle, sys, zipfile, io
 from pathlib import Path
 import numpy as np, torch
 from splitlab import checkpoint, wire
-from splitlab.artefacts import load_reconstruction, read_table
+from splitlab.artefacts import load_reconstruction
+from splitlab.tables import read_table
 from splitlab.data import load as load_data
 from splitlab.errors import InputError
 from splitlab.formats import describe_file

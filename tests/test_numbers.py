@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from splitlab.artefacts import read_table
 from splitlab.attacks import NO_INFORMATION
 from splitlab.paths import ROOT
+from splitlab.tables import read_table
 from splitlab.tradeoff import nominal
 from splitlab.verdicts import pooled
 from splitlab.words import percent

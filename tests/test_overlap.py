@@ -11,12 +11,12 @@ import tiny
 from PIL import Image
 
 from splitlab.base import Base
-from splitlab.config import Defences
 from splitlab.data import ImageSet, _to_uint8, image_set
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.survey import DPSurveyConfig, dp_survey
 from splitlab.errors import InputError
 from splitlab.overlap import refuse_overlap
+from splitlab.split_config import Defences
 from splitlab.survey import SurveyConfig, record_survey
 from splitlab.train import train
 from splitlab.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, record_updates

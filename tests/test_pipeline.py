@@ -13,12 +13,14 @@ from closure import code
 
 from pipeline.inputs import reads
 from splitlab.attacks import ATTACKS
-from splitlab.config import SENDING, AttackSpec, EvaluateConfig, TrainConfig, parse
+from splitlab.config import parse
 from splitlab.dp.survey import DPSurveyConfig
 from splitlab.errors import InputError
 from splitlab.params import load_params, load_split, section
 from splitlab.paths import ROOT
 from splitlab.pretrain import PretrainConfig
+from splitlab.split_config import SENDING, AttackSpec, TrainConfig
+from splitlab.study_config import EvaluateConfig
 from splitlab.survey import SurveyConfig
 from splitlab.update_survey import UpdateConfig
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from splitlab import markup
-from splitlab.config import TrainConfig
 from splitlab.evaluate import RunTruth
 from splitlab.run_view import Attempt, RunView, comparison, sample_scores
+from splitlab.split_config import TrainConfig
 from splitlab.types import Observation, Truth
 from splitlab.wire import Header, Transcript
 

@@ -7,10 +7,10 @@ from diffusers import ControlNetModel
 from torch.nn import functional as F
 
 from splitlab.base import Base
-from splitlab.config import SCHEMES, Defences, TrainConfig
 from splitlab.controlnet import LatentHintControlNet, image_hint_controlnet
 from splitlab.data import ImageSet
 from splitlab.schemes import Central, Federated, Scheme, Split, SplitGradients, _update, make_scheme
+from splitlab.split_config import SCHEMES, Defences, TrainConfig
 from splitlab.train import learning_rate, make_clients
 from splitlab.types import Truth
 from splitlab.wire import from_bytes

@@ -11,15 +11,16 @@ from test_secret_runs import ENTROPY, FIXED, Interrupt, equal, holders, interrup
 
 from splitlab import draws
 from splitlab.base import Base, encoded
-from splitlab.config import Defences, TrainConfig
 from splitlab.data import ImageSet
 from splitlab.disguise import disguised
-from splitlab.dp.audit import audit_message
 from splitlab.dp.federated import private_update
 from splitlab.evaluate import run_truth
-from splitlab.privacy import SIMULATED, composed_mu, matched_message_event
+from splitlab.message_audit import audit_message
+from splitlab.message_privacy import matched_message_event
+from splitlab.privacy import SIMULATED, composed_mu
 from splitlab.seeds import Key, source
 from splitlab.split import Client, client_send
+from splitlab.split_config import Defences, TrainConfig
 from splitlab.train import make_clients, record, train
 from splitlab.update_defences import GaussianNoise, PerExample, Quantise, Soteria, share_protected
 from splitlab.update_survey import Case, ModelSpec, UpdateConfig, record_updates

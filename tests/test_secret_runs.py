@@ -17,9 +17,8 @@ from splitlab.dp import engine
 from splitlab.dp.audit import audit
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.sample import load_tuned
-from splitlab.privacy import SIMULATED, epsilon, epsilon_words, recorded_epsilon
+from splitlab.privacy import SIMULATED, PrivacyEvent, epsilon, epsilon_words, recorded_epsilon
 from splitlab.seeds import Key, source
-from splitlab.types import PrivacyEvent
 
 ENTROPY = bytes(range(100, 132))
 """What the operating system gives in tests that look for it or repeat it."""

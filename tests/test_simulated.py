@@ -10,12 +10,12 @@ import tiny
 from PIL import Image
 
 from splitlab import report, survey_report, tradeoff_report
-from splitlab.artefacts import read_table
 from splitlab.dp import report as dp_report
 from splitlab.dp.figures import draw_curve
 from splitlab.params import load_params
 from splitlab.paths import ROOT
 from splitlab.privacy import SIMULATED_NOTE, epsilon_words, randomness_of
+from splitlab.tables import read_table
 from splitlab.tradeoff import tradeoff
 from splitlab.tradeoff_figures import draw_tradeoff
 from splitlab.verdicts import verdicts

@@ -4,7 +4,6 @@ import torch
 
 from splitlab.attacks.channel import latent_view
 from splitlab.base import Base, encoded
-from splitlab.config import Defences
 from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet, symsigmoid
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
@@ -19,6 +18,7 @@ from splitlab.split import (
     sample_bytes,
     server_loss,
 )
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge
 from splitlab.wire import from_bytes
 

@@ -12,14 +12,15 @@ import pytest
 import tiny
 
 from splitlab import survey_figures, survey_report
-from splitlab.artefacts import read_table
 from splitlab.base import Base
-from splitlab.config import AttackSpec, Defences, TrainConfig, parse
+from splitlab.config import parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.report import Material, load_material
+from splitlab.split_config import AttackSpec, Defences, TrainConfig
 from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey, utility
 from splitlab.survey_attack import attack_survey, catalogue
+from splitlab.tables import read_table
 from splitlab.train import record, train
 from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
 from splitlab.wire import read_truth

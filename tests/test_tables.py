@@ -9,10 +9,9 @@ import pandas as pd
 import pytest
 
 from splitlab import report, update_report
-from splitlab.artefacts import read_table
 from splitlab.errors import InputError
 from splitlab.paths import ROOT
-from splitlab.tables import MACHINE, read_timed, timed_path, write_table
+from splitlab.tables import MACHINE, read_table, read_timed, timed_path, write_table
 
 MEASURED = re.compile(r"(^|_)(s|ms|seconds?|minutes|hours|mb|gb|rss|memory|time|wall|cpu)(_|$)", re.I)
 """Column names that say seconds or memory."""

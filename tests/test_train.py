@@ -13,11 +13,11 @@ from diffusers import ControlNetModel
 
 from splitlab import checkpoint
 from splitlab.base import Base
-from splitlab.config import SCHEMES, Defences, TrainConfig
 from splitlab.controlnet import LatentHintControlNet, image_hint_controlnet, latent_hint_controlnet
 from splitlab.data import ImageSet, image_set
 from splitlab.errors import InputError
 from splitlab.split import client_send
+from splitlab.split_config import SCHEMES, Defences, TrainConfig
 from splitlab.train import control_scores, eval_loss, learning_rate, make_clients, train
 from splitlab.types import stack
 from splitlab.wire import from_bytes, read_transcript, read_truth

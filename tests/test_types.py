@@ -3,8 +3,8 @@ import tiny
 import torch
 
 from splitlab.base import Base
-from splitlab.config import Defences
 from splitlab.errors import InputError
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge, Observation, senders, stack
 
 

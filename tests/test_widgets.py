@@ -13,13 +13,13 @@ import yaml
 from PIL import Image
 
 from splitlab import checkpoint, explore, markup, metrics
-from splitlab.artefacts import to_uint8
-from splitlab.config import Defences
 from splitlab.datasets import SPLITS
 from splitlab.explore import Artefacts
 from splitlab.paths import ROOT
+from splitlab.pixels import to_uint8
 from splitlab.playground import Playground
 from splitlab.run_view import comparison, sample_scores
+from splitlab.split_config import Defences
 from splitlab.widgets import AttackPanel, Explorer, Gallery, PlannerPanel, PlaygroundPanel
 
 

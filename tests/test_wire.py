@@ -11,9 +11,9 @@ from safetensors.torch import save as save_bytes
 
 from splitlab import checkpoint
 from splitlab.base import Base
-from splitlab.config import Defences
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
+from splitlab.split_config import Defences
 from splitlab.types import OBSERVATION_FIELDS, Observation, Truth, stack
 from splitlab.wire import (
     Header,

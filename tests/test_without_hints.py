@@ -8,7 +8,6 @@ import pytest
 import tiny
 
 from splitlab.base import Base
-from splitlab.config import Defences
 from splitlab.controlnet import latent_hint_controlnet
 from splitlab.data import ImageSet
 from splitlab.dp.canaries import insert
@@ -16,6 +15,7 @@ from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.public import warped_copies
 from splitlab.dp.survey import DPCell, DPSurveyConfig, dp_survey
 from splitlab.errors import InputError
+from splitlab.split_config import Defences
 from splitlab.survey import SurveyConfig, record_survey
 from splitlab.train import train
 from splitlab.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, attack_updates, record_updates

@@ -11,11 +11,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from splitlab.base import Base
 from splitlab.colours import COLOURS
-from splitlab.config import TrainConfig
 from splitlab.data import ImageSet, image_set
 from splitlab.federated import UpdateTruth
 from splitlab.generate import Sample, shapes
 from splitlab.pretrain import MAX_TOKENS, make_scheduler, make_tokenizer
+from splitlab.split_config import TrainConfig
 
 SIZE = 16
 """Height and width of the tiny images, pixels: the smallest on which SSIM's 11x11 window fits."""

@@ -32,13 +32,14 @@ from splitlab.attacks.unmixing import unmixing
 from splitlab.attacks.unsplit import unsplit
 from splitlab.base import Base
 from splitlab.checkpoint import save_json
-from splitlab.config import AttackSpec, Defences
 from splitlab.data import ImageSet
 from splitlab.disguise import disguised
 from splitlab.errors import InputError
+from splitlab.progress import Callback
 from splitlab.seeds import Key
 from splitlab.seeds import generator as splitlab_generator
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+from splitlab.split_config import AttackSpec, Defences
+from splitlab.types import Knowledge, Observation, Reconstruction
 from splitlab.wire import Transcript, read_transcript
 
 ATTACKS: dict[str, Callable[..., Reconstruction]] = {

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from splitlab.attacks.channel import averaged, labelled, latent_view, summed
 from splitlab.attacks.closed_form import hint_latents
 from splitlab.attacks.posterior import Calibration, Rehearsal, denoise, principal, used_fields
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, senders
 
 FLOOR = 0.03
 """Least standard deviation of a view: rounding to fp16, amplified by 1 / sqrt(ᾱ_T), stays below."""

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from splitlab.attacks.channel import labelled, latent_view
 from splitlab.base import encoded
-from splitlab.config import Defences
 from splitlab.controlnet import coarse_gain, coarsened, low_frequencies, symsigmoid_inverse
 from splitlab.controlnet import symsigmoid as activation
+from splitlab.progress import Callback
 from splitlab.seeds import generator as splitlab_generator
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
+from splitlab.split_config import Defences
+from splitlab.types import Knowledge, Observation, Reconstruction, senders
 
 
 def closed_form(

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from splitlab.base import Base
 from splitlab.errors import InputError
 from splitlab.hijacker import HijackingNetworks, hijacking_networks
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, stack
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, stack
 
 
 @torch.no_grad()

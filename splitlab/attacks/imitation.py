@@ -8,7 +8,6 @@ from torch import Tensor
 
 from splitlab.attacks.closed_form import estimate_fixed_noise, noised_hints
 from splitlab.base import Encoded
-from splitlab.config import Defences
 from splitlab.controlnet import coarsened
 from splitlab.defences import (
     Defence,
@@ -21,6 +20,7 @@ from splitlab.defences import (
     transforms,
 )
 from splitlab.seeds import Key
+from splitlab.split_config import Defences
 from splitlab.types import Knowledge, Observation
 
 

@@ -22,7 +22,8 @@ from splitlab.base import encoded
 from splitlab.data import digest
 from splitlab.defences import signal_level
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction
 
 INPUTS = ("noisy_latents", "smashed", "noise")
 

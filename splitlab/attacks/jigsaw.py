@@ -16,7 +16,8 @@ from splitlab.attacks.closed_form import closed_form, hint_latents
 from splitlab.base import encoded
 from splitlab.defences import from_patches, to_patches
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, senders
 
 
 def jigsaw(

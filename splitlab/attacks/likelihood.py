@@ -14,7 +14,8 @@ from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
 from splitlab.attacks.closed_form import hint_latents
 from splitlab.base import Base, denoised
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction
 
 CHOICES = {
     "space": ("pixels", "latents"),

@@ -12,7 +12,8 @@ from splitlab.attacks.channel import labelled, latent_view
 from splitlab.attacks.closed_form import hint_latents
 from splitlab.attacks.posterior import Rehearsal, public_posterior, used_fields
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
 """What the attacker tries: from the mean of all that is likely to the likeliest sample alone."""

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction
 
 
 def mean_public(

@@ -6,7 +6,8 @@ import torch
 
 from splitlab.attacks.channel import latent_view
 from splitlab.attacks.posterior import denoise, used_fields
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, stack
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, stack
 
 
 def one_step(

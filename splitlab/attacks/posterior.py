@@ -13,7 +13,8 @@ from splitlab.attacks.closed_form import hint_latents, public_hints
 from splitlab.attacks.imitation import imitate_known
 from splitlab.base import Encoded, encoded
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, senders
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`(view, std, text) -> latents`."""

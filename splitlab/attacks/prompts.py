@@ -16,7 +16,8 @@ from tqdm import tqdm
 from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
 from splitlab.base import Base, Encoded, encoded
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, stack
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, stack
 
 TOLERANCE = 2e-3
 """A token fits if it predicts the sent state to that relative error: fp16 rounds to 3e-4 at worst, and in the shipped

@@ -18,8 +18,9 @@ from splitlab.data import ImageSet, digest
 from splitlab.disguise import SYMMETRIES, colours_of, discs, disguised, disguises, every_turn, layout, sent_layout
 from splitlab.errors import InputError
 from splitlab.identification import identified_as_sent
+from splitlab.progress import Callback
 from splitlab.seeds import Key
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
+from splitlab.types import Knowledge, Observation, Reconstruction, senders
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
 """What the attacker tries: from the mean of all that is likely to the likeliest sample alone."""

@@ -18,7 +18,8 @@ from splitlab.base import Encoded, encoded, noised
 from splitlab.controlnet import symsigmoid
 from splitlab.defences import FEATURES, signal_level
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, senders
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, senders
 
 OVERLAPS = (0.3, 0.5, 0.7)
 """Largest correlations of two starting sources, each tried as a start; the likeliest outcome is kept."""

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from splitlab.controlnet import image_hint_controlnet
 from splitlab.errors import InputError
-from splitlab.types import Callback, Knowledge, Observation, Reconstruction, stack
+from splitlab.progress import Callback
+from splitlab.types import Knowledge, Observation, Reconstruction, stack
 
 
 @dataclass(frozen=True)

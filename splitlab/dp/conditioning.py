@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from splitlab.base import Base, noised
+from splitlab.base import Base
+from splitlab.denoisers import Denoiser
 from splitlab.errors import InputError
 
 CONDITIONINGS = ("class", "text", "none")
@@ -51,36 +52,6 @@ class TextEmbedder(nn.Module):
         """Encode token ids."""
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return self.text_encoder(ids, position_ids=positions).last_hidden_state
-
-
-class Denoiser(nn.Module):
-    """U-Net and conditioning embedder as one module that returns one loss per sample: what DP-SGD trains.
-
-    Args:
-        unet: the noise predictor.
-        embedder: condition -> hidden states; None where the condition is hidden states already.
-        alphas_cumprod: `[T]` ᾱ of the noise schedule.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, embedder: nn.Module | None, alphas_cumprod: Tensor):
-        super().__init__()
-        self.unet = unet
-        self.embedder = embedder
-        self.alphas_cumprod = alphas_cumprod  # an attribute, no buffer: it is no part of what is saved
-
-    def forward(self, latents: Tensor, condition: Tensor, timesteps: Tensor, noise: Tensor) -> Float[Tensor, " b"]:
-        """Return the squared error of the predicted noise, averaged over each sample (Ho et al. 2020, eq. 14).
-
-        Args:
-            latents: `[b, c, h, w]`, clean.
-            condition: `[b]` labels, `[b, l]` token ids, or `[b, l, d]` hidden states.
-            timesteps: `[b]`.
-            noise: `[b, c, h, w]`.
-        """
-        states = condition if self.embedder is None else self.embedder(condition)
-        noisy = noised(latents, noise, self.alphas_cumprod.to(latents)[timesteps][:, None, None, None])
-        predicted = self.unet(noisy, timesteps, encoder_hidden_states=states).sample
-        return (predicted - noise).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.dp.conditioning import Denoiser
+from splitlab.denoisers import Denoiser
 from splitlab.dp.engine import private_gradient
 from splitlab.dp.trainable import mark_trainable
 from splitlab.errors import InputError

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from splitlab import checkpoint, storage
 from splitlab.base import Base, encoded_images
 from splitlab.data import ImageSet, digest
-from splitlab.dp.conditioning import Denoiser, denoiser, make_conditioning, save_embedder
+from splitlab.denoisers import Denoiser
+from splitlab.dp.conditioning import denoiser, make_conditioning, save_embedder
 from splitlab.dp.engine import (
     Inputs,
     clipped_sum,
@@ -30,10 +31,10 @@ from splitlab.dp.trainable import check_optimizer, count_trainable, mark_trainab
 from splitlab.draws import end_run, integers, normal, run_key
 from splitlab.errors import InputError
 from splitlab.overlap import name_repeats
+from splitlab.privacy import PrivacyEvent, epsilon_entry
 from splitlab.privacy import epsilon as epsilon_of
-from splitlab.privacy import epsilon_entry
+from splitlab.progress import Callback
 from splitlab.seeds import PUBLISHED, Key, source
-from splitlab.types import Callback, PrivacyEvent
 
 WARM_UP = 10
 """Steps until the learning rate is reached."""

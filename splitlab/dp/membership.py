@@ -22,8 +22,8 @@ from splitlab.data import ImageSet, digest
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.sample import Tuned, hidden_states, load_tuned, untuned
 from splitlab.errors import InputError
+from splitlab.progress import Callback
 from splitlab.seeds import generator
-from splitlab.types import Callback
 
 FPR = 0.01
 """The false-positive rate at which attacks are compared: accusing few wrongly (Carlini et al. 2022)."""

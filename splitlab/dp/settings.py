@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from splitlab.dp.conditioning import CONDITIONINGS
 from splitlab.dp.trainable import TRAINABLE
 from splitlab.errors import InputError
-from splitlab.privacy import ACCOUNTANTS, noise_multiplier_for
+from splitlab.privacy import ACCOUNTANTS, PrivacyEvent, noise_multiplier_for
 from splitlab.seeds import PUBLISHED, SECRET
-from splitlab.types import PrivacyEvent
 
 ADJACENCY = "add_remove_one"
 

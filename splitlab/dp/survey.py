@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from splitlab import checkpoint
 from splitlab.base import Base
-from splitlab.config import GRIDS, parse, reseeded
+from splitlab.config import parse, reseeded
 from splitlab.data import ImageSet, digest
 from splitlab.dp.audit import audit
 from splitlab.dp.conditioning import labels_of
@@ -30,6 +30,7 @@ from splitlab.errors import InputError
 from splitlab.overlap import refuse_overlap
 from splitlab.privacy import epsilon_words, recorded_epsilon
 from splitlab.seeds import generator
+from splitlab.study_config import GRIDS
 
 COLUMNS = (
     *("dataset", "trainable", "n_trainable", "epsilon", "randomness", "delta", "noise_multiplier", "max_grad_norm"),

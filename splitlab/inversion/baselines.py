@@ -10,7 +10,7 @@ from splitlab.federated import InversionKnowledge, Update
 from splitlab.inversion.matching import Matcher, best_of
 from splitlab.inversion.optimise import lbfgs
 from splitlab.inversion.problem import Inversion, Problem, Recorder
-from splitlab.types import Callback
+from splitlab.progress import Callback
 
 
 def dlg(

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from splitlab.dp.conditioning import Denoiser
+from splitlab.denoisers import Denoiser
 from splitlab.dp.engine import chunks, clip_and_sum, per_sample_gradients, per_sample_hooks
 from splitlab.dp.trainable import mark_trainable
 from splitlab.errors import InputError

@@ -22,8 +22,8 @@ from splitlab.inversion.gradient_files import by_parameter, read_gradient
 from splitlab.inversion.labels import label_options
 from splitlab.inversion.scale import clipped_to
 from splitlab.inversion.shapes import input_shape, input_size
+from splitlab.progress import Callback
 from splitlab.seeds import generator
-from splitlab.types import Callback
 from splitlab.updates import Size, Update, check_update, with_header
 
 KINDS = {"gradient": "gradient", "weight_difference": "fedavg", "fedavg": "fedavg"}

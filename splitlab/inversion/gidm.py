@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from splitlab.errors import InputError
 from splitlab.federated import InversionKnowledge, Update
 from splitlab.inversion.problem import Inversion, Problem, Recorder
-from splitlab.types import Callback
+from splitlab.progress import Callback
 
 
 def gidm(

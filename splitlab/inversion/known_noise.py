@@ -12,7 +12,7 @@ from splitlab.inversion.noisy_inputs import find_noisy
 from splitlab.inversion.optimise import Minimum, lbfgs
 from splitlab.inversion.problem import Inversion, Problem, Recorder
 from splitlab.inversion.scale import nearest_usual
-from splitlab.types import Callback
+from splitlab.progress import Callback
 
 BLIND_GOAL = 1e-6
 """Where a fit that is blind to the scale may stop: near enough to read the scale off, after which it is finished."""

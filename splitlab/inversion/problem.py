@@ -18,7 +18,7 @@ from splitlab.federated import InversionKnowledge
 from splitlab.inversion.patches import Layer, find_layers
 from splitlab.inversion.products import products
 from splitlab.inversion.shapes import input_shape
-from splitlab.types import Callback
+from splitlab.progress import Callback
 from splitlab.updates import Update, check_update
 
 STRIP = (1, 3, 10, 30, 60, 100, 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 5000)

@@ -18,7 +18,7 @@ from splitlab.federated import InversionKnowledge
 from splitlab.inversion.prefixes import Prefixes
 from splitlab.inversion.prompt_search import ENOUGH, PromptSearch
 from splitlab.inversion.spans import Rows, block, unit_rows
-from splitlab.types import Callback
+from splitlab.progress import Callback
 from splitlab.updates import Update, check_update
 
 PROJECTION = re.compile(r"attn2\.to_[kv]\.(weight|base_layer\.weight|lora_A\.[^.]+\.weight)$")

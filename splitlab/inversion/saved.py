@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from splitlab import checkpoint
-from splitlab.artefacts import pictures, to_uint8
 from splitlab.config import parse
 from splitlab.data import ImageSet
 from splitlab.errors import InputError
 from splitlab.inversion.problem import Inversion
 from splitlab.inversion.prompts import PromptsFound
 from splitlab.inversion.timesteps import TimestepsFound
+from splitlab.pixels import pictures, to_uint8
 
 NO_INFORMATION = "no_information"
 

@@ -17,7 +17,7 @@ from splitlab.federated import InversionKnowledge
 from splitlab.inversion.shapes import input_shape
 from splitlab.inversion.spans import Block, block, unit_rows
 from splitlab.inversion.time_layers import TimeLayer, TimeProbe
-from splitlab.types import Callback
+from splitlab.progress import Callback
 from splitlab.updates import Update, check_update
 
 PENALTY = 20.0

@@ -22,7 +22,7 @@ from splitlab.inversion.problem import Inversion, Problem, Recorder
 from splitlab.inversion.residual import solve_residual, tail
 from splitlab.inversion.scale import Scaling, find_scale
 from splitlab.inversion.timesteps import timesteps as read_timesteps
-from splitlab.types import Callback
+from splitlab.progress import Callback
 
 MOST_PAIRED = 3
 """Images per update for which all pairings with timesteps are tried."""

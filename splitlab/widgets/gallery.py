@@ -5,8 +5,9 @@ from typing import Any
 import ipywidgets as widgets
 
 from splitlab import markup
-from splitlab.artefacts import read_record, read_samples, to_uint8
+from splitlab.artefacts import read_record, read_samples
 from splitlab.explore import Artefacts, png
+from splitlab.pixels import to_uint8
 from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported, run_rows
 from splitlab.words import UNMEASURED
 

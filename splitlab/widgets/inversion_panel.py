@@ -3,8 +3,8 @@
 import ipywidgets as widgets
 
 from splitlab import markup
-from splitlab.artefacts import to_uint8
 from splitlab.explore import png
+from splitlab.pixels import to_uint8
 from splitlab.update_explore import Inverted, side_by_side
 from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported, row
 

@@ -7,9 +7,9 @@ from typing import Any
 import ipywidgets as widgets
 
 from splitlab import markup
-from splitlab.config import TrainConfig
 from splitlab.errors import InputError
 from splitlab.explore import defences_label, run_label
+from splitlab.split_config import TrainConfig
 
 WIDE = widgets.Layout(width="min(640px, 100%)")
 DESCRIBED = {"description_width": "84px"}

@@ -8,10 +8,10 @@ import ipywidgets as widgets
 
 from splitlab import markup
 from splitlab.base import encoded
-from splitlab.config import Defences
-from splitlab.datasets import load_split
 from splitlab.explore import Artefacts, attack_label, defences_label
+from splitlab.params import load_split
 from splitlab.planner import Plan, Setting, plan, public_norm, shipped
+from splitlab.split_config import Defences
 from splitlab.widgets.parts import DESCRIBED, WIDE, dropdown, htmls, reported
 from splitlab.words import UNMEASURED
 

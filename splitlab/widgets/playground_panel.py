@@ -3,11 +3,11 @@
 import ipywidgets as widgets
 
 from splitlab import markup
-from splitlab.config import Defences
 from splitlab.data import ImageSet
-from splitlab.datasets import load_split
 from splitlab.explore import Artefacts
+from splitlab.params import load_split
 from splitlab.playground import Playground
+from splitlab.split_config import Defences
 from splitlab.widgets.parts import DESCRIBED, WIDE, checkbox, dropdown, htmls, reported, row
 
 

@@ -1,0 +1,23 @@
+"""How attacks are scored."""
+
+from dataclasses import dataclass
+
+GRIDS = ("default", "full")
+"""How much of a survey is run."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How reconstructions are scored.
+
+    Attributes:
+        buckets: edges of the timestep buckets.
+        candidates: size of the line-up for identification (chance: 1 / candidates).
+        samples: images scored per bucket.
+        seed: of the line-ups.
+    """
+
+    buckets: tuple[int, ...] = (0, 200, 400, 600, 800, 1000)
+    candidates: int = 100
+    samples: int = 64
+    seed: int = 0
