@@ -60,7 +60,7 @@ pipeline: data
 	@echo "== running the rest of the pipeline (about 20 minutes on 2 cores)"
 	dvc repro
 	@echo "== rendering the report"
-	python -m splitlab.report
+	python -m splitlab.report.page
 
 test: data ## the whole suite
 	python -m pytest --cov=splitlab --cov-report=term:skip-covered --cov-fail-under=90
@@ -75,7 +75,7 @@ reproducible: data ## run train and attack stages twice and compare every tensor
 	python benchmarks/reproducibility.py
 
 data-regenerate: setup ## write data/ anew from the seeded generators (provenance; not needed to use the project)
-	python -m splitlab.generate data
+	python -m splitlab.data.generate data
 
 clean: ## forget caches, and the checkpoints of runs that have not ended; all outputs stay
 	rm -rf .cache

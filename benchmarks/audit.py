@@ -9,12 +9,12 @@ import time
 import torch
 
 from splitlab import ROOT, load_base, load_params, load_split
-from splitlab.base import Encoded
-from splitlab.dp.audit import audit
-from splitlab.message_audit import audit_message
-from splitlab.message_privacy import matched_message_event, message_events
-from splitlab.privacy import composed_mu, noise_multiplier_for
-from splitlab.split_config import Defences
+from splitlab.diffusion.base import Encoded
+from splitlab.privacy.accounting import composed_mu, noise_multiplier_for
+from splitlab.privacy.audit import audit
+from splitlab.split.audit import audit_message
+from splitlab.split.config import Defences
+from splitlab.split.privacy import matched_message_event, message_events
 
 sys.path.insert(0, str(ROOT / "tests"))
 from planted import VARIANTS

@@ -8,9 +8,10 @@ import json
 import numpy as np
 import torch
 
-from splitlab import load_base, load_params, load_split, metrics
-from splitlab.colours import COLOURS, rgb, split_prompt
-from splitlab.seeds import generator
+from splitlab import load_base, load_params, load_split
+from splitlab.core.seeds import generator
+from splitlab.data.colours import COLOURS, rgb, split_prompt
+from splitlab.diffusion import metrics
 
 N_PROMPTS = 200
 

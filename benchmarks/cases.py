@@ -26,8 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from splitlab import ROOT, TrainConfig, attack_gradient, load, load_base, parse, resolve, train
+from splitlab.core.errors import InputError
 from splitlab.dp.finetune import DPConfig, finetune
-from splitlab.errors import InputError
 from splitlab.params import load_split
 
 CASES: dict[str, Callable[[Path], None]] = {}

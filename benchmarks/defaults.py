@@ -8,9 +8,9 @@ control IoU as learned, on the same 64 held-out hints as `reports/metrics/traini
 from dataclasses import replace
 
 from splitlab import CACHE, TrainConfig, load_base, load_params, load_split, parse
-from splitlab.checkpoint import load_json
-from splitlab.data import digest
-from splitlab.train import train
+from splitlab.core.checkpoint import load_json
+from splitlab.data.image_set import digest
+from splitlab.split.train import train
 
 OTHERS = [
     ("shapes-central", 1e-3, None),

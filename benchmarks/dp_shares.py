@@ -20,20 +20,20 @@ import torch
 from scipy.stats import binomtest
 
 from splitlab import CACHE, ROOT, load_base, load_params, load_split
-from splitlab.base import encoded
-from splitlab.checkpoint import load_json, save_json
-from splitlab.data import digest
-from splitlab.dp.engine import add_noise
-from splitlab.dp.federated import private_update
-from splitlab.errors import InputError
-from splitlab.federated import InversionKnowledge
-from splitlab.inversion import INVERSIONS
-from splitlab.inversion.candidates import candidate_shares, flattened, likeliest, log_likelihoods
-from splitlab.metrics import identified, line_ups, ssim
-from splitlab.privacy import PrivacyEvent, epsilon, noise_multiplier_for
-from splitlab.seeds import PUBLISHED, generator
-from splitlab.tables import read_timed, write_table
-from splitlab.updates import UpdateTruth
+from splitlab.core.checkpoint import load_json, save_json
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import PUBLISHED, generator
+from splitlab.core.tables import read_timed, write_table
+from splitlab.data.image_set import digest
+from splitlab.diffusion.base import encoded
+from splitlab.diffusion.metrics import identified, line_ups, ssim
+from splitlab.federated.attacks import INVERSIONS
+from splitlab.federated.attacks.candidates import candidate_shares, flattened, likeliest, log_likelihoods
+from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.private_client import private_update
+from splitlab.federated.update import UpdateTruth
+from splitlab.privacy.accounting import PrivacyEvent, epsilon, noise_multiplier_for
+from splitlab.privacy.mechanisms import add_noise
 
 CANDIDATES, DRAWS, DELTA = 100, 20, 1e-5
 BATCH, STEPS, BOUND, FROM = 400, 60, 0.05, 3

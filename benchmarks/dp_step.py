@@ -14,11 +14,11 @@ import torch
 from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
 
 from splitlab import ROOT, load_base
-from splitlab.dp import engine
+from splitlab.core.seeds import generator
+from splitlab.diffusion.trainable import count_trainable, mark_trainable
 from splitlab.dp.conditioning import denoiser, make_conditioning
 from splitlab.dp.finetune import DPConfig
-from splitlab.dp.trainable import count_trainable, mark_trainable
-from splitlab.seeds import generator
+from splitlab.privacy import mechanisms as engine
 
 CLASSES = [f"the digit {word}" for word in "0123456789"]
 BOUND = 0.1

@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from splitlab import ROOT
-from splitlab.tables import write_table
+from splitlab.core.tables import write_table
 
 sys.path.insert(0, str(ROOT / "tests"))
 from fuzz_kinds import kinds

@@ -11,7 +11,7 @@ from math import isnan
 from pathlib import Path
 
 from splitlab import ROOT
-from splitlab.tables import read_timed
+from splitlab.core.tables import read_timed
 
 
 def rows(table, **wanted):

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from splitlab import load_base
-from splitlab.base import Base
-from splitlab.data import load
-from splitlab.federated import InversionKnowledge, Update, UpdateTruth, pixel_unet, share
-from splitlab.inversion.prompts import prompts
-from splitlab.inversion.timesteps import timesteps
-from splitlab.paths import ROOT
-from splitlab.seeds import generator
-from splitlab.update_defences import Clip, GaussianNoise, protect
+from splitlab.core.paths import ROOT
+from splitlab.core.seeds import generator
+from splitlab.data.image_set import load
+from splitlab.diffusion.base import Base
+from splitlab.federated.attacks.prompts import prompts
+from splitlab.federated.attacks.timesteps import timesteps
+from splitlab.federated.client import InversionKnowledge, Update, UpdateTruth, pixel_unet, share
+from splitlab.federated.defences import Clip, GaussianNoise, protect
 
 COLUMNS = ("what", "model", "layers", "variant", "batch", "n", "exact", "found", "attack_cpu_s")
 LEVELS = (0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)

@@ -17,9 +17,19 @@ import torch
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
-from splitlab.base import load_base
-from splitlab.data import load
-from splitlab.federated import (
+from splitlab.core.seeds import generator
+from splitlab.data.image_set import load
+from splitlab.diffusion.base import load_base
+from splitlab.diffusion.metrics import mse, ssim
+from splitlab.federated.attacks.baselines import dlg, inverting_gradients
+from splitlab.federated.attacks.gidm import gidm
+from splitlab.federated.attacks.gradient_matching import known_noise
+from splitlab.federated.attacks.matching import Matcher
+from splitlab.federated.attacks.noisy_inputs import _objective
+from splitlab.federated.attacks.patches import SpanTest, choose_layers, find_layers
+from splitlab.federated.attacks.problem import Problem
+from splitlab.federated.attacks.unknown_noise import unknown_noise
+from splitlab.federated.client import (
     InversionKnowledge,
     Update,
     UpdateTruth,
@@ -29,17 +39,7 @@ from splitlab.federated import (
     share_each,
     training_loss,
 )
-from splitlab.inversion.baselines import dlg, inverting_gradients
-from splitlab.inversion.gidm import gidm
-from splitlab.inversion.known_noise import known_noise
-from splitlab.inversion.matching import Matcher
-from splitlab.inversion.noisy_inputs import _objective
-from splitlab.inversion.patches import SpanTest, choose_layers, find_layers
-from splitlab.inversion.problem import Problem
-from splitlab.inversion.unknown_noise import unknown_noise
-from splitlab.metrics import mse, ssim
-from splitlab.seeds import generator
-from splitlab.update_scores import matched
+from splitlab.study.update_scores import matched
 
 ALPHAS = DDPMScheduler().alphas_cumprod
 

@@ -13,16 +13,16 @@ import torch
 from diffusers import ControlNetModel
 
 from splitlab import ROOT, Defences, TrainConfig, load, load_base
-from splitlab.attacks import NO_INFORMATION, run_attack
-from splitlab.attacks.unsplit import calibrated
-from splitlab.base_files import load_model
-from splitlab.colours import are_shapes
-from splitlab.metrics import identified, iou, line_ups, outline_mask, psnr_db
-from splitlab.schemes import make_scheme
-from splitlab.seeds import generator
-from splitlab.train import learning_rate, make_clients
-from splitlab.types import Knowledge, Observation
-from splitlab.wire import from_bytes
+from splitlab.core.seeds import generator
+from splitlab.data.colours import are_shapes
+from splitlab.diffusion.base_files import load_model
+from splitlab.diffusion.metrics import identified, iou, line_ups, outline_mask, psnr_db
+from splitlab.split.attacks import NO_INFORMATION, run_attack
+from splitlab.split.attacks.unsplit import calibrated
+from splitlab.split.messages import Knowledge, Observation
+from splitlab.split.schemes import make_scheme
+from splitlab.split.train import learning_rate, make_clients
+from splitlab.split.wire import from_bytes
 
 SAMPLES = 512
 

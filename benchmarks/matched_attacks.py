@@ -11,21 +11,21 @@ from matched_settings import read
 from tqdm import tqdm
 
 from splitlab import CACHE, TrainConfig
-from splitlab.attacks import run_attack
-from splitlab.attacks.channel import averaged, labelled, latent_view
-from splitlab.attacks.closed_form import hint_latents, public_hints
-from splitlab.base import encoded
-from splitlab.checkpoint import load_json, save_json
-from splitlab.data import digest
-from splitlab.disguise import disguised, disguises, every_turn, in_colours, layout, sent_layout
-from splitlab.identification import identified_as_sent, identified_by_likelihood
-from splitlab.metrics import psnr_db
-from splitlab.recolour import VARIANTS, recolour, recoloured
-from splitlab.seeds import Key, generator
-from splitlab.split import client_send
-from splitlab.train import make_clients
-from splitlab.types import Knowledge
-from splitlab.wire import from_bytes
+from splitlab.core.checkpoint import load_json, save_json
+from splitlab.core.seeds import Key, generator
+from splitlab.data.image_set import digest
+from splitlab.diffusion.base import encoded
+from splitlab.diffusion.metrics import psnr_db
+from splitlab.split.attacks import run_attack
+from splitlab.split.attacks.closed_form import hint_latents, public_hints
+from splitlab.split.attacks.latent_view import averaged, labelled, latent_view
+from splitlab.split.client import client_send
+from splitlab.split.identification import identified_as_sent, identified_by_likelihood
+from splitlab.split.messages import Knowledge
+from splitlab.split.recolour import VARIANTS, recolour, recoloured
+from splitlab.split.surrogates import disguised, disguises, every_turn, in_colours, layout, sent_layout
+from splitlab.split.train import make_clients
+from splitlab.split.wire import from_bytes
 
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
 AGAINST_DISGUISES = {"undisguise": {}}

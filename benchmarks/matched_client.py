@@ -7,24 +7,24 @@ per seed, and attacks one message for each of 100 private images with the strong
 the table goes to `reports/metrics/matched_client.csv`, that of photographs to `matched_client_photos.csv`; what was not
 asked for stays in it as it is.
 
-`id_*`: share identified among the 100, by image, hint and both (`splitlab.identification`), n = 100 x `KEYS` draws of
-all noise. `id_*_ideal`: the same by whoever holds the 100 candidates and weighs them by Bayes, a ceiling for every
-attack.
+`id_*`: share identified among the 100, by image, hint and both (`splitlab.split.identification`), n = 100 x `KEYS`
+draws of all noise. `id_*_ideal`: the same by whoever holds the 100 candidates and weighs them by Bayes, a ceiling for
+every attack.
 
 `control_iou_guided` is what settings are compared by: all are asked alike, at the guidance along the control
-(`splitlab.guided`) that is best for 64 public hints, for 64 held-out ones, both against the whole hint; `guidance` is
-the one chosen. `control_iou` is as learned: at guidance 1 where clients disguise themselves (`splitlab.disguise`; they
-are asked with layouts), at control scale 1 of diffusers' pipeline elsewhere, and `control_iou_amplified` at
-`AMPLIFIED`. No control and the VAE's own reconstruction are rows of the table. `colour_error*` is the mean absolute
-error of the ground's colour
+(`splitlab.diffusion.guided`) that is best for 64 public hints, for 64 held-out ones, both against the whole hint;
+`guidance` is the one chosen. `control_iou` is as learned: at guidance 1 where clients disguise themselves
+(`splitlab.split.surrogates`; they are asked with layouts), at control scale 1 of diffusers' pipeline elsewhere, and
+`control_iou_amplified` at `AMPLIFIED`. No control and the VAE's own reconstruction are rows of the table.
+`colour_error*` is the mean absolute error of the ground's colour
 against the prompt, range 2. `*_seeds`: seed by seed, for pairing settings.
 
 Beside the settings: the same training on public data alone, and without defence for as few steps as a setting that has
 fewer than the others (`(none, 600 steps)`).
 
 Photographs: `control_edges*`, agreement of edges with the hint above that with the hint turned
-(`splitlab.metrics.edge_control`), always at guidance 1 and at the best for 64 public hints, beside the rows of no
-control and of the VAE; `eval_loss`, the denoising loss on held-out photographs.
+(`splitlab.diffusion.metrics.edge_control`), always at guidance 1 and at the best for 64 public hints, beside the rows
+of no control and of the VAE; `eval_loss`, the denoising loss on held-out photographs.
 
 `--defences WORDS` measures clients that are in no table, written as the tables' column `defences` is, and prints what
 it finds, at every guidance; the table stays as it is.
@@ -38,20 +38,20 @@ from matched_attacks import FOLDER, N, attacked
 from matched_settings import DATASETS, STEPS, read
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load_base, n_workers
-from splitlab.abreast import abreast
-from splitlab.base_files import load_model
-from splitlab.checkpoint import load_json, save_json
-from splitlab.controlnet import LatentHintControlNet, control_pipeline
-from splitlab.data import digest
-from splitlab.disguise import asked_layout, colours_of, disguises
-from splitlab.evaluate import without_control
-from splitlab.guided import generate_guided
-from splitlab.metrics import disc_iou, edge_control
-from splitlab.recolour import recoloured
-from splitlab.seeds import Key, generator
-from splitlab.split_config import read_defences
-from splitlab.tables import read_table, write_table
-from splitlab.train import train
+from splitlab.core.checkpoint import load_json, save_json
+from splitlab.core.parallel import abreast
+from splitlab.core.seeds import Key, generator
+from splitlab.core.tables import read_table, write_table
+from splitlab.data.image_set import digest
+from splitlab.diffusion.base_files import load_model
+from splitlab.diffusion.controlnet import LatentHintControlNet, control_pipeline
+from splitlab.diffusion.guided import generate_guided
+from splitlab.diffusion.metrics import disc_iou, edge_control
+from splitlab.split.config import read_defences
+from splitlab.split.recolour import recoloured
+from splitlab.split.surrogates import asked_layout, colours_of, disguises
+from splitlab.split.train import train
+from splitlab.study.evaluate import without_control
 
 PUBLIC_ONLY = "(public data only)"
 """Name of the row of a ControlNet that was trained without defence on public data: what private data must add to."""

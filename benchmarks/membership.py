@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 
 from splitlab import CACHE, load_base, load_params, load_split
-from splitlab.dp.canaries import extract, insert
+from splitlab.core.seeds import generator
+from splitlab.dp.attacks.canaries import extract, insert
+from splitlab.dp.attacks.membership import attacks, log_losses, shadow_losses
 from splitlab.dp.finetune import DPConfig, finetune
-from splitlab.dp.membership import attacks, log_losses, shadow_losses
 from splitlab.dp.sample import load_tuned, untuned
-from splitlab.seeds import generator
 
 POOL, COPIES, CANARY = 100, (0, 16), "a photograph of a face"
 FOLDER = CACHE / "membership"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from splitlab import ROOT, load_params
-from splitlab.storage import MARKER
+from splitlab.core.storage import MARKER
 
 
 def fingerprints():

@@ -19,14 +19,14 @@ import torch
 from tqdm import tqdm
 
 from splitlab import CACHE, ROOT, load, load_base
-from splitlab.checkpoint import load as load_tensors
-from splitlab.checkpoint import load_json, save_json
-from splitlab.config import reseeded
-from splitlab.data import digest
+from splitlab.core.checkpoint import load as load_tensors
+from splitlab.core.checkpoint import load_json, save_json
+from splitlab.core.config import reseeded
+from splitlab.core.seeds import PUBLISHED, SECRET, generator
+from splitlab.core.tables import write_table
+from splitlab.data.image_set import digest
+from splitlab.dp.attacks.membership import judged
 from splitlab.dp.finetune import DPConfig, finetune
-from splitlab.dp.membership import judged
-from splitlab.seeds import PUBLISHED, SECRET, generator
-from splitlab.tables import write_table
 
 TABLE, FOLDER = ROOT / "reports/metrics/retraining.csv", CACHE / "retraining"
 N, PAIRS = 60, 10

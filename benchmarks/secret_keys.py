@@ -12,14 +12,14 @@ import argparse
 import pandas as pd
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load_base, load_params, load_split, read_transcript
-from splitlab.artefacts import load_reconstruction
-from splitlab.attacks import AttackSpec, attack_and_save
-from splitlab.checkpoint import save_json
-from splitlab.data import digest
-from splitlab.evaluate import run_truth, score_samples
-from splitlab.study_config import EvaluateConfig
-from splitlab.tables import read_table, write_table
-from splitlab.train import record
+from splitlab.core.checkpoint import save_json
+from splitlab.core.tables import read_table, write_table
+from splitlab.data.image_set import digest
+from splitlab.split.artefacts import load_reconstruction
+from splitlab.split.attacks import AttackSpec, attack_and_save
+from splitlab.split.train import record
+from splitlab.study.config import EvaluateConfig
+from splitlab.study.evaluate import run_truth, score_samples
 
 SETTINGS = {
     "16 mixed, one key": (Defences(key_mixing=16, hide_prompts=True), "unmixing"),

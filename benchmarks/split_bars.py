@@ -9,11 +9,11 @@ import sys
 import torch
 
 from splitlab import ROOT, load_base, load_params, load_split, read_transcript
-from splitlab.attacks import make_knowledge
-from splitlab.attacks.channel import labelled
-from splitlab.tables import read_table
-from splitlab.verdicts import pooled
-from splitlab.wire import read_truth
+from splitlab.core.tables import read_table
+from splitlab.split.attacks import make_knowledge
+from splitlab.split.attacks.latent_view import labelled
+from splitlab.split.wire import read_truth
+from splitlab.study.verdicts import pooled
 
 TABLE = read_table(ROOT / "reports/metrics/split_attacks.csv")
 

@@ -6,9 +6,9 @@
 from matplotlib import style
 
 from splitlab import ROOT, load_base, load_params
-from splitlab.figures import STYLE, save_figure
-from splitlab.tradeoff import tradeoff
-from splitlab.tradeoff_figures import draw_tradeoff
+from splitlab.report.figures.run_figures import STYLE, save_figure
+from splitlab.report.figures.tradeoff_figures import draw_tradeoff
+from splitlab.study.tradeoff import tradeoff
 
 
 def main():

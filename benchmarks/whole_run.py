@@ -16,7 +16,7 @@ from matched_attacks import N, attacked
 from matched_settings import SETTINGS
 
 from splitlab import ROOT, load_base
-from splitlab.tables import read_table, write_table
+from splitlab.core.tables import read_table, write_table
 
 TABLE = ROOT / "reports/metrics/whole_run.csv"
 MEASURED = ("matched-1", "floor-800", "coarse-1.8", "coarse-1.8-once", "disguised", "turned", "turned-once")

@@ -6,7 +6,7 @@
 import json
 
 from splitlab import Defences
-from splitlab.split import reference_message, sample_bytes
+from splitlab.split.client import reference_message, sample_bytes
 
 LATENTS, TEXT, UNET_WIDTH = (4, 64, 64), (77, 768), 320
 

@@ -11,30 +11,30 @@ _os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 _os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 _logging.getLogger("transformers").setLevel(_logging.ERROR)
 
-from splitlab.abreast import n_workers  # noqa: E402
-from splitlab.artefacts import load_reconstruction, save_reconstruction  # noqa: E402
-from splitlab.attacks import ATTACKS, attack_all, attack_and_save, attack_transcript  # noqa: E402
-from splitlab.base import Base, encoded, load_base  # noqa: E402
-from splitlab.canvas import show_images  # noqa: E402
-from splitlab.config import parse  # noqa: E402
-from splitlab.data import ImageSet, load  # noqa: E402
-from splitlab.errors import InputError  # noqa: E402
-from splitlab.evaluate import evaluate_all  # noqa: E402
-from splitlab.figures import draw_figures  # noqa: E402
-from splitlab.inversion import INVERSIONS  # noqa: E402
-from splitlab.inversion.external import attack_gradient  # noqa: E402
+from splitlab.core.config import parse  # noqa: E402
+from splitlab.core.errors import InputError  # noqa: E402
+from splitlab.core.parallel import n_workers  # noqa: E402
+from splitlab.core.paths import CACHE, ROOT, resolve  # noqa: E402
+from splitlab.data.image_set import ImageSet, load  # noqa: E402
+from splitlab.diffusion.base import Base, encoded, load_base  # noqa: E402
+from splitlab.diffusion.pretrain import PretrainConfig, pretrain  # noqa: E402
+from splitlab.federated.attacks import INVERSIONS  # noqa: E402
+from splitlab.federated.attacks.external import attack_gradient  # noqa: E402
 from splitlab.params import load_params, load_split, section  # noqa: E402
-from splitlab.paths import CACHE, ROOT, resolve  # noqa: E402
-from splitlab.pretrain import PretrainConfig, pretrain  # noqa: E402
-from splitlab.split_config import AttackSpec, Defences, TrainConfig  # noqa: E402
-from splitlab.study_config import EvaluateConfig  # noqa: E402
-from splitlab.survey import SurveyConfig, record_survey, utility  # noqa: E402
-from splitlab.survey_attack import attack_survey  # noqa: E402
-from splitlab.train import train  # noqa: E402
-from splitlab.types import Knowledge, Observation, Reconstruction, Truth  # noqa: E402
-from splitlab.update_scores import evaluate_updates  # noqa: E402
-from splitlab.update_survey import UpdateConfig, attack_updates, record_updates  # noqa: E402
-from splitlab.wire import Transcript, read_server, read_transcript  # noqa: E402
+from splitlab.report.figures.run_figures import draw_figures  # noqa: E402
+from splitlab.report.figures.style import show_images  # noqa: E402
+from splitlab.split.artefacts import load_reconstruction, save_reconstruction  # noqa: E402
+from splitlab.split.attacks import ATTACKS, attack_all, attack_and_save, attack_transcript  # noqa: E402
+from splitlab.split.config import AttackSpec, Defences, TrainConfig  # noqa: E402
+from splitlab.split.messages import Knowledge, Observation, Reconstruction, Truth  # noqa: E402
+from splitlab.split.train import train  # noqa: E402
+from splitlab.split.wire import Transcript, read_server, read_transcript  # noqa: E402
+from splitlab.study.config import EvaluateConfig  # noqa: E402
+from splitlab.study.evaluate import evaluate_all  # noqa: E402
+from splitlab.study.survey import SurveyConfig, record_survey, utility  # noqa: E402
+from splitlab.study.survey_attack import attack_survey  # noqa: E402
+from splitlab.study.update_scores import evaluate_updates  # noqa: E402
+from splitlab.study.update_survey import UpdateConfig, attack_updates, record_updates  # noqa: E402
 
 _gc.freeze()
 _gc.enable()

@@ -8,11 +8,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
-from splitlab import datasets
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.paths import resolve
-from splitlab.tokenizers import tokenizer_of
+from splitlab.core.errors import InputError
+from splitlab.core.paths import resolve
+from splitlab.data import datasets
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.tokenizer import tokenizer_of
 
 SECTIONS = ("base", "datasets", "pretrain", "runs", "attacks", "survey", "updates", "dp", "evaluate")
 

@@ -8,16 +8,16 @@ import pytest
 import tiny
 import torch
 
-from splitlab import metrics
-from splitlab.attacks import attack_transcript, make_knowledge, run_attack
-from splitlab.base import Base, load_base
-from splitlab.data import ImageSet, load
-from splitlab.paths import ROOT
-from splitlab.split import client_send
-from splitlab.split_config import Defences, TrainConfig
-from splitlab.train import make_clients
-from splitlab.types import Reconstruction, Truth
-from splitlab.wire import Header, Transcript, from_bytes
+from splitlab.core.paths import ROOT
+from splitlab.data.image_set import ImageSet, load
+from splitlab.diffusion import metrics
+from splitlab.diffusion.base import Base, load_base
+from splitlab.split.attacks import attack_transcript, make_knowledge, run_attack
+from splitlab.split.client import client_send
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.messages import Reconstruction, Truth
+from splitlab.split.train import make_clients
+from splitlab.split.wire import Header, Transcript, from_bytes
 
 needs_shipped = pytest.mark.skipif(
     not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),

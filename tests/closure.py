@@ -68,7 +68,7 @@ def closure(source: str) -> set[Path]:
     return {file.relative_to(ROOT) for file in found}
 
 
-CATALOGUES = ("splitlab/attacks", "splitlab/inversion")
+CATALOGUES = ("splitlab/split/attacks", "splitlab/federated/attacks")
 """Folders that a stage depends on as a whole if it needs their list of what they hold."""
 
 

@@ -13,8 +13,8 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
-from splitlab.base import Base, load_base  # noqa: E402
-from splitlab.data import ImageSet  # noqa: E402
+from splitlab.data.image_set import ImageSet  # noqa: E402
+from splitlab.diffusion.base import Base, load_base  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 

@@ -6,18 +6,18 @@ from pathlib import Path
 import tiny
 import yaml
 
-from splitlab import generate
-from splitlab.attacks import attack_and_save
-from splitlab.base import load_base
-from splitlab.config import parse
-from splitlab.data import load
-from splitlab.datasets import SPLITS
-from splitlab.evaluate import evaluate_run
-from splitlab.split_config import AttackSpec, TrainConfig
-from splitlab.study_config import EvaluateConfig
-from splitlab.train import train
-from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
-from splitlab.wire import read_transcript
+from splitlab.core.config import parse
+from splitlab.data import generate
+from splitlab.data.datasets import SPLITS
+from splitlab.data.image_set import load
+from splitlab.diffusion.base import load_base
+from splitlab.split.attacks import attack_and_save
+from splitlab.split.config import AttackSpec, TrainConfig
+from splitlab.split.train import train
+from splitlab.split.wire import read_transcript
+from splitlab.study.config import EvaluateConfig
+from splitlab.study.evaluate import evaluate_run
+from splitlab.study.update_survey import UpdateConfig, attack_updates, record_updates
 
 S1 = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
 FEW = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4, "published_key": 0}

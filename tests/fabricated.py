@@ -8,28 +8,28 @@ from typing import Any
 import pandas as pd
 import tiny
 
-from splitlab.attacks import attack_and_save
-from splitlab.base import Base, load_base
-from splitlab.config import parse
-from splitlab.data import ImageSet
-from splitlab.datasets import SPLITS
-from splitlab.dp.figures import draw_dp_curve, draw_dp_samples
+from splitlab.core.config import parse
+from splitlab.core.tables import write_table
+from splitlab.data.datasets import SPLITS
+from splitlab.data.generate import write_split
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base, load_base
 from splitlab.dp.finetune import DPConfig
-from splitlab.dp.survey import DPCell, DPSurveyConfig, dp_survey
-from splitlab.evaluate import evaluate_all
-from splitlab.figures import draw_figures
-from splitlab.generate import write_split
 from splitlab.params import load_split
-from splitlab.split_config import AttackSpec, TrainConfig
-from splitlab.study_config import EvaluateConfig
-from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey
-from splitlab.survey_attack import attack_survey
-from splitlab.tables import write_table
-from splitlab.train import train
-from splitlab.update_figures import draw_update_figures
-from splitlab.update_scores import evaluate_updates
-from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
-from splitlab.wire import read_transcript
+from splitlab.report.figures.dp_figures import draw_dp_curve, draw_dp_samples
+from splitlab.report.figures.run_figures import draw_figures
+from splitlab.report.figures.update_figures import draw_update_figures
+from splitlab.split.attacks import attack_and_save
+from splitlab.split.config import AttackSpec, TrainConfig
+from splitlab.split.train import train
+from splitlab.split.wire import read_transcript
+from splitlab.study.config import EvaluateConfig
+from splitlab.study.dp_survey import DPCell, DPSurveyConfig, dp_survey
+from splitlab.study.evaluate import evaluate_all
+from splitlab.study.survey import UTILITY_COLUMNS, SurveyConfig, record_survey
+from splitlab.study.survey_attack import attack_survey
+from splitlab.study.update_scores import evaluate_updates
+from splitlab.study.update_survey import UpdateConfig, attack_updates, record_updates
 
 _FEW = {"dataset": "tiny", "steps": 4, "batch_size": 3, "local_steps": 2, "record_messages": 4, "eval_samples": 3}
 _FEW |= {"published_key": 0}

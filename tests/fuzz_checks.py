@@ -12,12 +12,12 @@ import torch
 from fuzzing import NAMES, parts
 from torch import Tensor, nn
 
-from splitlab.artefacts import SavedReconstruction
-from splitlab.inversion.saved import SavedInversion
-from splitlab.split_config import Defences, TrainConfig
-from splitlab.types import Observation, Truth
-from splitlab.updates import Update, UpdateTruth
-from splitlab.wire import Transcript
+from splitlab.federated.saved import SavedInversion
+from splitlab.federated.update import Update, UpdateTruth
+from splitlab.split.artefacts import SavedReconstruction
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.messages import Observation, Truth
+from splitlab.split.wire import Transcript
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
@@ -29,7 +29,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_fields(seen: Observation) -> list[str]:
-    """A message: `splitlab.types.Observation`."""
+    """A message: `splitlab.split.messages.Observation`."""
     fields = {name: getattr(seen, name) for name in NAMES if getattr(seen, name) is not None}
     maps = {name: value for name, value in fields.items() if name not in ("timesteps", "encoder_hidden_states")}
     latents = {tuple(value.shape) for name, value in maps.items() if name != "smashed"}

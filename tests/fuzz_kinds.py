@@ -13,20 +13,10 @@ import torch
 from fuzzing import Kind, changed_tensors, changed_text, parts, put_together
 from torch import Tensor, nn
 
-from splitlab import checkpoint, wire
-from splitlab.artefacts import (
-    SavedReconstruction,
-    load_reconstruction,
-    read_record,
-    read_samples,
-    read_scores,
-    save_reconstruction,
-)
-from splitlab.inversion.saved import SavedInversion, load_inversion, save_inversion
-from splitlab.pixels import to_uint8
-from splitlab.split_config import Defences, TrainConfig
-from splitlab.types import Observation, Reconstruction, Truth
-from splitlab.updates import (
+from splitlab.core import checkpoint
+from splitlab.core.pixels import to_uint8
+from splitlab.federated.saved import SavedInversion, load_inversion, save_inversion
+from splitlab.federated.update import (
     Update,
     UpdateTruth,
     model_digest,
@@ -36,6 +26,17 @@ from splitlab.updates import (
     write_update,
     write_update_truth,
 )
+from splitlab.split import wire
+from splitlab.split.artefacts import (
+    SavedReconstruction,
+    load_reconstruction,
+    read_record,
+    read_samples,
+    read_scores,
+    save_reconstruction,
+)
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.messages import Observation, Reconstruction, Truth
 
 
 def noise(*shape: int) -> Tensor:

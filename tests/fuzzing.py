@@ -16,7 +16,7 @@ from typing import Any
 
 import mutations
 
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
 
 NAMES = ("timesteps", "noisy_latents", "smashed", "noise", "encoder_hidden_states", "noise_pred", "noise_pred_gradient")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1, "U64": 8, "U32": 4}

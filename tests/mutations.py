@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from splitlab.data import ImageSet, load
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet, load
 
 SIZE = 8
 TOKENS = (

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitlab.dp.engine import Gradients, clipped_sum, private_gradient, release
+from splitlab.privacy.mechanisms import Gradients, clipped_sum, private_gradient, release
 
 
 def unclipped(model: nn.Module, inputs: tuple[Tensor, ...], **how: Any) -> Gradients:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from splitlab.paths import ROOT
+from splitlab.core.paths import ROOT
 
 _IDENTITY = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
 

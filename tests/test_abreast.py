@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitlab.abreast import abreast, n_workers
-from splitlab.base import Base, load_base
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.core.parallel import abreast, n_workers
+from splitlab.diffusion.base import Base, load_base
 
 
 def where(number: int) -> tuple[int, int, int]:
@@ -63,5 +63,5 @@ def test_an_error_comes_through_as_it_was_raised(workers: int) -> None:
 
 def test_there_is_always_a_worker_and_never_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= n_workers() <= (os.cpu_count() or 1)
-    monkeypatch.setattr("splitlab.abreast.MEMORY_PER_PROCESS", 1 << 60)
+    monkeypatch.setattr("splitlab.core.parallel.MEMORY_PER_PROCESS", 1 << 60)
     assert n_workers() == 1

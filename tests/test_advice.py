@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from splitlab import checkpoint
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
 
 DESTROYS = re.compile(
     r"\b(delet|eras|wip|purg|trash|shredd|scrapp)(e|es|ing)\b|\b(must|should|can|may|to) be (delet|eras|remov|wip)ed\b"

@@ -5,13 +5,13 @@ import pytest
 import tiny
 import torch
 
-from splitlab.attacks import make_knowledge
-from splitlab.attacks.accumulation import Features, link, same_image
-from splitlab.attacks.channel import labelled, latent_view
-from splitlab.attacks.closed_form import hint_latents
-from splitlab.attacks.posterior import Rehearsal
-from splitlab.errors import InputError
-from splitlab.split_config import Defences
+from splitlab.core.errors import InputError
+from splitlab.split.attacks import make_knowledge
+from splitlab.split.attacks.accumulation import Features, link, same_image
+from splitlab.split.attacks.closed_form import hint_latents
+from splitlab.split.attacks.latent_view import labelled, latent_view
+from splitlab.split.attacks.posterior import Rehearsal
+from splitlab.split.config import Defences
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=0.3, hide_prompts=True)

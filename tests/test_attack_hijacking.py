@@ -8,18 +8,19 @@ import tiny
 import torch
 from safetensors.torch import load as load_bytes
 
-from splitlab import checkpoint, metrics
-from splitlab.attacks import attack_transcript
-from splitlab.attacks.hijacking import hijacking
-from splitlab.base import Base
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.hijacker import FEATURE_STD, HijackingServer, Pilot, _statistics, hijacking_networks
-from splitlab.schemes import Scheme, make_scheme
-from splitlab.split_config import Defences, TrainConfig
-from splitlab.train import make_clients, train
-from splitlab.types import Knowledge, Observation
-from splitlab.wire import from_bytes, read_transcript, to_bytes
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion import metrics
+from splitlab.diffusion.base import Base
+from splitlab.split.attacks import attack_transcript
+from splitlab.split.attacks.hijacking import hijacking
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.hijacker import FEATURE_STD, HijackingServer, Pilot, _statistics, hijacking_networks
+from splitlab.split.messages import Knowledge, Observation
+from splitlab.split.schemes import Scheme, make_scheme
+from splitlab.split.train import make_clients, train
+from splitlab.split.wire import from_bytes, read_transcript, to_bytes
 
 
 @pytest.fixture(scope="module")

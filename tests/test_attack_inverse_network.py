@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
-from splitlab.attacks import attack_transcript, make_knowledge
-from splitlab.attacks.closed_form import hint_latents
-from splitlab.attacks.imitation import fixed_noise_error, imitate, imitate_known
-from splitlab.base import encoded
-from splitlab.errors import InputError
-from splitlab.split_config import Defences
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import encoded
+from splitlab.split.attacks import attack_transcript, make_knowledge
+from splitlab.split.attacks.closed_form import hint_latents
+from splitlab.split.attacks.simulated_client import fixed_noise_error, imitate, imitate_known
+from splitlab.split.config import Defences
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=1.0, hide_prompts=True)

@@ -8,19 +8,19 @@ import pytest
 import tiny
 import torch
 
-from splitlab import metrics
-from splitlab.attacks import attack_transcript, make_knowledge, run_attack
-from splitlab.attacks.jigsaw import place_by_moments
-from splitlab.base import Base, encoded, load_base
-from splitlab.data import ImageSet, load
-from splitlab.defences import from_patches, to_patches
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.split import client_send
-from splitlab.split_config import Defences, TrainConfig
-from splitlab.train import make_clients
-from splitlab.types import Truth
-from splitlab.wire import Header, Transcript, from_bytes
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.data.image_set import ImageSet, load
+from splitlab.diffusion import metrics
+from splitlab.diffusion.base import Base, encoded, load_base
+from splitlab.split.attacks import attack_transcript, make_knowledge, run_attack
+from splitlab.split.attacks.jigsaw import place_by_moments
+from splitlab.split.client import client_send
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.defences import from_patches, to_patches
+from splitlab.split.messages import Truth
+from splitlab.split.train import make_clients
+from splitlab.split.wire import Header, Transcript, from_bytes
 
 FIXED = Defences(patch_shuffle=2)
 FRESH = replace(FIXED, fresh_keys=True)

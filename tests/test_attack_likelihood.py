@@ -7,18 +7,25 @@ import pytest
 import tiny
 import torch
 
-from splitlab import metrics
-from splitlab.attacks import run_attack
-from splitlab.attacks.likelihood import ACCURACY, denoise, denoising_error, likelihood, mean_gradient, total_variation
-from splitlab.base import Base, encoded, load_base
-from splitlab.data import ImageSet, load
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.seeds import Key
-from splitlab.split import Client, client_send, noise_loss
-from splitlab.split_config import Defences
-from splitlab.types import Knowledge, Observation, Reconstruction
-from splitlab.wire import from_bytes
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.core.seeds import Key
+from splitlab.data.image_set import ImageSet, load
+from splitlab.diffusion import metrics
+from splitlab.diffusion.base import Base, encoded, load_base
+from splitlab.split.attacks import run_attack
+from splitlab.split.attacks.likelihood import (
+    ACCURACY,
+    denoise,
+    denoising_error,
+    likelihood,
+    mean_gradient,
+    total_variation,
+)
+from splitlab.split.client import Client, client_send, noise_loss
+from splitlab.split.config import Defences
+from splitlab.split.messages import Knowledge, Observation, Reconstruction
+from splitlab.split.wire import from_bytes
 
 S1 = Defences(symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
 EARLY = 200

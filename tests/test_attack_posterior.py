@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from splitlab.attacks import make_knowledge, run_attack
-from splitlab.attacks.posterior import Calibration, denoise, wiener
-from splitlab.base import encoded
-from splitlab.errors import InputError
-from splitlab.split_config import Defences
-from splitlab.types import Knowledge
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import encoded
+from splitlab.split.attacks import make_knowledge, run_attack
+from splitlab.split.attacks.posterior import Calibration, denoise, wiener
+from splitlab.split.config import Defences
+from splitlab.split.messages import Knowledge
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=0.3, hide_prompts=True)

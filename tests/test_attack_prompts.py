@@ -8,13 +8,19 @@ import tiny
 import torch
 from torch import Tensor
 
-from splitlab.attacks.prompts import normalise_prompt, prompt_guess, prompt_inversion, token_states, word_accuracy
-from splitlab.base import Base, load_base
-from splitlab.data import ImageSet, load
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.split_config import Defences
-from splitlab.types import Knowledge, Observation
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.data.image_set import ImageSet, load
+from splitlab.diffusion.base import Base, load_base
+from splitlab.split.attacks.prompts import (
+    normalise_prompt,
+    prompt_guess,
+    prompt_inversion,
+    token_states,
+    word_accuracy,
+)
+from splitlab.split.config import Defences
+from splitlab.split.messages import Knowledge, Observation
 
 QUICK = {"steps": 10, "batch": 8, "shortlist": 4, "draws": 1}
 

@@ -10,19 +10,19 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from splitlab import metrics
-from splitlab.attacks import attack_transcript, make_knowledge, run_attack
-from splitlab.attacks.unmixing import fast_ica
-from splitlab.base import Base, load_base
-from splitlab.data import ImageSet, load
-from splitlab.defences import mixing_key
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.split import client_send
-from splitlab.split_config import Defences, TrainConfig
-from splitlab.train import make_clients
-from splitlab.types import Truth
-from splitlab.wire import Header, Transcript, from_bytes
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.data.image_set import ImageSet, load
+from splitlab.diffusion import metrics
+from splitlab.diffusion.base import Base, load_base
+from splitlab.split.attacks import attack_transcript, make_knowledge, run_attack
+from splitlab.split.attacks.unmixing import fast_ica
+from splitlab.split.client import client_send
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.defences import mixing_key
+from splitlab.split.messages import Truth
+from splitlab.split.train import make_clients
+from splitlab.split.wire import Header, Transcript, from_bytes
 
 GROUP = 16
 FIXED = Defences(key_mixing=GROUP)

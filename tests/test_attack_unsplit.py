@@ -6,14 +6,14 @@ import pytest
 import tiny
 import torch
 
-from splitlab import metrics
-from splitlab.attacks.unsplit import calibrated, hint_encoder, total_variation, unsplit
-from splitlab.base import Base
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.hijacker import Pilot
-from splitlab.split_config import Defences
-from splitlab.types import Knowledge, Observation
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion import metrics
+from splitlab.diffusion.base import Base
+from splitlab.split.attacks.unsplit import calibrated, hint_encoder, total_variation, unsplit
+from splitlab.split.config import Defences
+from splitlab.split.hijacker import Pilot
+from splitlab.split.messages import Knowledge, Observation
 
 FAST = {"epochs": 2, "restarts": 1}
 

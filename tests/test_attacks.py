@@ -7,9 +7,14 @@ import pytest
 import tiny
 import torch
 
-from splitlab import metrics
-from splitlab.artefacts import load_reconstruction
-from splitlab.attacks import (
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.data.image_set import ImageSet, load
+from splitlab.diffusion import metrics
+from splitlab.diffusion.base import Base, encoded, load_base
+from splitlab.diffusion.controlnet import low_frequencies, symsigmoid
+from splitlab.split.artefacts import load_reconstruction
+from splitlab.split.attacks import (
     ATTACKS,
     NO_INFORMATION,
     attack_all,
@@ -18,19 +23,14 @@ from splitlab.attacks import (
     make_knowledge,
     run_attack,
 )
-from splitlab.attacks.channel import labelled, latent_view, matching_timesteps
-from splitlab.attacks.closed_form import estimate_fixed_noise, hint_latents
-from splitlab.base import Base, encoded, load_base
-from splitlab.controlnet import low_frequencies, symsigmoid
-from splitlab.data import ImageSet, load
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.schemes import make_scheme
-from splitlab.split import client_send
-from splitlab.split_config import AttackSpec, Defences, TrainConfig
-from splitlab.train import make_clients
-from splitlab.types import Truth
-from splitlab.wire import Header, Transcript, from_bytes
+from splitlab.split.attacks.closed_form import estimate_fixed_noise, hint_latents
+from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps
+from splitlab.split.client import client_send
+from splitlab.split.config import AttackSpec, Defences, TrainConfig
+from splitlab.split.messages import Truth
+from splitlab.split.schemes import make_scheme
+from splitlab.split.train import make_clients
+from splitlab.split.wire import Header, Transcript, from_bytes
 
 S1 = Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
 QUICK = {

@@ -7,10 +7,10 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from splitlab import base as base_module
-from splitlab.base import Base, encoded, load_base
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion import base as base_module
+from splitlab.diffusion.base import Base, encoded, load_base
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from splitlab.base_files import load_model
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base_files import load_model
 
 PARTS: dict[str, Any] = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 

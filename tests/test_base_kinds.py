@@ -11,11 +11,11 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from splitlab.base import Base, encoded, load_base
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.pixels import to_uint8
-from splitlab.train import train
+from splitlab.core.errors import InputError
+from splitlab.core.pixels import to_uint8
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base, encoded, load_base
+from splitlab.split.train import train
 
 Change = Callable[[Path], Path | None]
 

@@ -12,10 +12,10 @@ import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
-from splitlab import base_source
-from splitlab.base import Base, load_base
-from splitlab.errors import InputError
-from splitlab.paths import resolve
+from splitlab.core.errors import InputError
+from splitlab.core.paths import resolve
+from splitlab.diffusion import base_source
+from splitlab.diffusion.base import Base, load_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

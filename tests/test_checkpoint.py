@@ -7,8 +7,8 @@ import tiny
 import torch
 from torch import nn
 
-from splitlab import checkpoint, storage
-from splitlab.errors import InputError
+from splitlab.core import checkpoint, storage
+from splitlab.core.errors import InputError
 
 TENSORS = {"a": torch.arange(3), "b/c": torch.randn(2, 2, generator=tiny.draw()).t()}
 

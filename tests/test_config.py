@@ -1,9 +1,9 @@
 import pytest
 
-from splitlab.config import parse
-from splitlab.errors import InputError
-from splitlab.split_config import SCHEMES, AttackSpec, Defences, TrainConfig
-from splitlab.study_config import EvaluateConfig
+from splitlab.core.config import parse
+from splitlab.core.errors import InputError
+from splitlab.split.config import SCHEMES, AttackSpec, Defences, TrainConfig
+from splitlab.study.config import EvaluateConfig
 
 
 def test_parse_builds_nested_defences():

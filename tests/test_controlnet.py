@@ -5,8 +5,9 @@ import tiny
 import torch
 from diffusers import ControlNetModel
 
-from splitlab.base import Base
-from splitlab.controlnet import (
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.controlnet import (
     LatentHintControlNet,
     LatentHintPipeline,
     control_pipeline,
@@ -17,7 +18,6 @@ from splitlab.controlnet import (
     symsigmoid,
     symsigmoid_inverse,
 )
-from splitlab.errors import InputError
 
 
 def awake(model: ControlNetModel, seed: int = 0) -> ControlNetModel:

@@ -10,9 +10,9 @@ import tiny
 import torch
 from PIL import Image
 
-from splitlab import generate
-from splitlab.data import ImageSet, image_set, load, partition
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.data import generate
+from splitlab.data.image_set import ImageSet, image_set, load, partition
 
 
 @pytest.fixture

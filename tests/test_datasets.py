@@ -7,13 +7,13 @@ import tiny
 from PIL import Image
 from ruamel.yaml import YAML
 
-from splitlab import generate
-from splitlab.base import Base
-from splitlab.data import _to_uint8, load
-from splitlab.datasets import SPLITS, dataset_config
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.data import generate
+from splitlab.data.datasets import SPLITS, dataset_config
+from splitlab.data.image_set import _to_uint8, load
+from splitlab.diffusion.base import Base
 from splitlab.params import load_params, load_split
-from splitlab.paths import ROOT
 
 SHIPPED = {  # SHA-256 over pixels and prompts, from before data sets had a section of their own
     ("shapes", "private"): "43569860d54afeb9",

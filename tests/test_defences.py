@@ -2,8 +2,11 @@ import pytest
 import tiny
 import torch
 
-from splitlab.controlnet import coarsened, low_frequencies, symsigmoid
-from splitlab.defences import (
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import Key
+from splitlab.diffusion.controlnet import coarsened, low_frequencies, symsigmoid
+from splitlab.split.config import Defences
+from splitlab.split.defences import (
     bounded,
     draw_noise,
     draw_timesteps,
@@ -19,10 +22,7 @@ from splitlab.defences import (
     to_patches,
     transforms,
 )
-from splitlab.errors import InputError
-from splitlab.seeds import Key
-from splitlab.split_config import Defences
-from splitlab.types import OBSERVATION_FIELDS, Observation
+from splitlab.split.messages import OBSERVATION_FIELDS, Observation
 
 EACH = [
     Defences(symsigmoid=True),

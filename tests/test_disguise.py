@@ -5,12 +5,19 @@ import tiny
 import torch
 
 from splitlab import ROOT, Defences, TrainConfig, load, load_base
-from splitlab.attacks import run_attack
-from splitlab.attacks.undisguise import same_image
-from splitlab.base import encoded
-from splitlab.colours import are_shapes
-from splitlab.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
-from splitlab.disguise import (
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import Key
+from splitlab.data.colours import are_shapes
+from splitlab.diffusion.base import encoded
+from splitlab.diffusion.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
+from splitlab.diffusion.guided import generate_guided
+from splitlab.diffusion.metrics import iou, line_ups, outline_mask
+from splitlab.split.attacks import run_attack
+from splitlab.split.attacks.surrogate_posterior import same_image
+from splitlab.split.client import client_send
+from splitlab.split.identification import identified_as_sent, identified_by_both
+from splitlab.split.messages import Knowledge
+from splitlab.split.surrogates import (
     LEAST_CONTRAST,
     SYMMETRIES,
     asked_layout,
@@ -25,15 +32,8 @@ from splitlab.disguise import (
     rings,
     sent_layout,
 )
-from splitlab.errors import InputError
-from splitlab.guided import generate_guided
-from splitlab.identification import identified_as_sent, identified_by_both
-from splitlab.metrics import iou, line_ups, outline_mask
-from splitlab.seeds import Key
-from splitlab.split import client_send
-from splitlab.train import make_clients
-from splitlab.types import Knowledge
-from splitlab.wire import from_bytes
+from splitlab.split.train import make_clients
+from splitlab.split.wire import from_bytes
 
 DISGUISE = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, layout_noise=0.2)
 DATA = tiny.small_set(40, size=32)

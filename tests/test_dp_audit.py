@@ -7,16 +7,16 @@ import pytest
 import tiny
 import torch
 
-from splitlab.base import Base, Encoded
-from splitlab.dp.audit import Canaries, audit, epsilon_lower_bound, mu_lower_bound, p_value
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base, Encoded
+from splitlab.diffusion.trainable import mark_trainable
 from splitlab.dp.conditioning import denoiser, make_conditioning
-from splitlab.dp.engine import norms, per_sample_gradients, per_sample_hooks
-from splitlab.dp.trainable import mark_trainable
-from splitlab.errors import InputError
-from splitlab.message_audit import audit_message
-from splitlab.message_privacy import matched_message_event, message_events
-from splitlab.privacy import composed_mu, noise_multiplier_for
-from splitlab.split_config import Defences
+from splitlab.privacy.accounting import composed_mu, noise_multiplier_for
+from splitlab.privacy.audit import Canaries, audit, epsilon_lower_bound, mu_lower_bound, p_value
+from splitlab.privacy.mechanisms import norms, per_sample_gradients, per_sample_hooks
+from splitlab.split.audit import audit_message
+from splitlab.split.config import Defences
+from splitlab.split.privacy import matched_message_event, message_events
 
 DELTA, RATE, STEPS, DRAWS = 1e-5, 0.1, 50, 4
 

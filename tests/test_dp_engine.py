@@ -6,15 +6,15 @@ import tiny
 import torch
 from torch import nn
 
-from splitlab.base import Base
-from splitlab.dp import engine
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.trainable import TRAINABLE, check_optimizer, mark_trainable, merge_lora, transformers_of
 from splitlab.dp.conditioning import TextEmbedder, denoiser, make_conditioning
-from splitlab.dp.engine import clip_and_sum, clipped_sum, norms, private_gradient
-from splitlab.dp.federated import private_update
-from splitlab.dp.trainable import TRAINABLE, check_optimizer, mark_trainable, merge_lora, transformers_of
-from splitlab.errors import InputError
-from splitlab.update_defences import PerExample, share_protected
-from splitlab.updates import check_update
+from splitlab.federated.defences import PerExample, share_protected
+from splitlab.federated.private_client import private_update
+from splitlab.federated.update import check_update
+from splitlab.privacy import mechanisms as engine
+from splitlab.privacy.mechanisms import clip_and_sum, clipped_sum, norms, private_gradient
 
 CLASSES = tuple(tiny.PROMPTS[:3])
 

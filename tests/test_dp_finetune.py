@@ -10,19 +10,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from splitlab import checkpoint
-from splitlab.base import Base, encoded
-from splitlab.data import ImageSet
-from splitlab.dp import engine
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import Key, source
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base, encoded
+from splitlab.diffusion.pretrain import MAX_TOKENS, PretrainConfig, make_text_encoder, make_tokenizer, make_unet
+from splitlab.diffusion.trainable import count_trainable, mark_trainable
 from splitlab.dp import finetune as module
 from splitlab.dp.conditioning import ClassEmbedder, denoiser, make_conditioning
 from splitlab.dp.finetune import DPConfig, finetune, mechanism
 from splitlab.dp.sample import hidden_states, load_tuned, sample, untuned
-from splitlab.dp.trainable import count_trainable, mark_trainable
-from splitlab.errors import InputError
-from splitlab.pretrain import MAX_TOKENS, PretrainConfig, make_text_encoder, make_tokenizer, make_unet
-from splitlab.privacy import PrivacyEvent, epsilon
-from splitlab.seeds import Key, source
+from splitlab.privacy import mechanisms as engine
+from splitlab.privacy.accounting import PrivacyEvent, epsilon
 
 
 def config(private: ImageSet, **changes) -> DPConfig:

@@ -10,10 +10,10 @@ import pytest
 import tiny
 import torch
 
-from splitlab.base import Base
-from splitlab.dp.canaries import distance_ratio, extract, insert
-from splitlab.dp.finetune import DPConfig
-from splitlab.dp.membership import (
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.dp.attacks.canaries import distance_ratio, extract, insert
+from splitlab.dp.attacks.membership import (
     attacks,
     auc,
     auc_bound,
@@ -26,8 +26,8 @@ from splitlab.dp.membership import (
     tpr_at,
     tpr_bound,
 )
+from splitlab.dp.finetune import DPConfig
 from splitlab.dp.sample import Tuned, untuned
-from splitlab.errors import InputError
 
 
 def test_auc_and_tpr_of_a_case_done_by_hand():

@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from splitlab.base import Base
-from splitlab.data import ImageSet
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.public import warped, warped_copies
 from splitlab.dp.sample import Tuned, load_tuned
-from splitlab.errors import InputError
 
 FEW = {"dataset": "tiny", "batch_size": 4, "steps": 2, "delta": 0.01, "from_block": 0, "published_key": 0}
 

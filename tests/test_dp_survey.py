@@ -9,11 +9,11 @@ import pytest
 import tiny
 import torch
 
-from splitlab.base import Base
-from splitlab.dp import report
-from splitlab.dp.evaluate import frechet_distance, train_classifier
-from splitlab.dp.survey import COLUMNS, PUBLIC, REAL, DPCell, DPSurveyConfig
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.report import dp_report as report
+from splitlab.study.dp_evaluate import frechet_distance, train_classifier
+from splitlab.study.dp_survey import COLUMNS, PUBLIC, REAL, DPCell, DPSurveyConfig
 
 
 def test_frechet_distance_of_known_gaussians() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
-from splitlab import draws
-from splitlab.errors import InputError
-from splitlab.seeds import Key, generator, source
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import Key, generator, source
+from splitlab.privacy import draws
 
 FIXED = Key.secret(bytes(range(32)))
 """A secret key that the tests know, so that their statistics do not vary."""

@@ -9,12 +9,18 @@ import pytest
 import tiny
 import torch
 
-from splitlab.artefacts import SavedReconstruction, load_reconstruction, save_reconstruction
-from splitlab.base import Base
-from splitlab.data import ImageSet
-from splitlab.disguise import disguised
-from splitlab.errors import InputError
-from splitlab.evaluate import (
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import Key
+from splitlab.data.generate import write_split
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
+from splitlab.split.artefacts import SavedReconstruction, load_reconstruction, save_reconstruction
+from splitlab.split.config import Defences
+from splitlab.split.messages import Reconstruction
+from splitlab.split.surrogates import disguised
+from splitlab.split.train import train
+from splitlab.study.config import EvaluateConfig
+from splitlab.study.evaluate import (
     ATTACK_COLUMNS,
     TRAINING_COLUMNS,
     best_order,
@@ -28,12 +34,6 @@ from splitlab.evaluate import (
     training_row,
     yardsticks,
 )
-from splitlab.generate import write_split
-from splitlab.seeds import Key
-from splitlab.split_config import Defences
-from splitlab.study_config import EvaluateConfig
-from splitlab.train import train
-from splitlab.types import Reconstruction
 
 CONFIG = EvaluateConfig(buckets=(0, 500, 1000), candidates=6, samples=5)
 

@@ -15,14 +15,14 @@ from tiny import ALPHAS
 from torch import Tensor, nn
 
 from splitlab import attack_gradient
-from splitlab.base import Base
-from splitlab.controlnet import image_hint_controlnet
-from splitlab.errors import InputError
-from splitlab.federated import ControlledUNet, InversionKnowledge, Update, pixel_unet
-from splitlab.inversion.external_model import external_model
-from splitlab.inversion.problem import Problem
-from splitlab.inversion.time_layers import TimeProbe
-from splitlab.update_scores import matched
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.controlnet import image_hint_controlnet
+from splitlab.federated.attacks.external_model import external_model
+from splitlab.federated.attacks.problem import Problem
+from splitlab.federated.attacks.time_layers import TimeProbe
+from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, pixel_unet
+from splitlab.study.update_scores import matched
 
 Predict = Callable[[nn.Module, Tensor, Tensor], Tensor]
 

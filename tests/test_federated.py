@@ -11,11 +11,11 @@ from tiny import ALPHAS, update_truth
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from splitlab import checkpoint
-from splitlab.base import Base
-from splitlab.controlnet import latent_hint_controlnet
-from splitlab.errors import InputError
-from splitlab.federated import (
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.controlnet import latent_hint_controlnet
+from splitlab.federated.client import (
     ControlledUNet,
     InversionKnowledge,
     Update,

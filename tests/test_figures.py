@@ -9,11 +9,12 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from splitlab import canvas, figures
-from splitlab.artefacts import Recorded
-from splitlab.errors import InputError
-from splitlab.study_config import EvaluateConfig
-from splitlab.words import attack_label
+from splitlab.core.errors import InputError
+from splitlab.core.labels import attack_label
+from splitlab.report.figures import run_figures as figures
+from splitlab.report.figures import style as canvas
+from splitlab.split.artefacts import Recorded
+from splitlab.study.config import EvaluateConfig
 
 
 @pytest.fixture(scope="module")

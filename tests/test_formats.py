@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
-from splitlab import checkpoint
-from splitlab.errors import InputError
-from splitlab.formats import describe_file, file_kind
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.core.formats import describe_file, file_kind
 
 
 def torch_saved(**options: bool) -> bytes:

@@ -4,9 +4,9 @@ import pytest
 from fuzz_kinds import kinds
 from fuzzing import Kind, Outcome, attempt
 
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.tables import read_table
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.core.tables import read_table
 
 NAMES = ("message", "transcript", "truth", "server", "update", "update truth", "granted", "reconstruction", "inversion")
 NAMES += ("record", "samples", "scores", "image", "metadata")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from splitlab import annotators, generate
-from splitlab.colours import COLOURS, rgb, split_prompt
-from splitlab.data import load
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.data import annotators, generate
+from splitlab.data.colours import COLOURS, rgb, split_prompt
+from splitlab.data.image_set import load
 
 SHIPPED = ROOT / "data"
 shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped data are not here; `dvc pull` fetches them")

@@ -17,7 +17,7 @@ from tiny import ALPHAS
 from torch import Tensor, nn
 
 from splitlab import attack_gradient
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
 
 TOLD = {"size": SIZE, "alphas_cumprod": ALPHAS}
 

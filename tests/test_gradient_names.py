@@ -8,11 +8,11 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-from splitlab.errors import InputError
-from splitlab.federated import pixel_unet
-from splitlab.inversion.gradient_files import by_parameter
-from splitlab.inversion.names import match_names
-from splitlab.updates import Update, check_update
+from splitlab.core.errors import InputError
+from splitlab.federated.attacks.gradient_files import by_parameter
+from splitlab.federated.attacks.parameter_names import match_names
+from splitlab.federated.client import pixel_unet
+from splitlab.federated.update import Update, check_update
 
 
 @pytest.fixture(scope="module")

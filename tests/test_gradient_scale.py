@@ -10,8 +10,8 @@ from test_gradient_files import attacked, model, run, shared  # noqa: F401
 from tiny import ALPHAS
 from torch import Tensor, nn
 
-from splitlab.inversion.scale import clipped_to
-from splitlab.updates import Update
+from splitlab.federated.attacks.scale import clipped_to
+from splitlab.federated.update import Update
 
 N = 3 * 8 * 8
 

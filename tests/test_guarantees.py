@@ -5,10 +5,10 @@ import math
 import pytest
 import tiny
 
-from splitlab.guarantees import guarantee, messages_per_image
-from splitlab.message_privacy import message_mu
-from splitlab.privacy import gdp_epsilon
-from splitlab.split_config import Defences, TrainConfig
+from splitlab.privacy.accounting import gdp_epsilon
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.guarantees import guarantee, messages_per_image
+from splitlab.split.privacy import message_mu
 
 BOUNDED = {"latent_norm": 8.0, "feature_noise": 1.0, "matched": True, "hint_noise": 2.0, "hide_prompts": True}
 

@@ -15,19 +15,19 @@ import tiny
 import yaml
 from watch import watched
 
-from splitlab.attacks import ATTACKS
-from splitlab.base import load_base
-from splitlab.config import parse
-from splitlab.data import load
-from splitlab.datasets import SPLITS
-from splitlab.generate import write_split
-from splitlab.inversion import INVERSIONS
+from splitlab.core.config import parse
+from splitlab.core.paths import ROOT
+from splitlab.data.datasets import SPLITS
+from splitlab.data.generate import write_split
+from splitlab.data.image_set import load
+from splitlab.diffusion.base import load_base
+from splitlab.federated.attacks import INVERSIONS
 from splitlab.params import SECTIONS
-from splitlab.paths import ROOT
-from splitlab.split_config import TrainConfig
-from splitlab.survey import SurveyConfig, record_survey
-from splitlab.train import train
-from splitlab.update_survey import UpdateConfig, record_updates
+from splitlab.split.attacks import ATTACKS
+from splitlab.split.config import TrainConfig
+from splitlab.split.train import train
+from splitlab.study.survey import SurveyConfig, record_survey
+from splitlab.study.update_survey import UpdateConfig, record_updates
 
 FEW = {"dataset": "tiny", "steps": 2, "batch_size": 6, "record_messages": 2, "eval_samples": 2}
 NETWORK = {"steps": 2, "width": 8, "n_blocks": 1, "pool": 12}
@@ -236,8 +236,8 @@ def test_an_attack_that_uses_the_truth_where_it_is_there_is_caught_both_ways(pro
     planted = """
 import torch
 from safetensors.torch import load_file
-from splitlab import attacks
-from splitlab.paths import ROOT
+from splitlab.split import attacks
+from splitlab.core.paths import ROOT
 
 def cheating(observations, knowledge, honest=attacks.ATTACKS["closed_form"], **options):
     path = ROOT / "runs/plain/truth.safetensors"
@@ -264,13 +264,19 @@ attacks.ATTACKS["closed_form"] = cheating
 
 ATTACKERS = sorted(path for folder in ("attacks", "inversion") for path in (ROOT / "splitlab" / folder).glob("*.py"))
 TRUTH = ("Truth", "UpdateTruth", "RunTruth", "read_truth", "read_update_truth", "run_truth")
-DATA = ("splitlab.load", "splitlab.load_split", "splitlab.data.load", "splitlab.data.locate", "splitlab.params")
+DATA = (
+    "splitlab.load",
+    "splitlab.load_split",
+    "splitlab.data.image_set.load",
+    "splitlab.data.image_set.locate",
+    "splitlab.params",
+)
 EVALUATION = tuple(
     f"splitlab.{name}" for name in ("evaluate", "train", "update_scores", "explore", "run_view", "figures", "datasets")
 )
 
 
-def seen(source: str, package: str = "splitlab.attacks") -> set[str]:
+def seen(source: str, package: str = "splitlab.split.attacks") -> set[str]:
     """Return what a module of attacks names that belongs to the evaluator's or the client's side."""
     return {
         name
@@ -288,32 +294,32 @@ def test_attack_modules_name_neither_truth_nor_evaluation(path: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from splitlab.wire import read_truth",
-        "from splitlab.wire import read_truth as read",
+        "from splitlab.split.wire import read_truth",
+        "from splitlab.split.wire import read_truth as read",
         "from splitlab import read_truth",
         "import splitlab\nsplitlab.read_truth(path)",
-        "import splitlab.wire\nsplitlab.wire.read_truth(path)",
-        "import splitlab.wire as w\nw.read_truth(path)",
+        "import splitlab.split.wire\nsplitlab.wire.read_truth(path)",
+        "import splitlab.split.wire as w\nw.read_truth(path)",
         "from splitlab import wire\nread = wire.read_truth",
         "from .. import wire\nwire.read_truth(path)",
         "from ..wire import read_truth",
         "from ..types import Truth",
-        "from splitlab.types import *",
-        "def f():\n    from splitlab.updates import read_update_truth",
-        "import splitlab.evaluate",
-        "import splitlab.evaluate as e",
+        "from splitlab.split.messages import *",
+        "def f():\n    from splitlab.federated.update import read_update_truth",
+        "import splitlab.study.evaluate",
+        "import splitlab.study.evaluate as e",
         "from splitlab import evaluate",
-        "from splitlab.evaluate import score_samples",
+        "from splitlab.study.evaluate import score_samples",
         "from .. import train",
-        "import importlib\nimportlib.import_module('splitlab.evaluate')",
-        "import importlib\nimportlib.import_module('splitlab.wire').read_truth(path)",
-        "from importlib import import_module as bring\nbring('splitlab.evaluate')",
-        "__import__('splitlab.evaluate')",
+        "import importlib\nimportlib.import_module('splitlab.study.evaluate')",
+        "import importlib\nimportlib.import_module('splitlab.split.wire').read_truth(path)",
+        "from importlib import import_module as bring\nbring('splitlab.study.evaluate')",
+        "__import__('splitlab.study.evaluate')",
         "from splitlab import wire\ngetattr(wire, 'read_truth')(path)",
-        "from splitlab.data import load",
+        "from splitlab.data.image_set import load",
         "from splitlab import data\ndata.load(path)",
         "from splitlab.params import load_split",
-        "from splitlab.federated import UpdateTruth",
+        "from splitlab.federated.client import UpdateTruth",
     ],
 )
 def test_the_search_for_truth_sees_every_form(source: str) -> None:
@@ -323,9 +329,9 @@ def test_the_search_for_truth_sees_every_form(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from splitlab.types import Knowledge, Observation",
+        "from splitlab.split.messages import Knowledge, Observation",
         "from splitlab import checkpoint\ncheckpoint.load(path)",
-        "from splitlab.wire import read_transcript",
+        "from splitlab.split.wire import read_transcript",
         "truth = 1",
     ],
 )

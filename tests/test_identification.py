@@ -5,10 +5,10 @@ import tiny
 import torch
 from scipy.stats import norm
 
-from splitlab.attacks.posterior import public_posterior
-from splitlab.identification import identified_by_both, identified_by_likelihood
-from splitlab.recolour import VARIANTS, recolour, recoloured
-from splitlab.seeds import Key
+from splitlab.core.seeds import Key
+from splitlab.split.attacks.posterior import public_posterior
+from splitlab.split.identification import identified_by_both, identified_by_likelihood
+from splitlab.split.recolour import VARIANTS, recolour, recoloured
 
 
 def gallery(n: int, seed: int) -> torch.Tensor:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from pipeline import inputs
-from splitlab.config import parse
-from splitlab.dp.survey import DPSurveyConfig
+from splitlab.core.config import parse
+from splitlab.core.paths import ROOT
+from splitlab.diffusion.pretrain import PretrainConfig
 from splitlab.params import load_params
-from splitlab.paths import ROOT
-from splitlab.pretrain import PretrainConfig
-from splitlab.split_config import TrainConfig
-from splitlab.survey import SurveyConfig
-from splitlab.update_survey import UpdateConfig
+from splitlab.split.config import TrainConfig
+from splitlab.study.dp_survey import DPSurveyConfig
+from splitlab.study.survey import SurveyConfig
+from splitlab.study.update_survey import UpdateConfig
 
 Run = Callable[..., int]
 

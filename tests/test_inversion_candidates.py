@@ -5,12 +5,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from splitlab.base import Base
-from splitlab.dp.engine import add_noise
-from splitlab.dp.federated import private_update
-from splitlab.errors import InputError
-from splitlab.inversion.candidates import candidate_shares, flattened, likeliest, log_likelihoods
-from splitlab.updates import UpdateTruth
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.federated.attacks.candidates import candidate_shares, flattened, likeliest, log_likelihoods
+from splitlab.federated.private_client import private_update
+from splitlab.federated.update import UpdateTruth
+from splitlab.privacy.mechanisms import add_noise
 
 BOUND, K = 1e-3, 12
 

@@ -8,20 +8,20 @@ import tiny
 import torch
 from torch import Tensor
 
-from splitlab.errors import InputError
-from splitlab.federated import InversionKnowledge, Update, UpdateTruth, noised, pixel_unet, share, training_loss
-from splitlab.inversion.baselines import dlg, inverting_gradients, variation
-from splitlab.inversion.gidm import gidm, gidm_plus
-from splitlab.inversion.known_noise import known_noise
-from splitlab.inversion.matching import DISTANCES, Matcher, layer_weights
-from splitlab.inversion.noisy_inputs import find_noisy
-from splitlab.inversion.optimise import lbfgs
-from splitlab.inversion.patches import Layer, SpanTest, choose_layers, find_layers
-from splitlab.inversion.problem import Problem
-from splitlab.inversion.residual import solve_residual, tail
-from splitlab.inversion.unknown_noise import unknown_noise
-from splitlab.metrics import mse
-from splitlab.update_defences import Clip, Quantise, Soteria, TopK, protect, share_protected
+from splitlab.core.errors import InputError
+from splitlab.diffusion.metrics import mse
+from splitlab.federated.attacks.baselines import dlg, inverting_gradients, variation
+from splitlab.federated.attacks.gidm import gidm, gidm_plus
+from splitlab.federated.attacks.gradient_matching import known_noise
+from splitlab.federated.attacks.matching import DISTANCES, Matcher, layer_weights
+from splitlab.federated.attacks.noisy_inputs import find_noisy
+from splitlab.federated.attacks.optimise import lbfgs
+from splitlab.federated.attacks.patches import Layer, SpanTest, choose_layers, find_layers
+from splitlab.federated.attacks.problem import Problem
+from splitlab.federated.attacks.residual import solve_residual, tail
+from splitlab.federated.attacks.unknown_noise import unknown_noise
+from splitlab.federated.client import InversionKnowledge, Update, UpdateTruth, noised, pixel_unet, share, training_loss
+from splitlab.federated.defences import Clip, Quantise, Soteria, TopK, protect, share_protected
 
 SIZE = 8
 SCHEDULE = torch.linspace(0.9999, 0.98, 1000).cumprod(0)

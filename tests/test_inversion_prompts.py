@@ -8,14 +8,14 @@ import tiny
 import torch
 from torch import nn
 
-from splitlab.base import Base, load_base
-from splitlab.controlnet import latent_hint_controlnet
-from splitlab.errors import InputError
-from splitlab.federated import ControlledUNet, InversionKnowledge, Update, UpdateTruth, pixel_unet, share
-from splitlab.inversion.prefixes import PrefixEncoder
-from splitlab.inversion.prompts import PromptsFound, prompts
-from splitlab.paths import ROOT
-from splitlab.update_defences import GaussianNoise, protect
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.diffusion.base import Base, load_base
+from splitlab.diffusion.controlnet import latent_hint_controlnet
+from splitlab.federated.attacks.prefixes import PrefixEncoder
+from splitlab.federated.attacks.prompts import PromptsFound, prompts
+from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, UpdateTruth, pixel_unet, share
+from splitlab.federated.defences import GaussianNoise, protect
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "models/base/model_index.json").exists(),

@@ -9,12 +9,12 @@ import torch
 from tiny import ALPHAS
 from torch import Tensor, nn
 
-from splitlab.base import Base
-from splitlab.controlnet import latent_hint_controlnet
-from splitlab.errors import InputError
-from splitlab.federated import ControlledUNet, InversionKnowledge, Update, UpdateTruth, pixel_unet, share
-from splitlab.inversion.timesteps import TimestepsFound, embedding_ratio, timesteps
-from splitlab.update_defences import Clip, GaussianNoise, Quantise, TopK, protect
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.controlnet import latent_hint_controlnet
+from splitlab.federated.attacks.timesteps import TimestepsFound, embedding_ratio, timesteps
+from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, UpdateTruth, pixel_unet, share
+from splitlab.federated.defences import Clip, GaussianNoise, Quantise, TopK, protect
 
 FIRST = "time_embedding.linear_1"
 

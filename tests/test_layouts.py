@@ -15,9 +15,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from splitlab.annotators import canny
-from splitlab.data import ImageSet, _to_uint8, load
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.data.annotators import canny
+from splitlab.data.image_set import ImageSet, _to_uint8, load
 
 N = 4
 DATA = tiny.small_set(N)
@@ -477,7 +477,7 @@ def test_a_zip_with_hostile_or_doubtful_names_is_refused(tmp_path: Path):
 
 
 def test_a_zip_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("splitlab.files.LARGEST", 10_000)
+    monkeypatch.setattr("splitlab.data.files.LARGEST", 10_000)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("metadata.csv", "file_name,text\na.png,x\n")
         archive.writestr("a.png", bytes(10_001))

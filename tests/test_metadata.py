@@ -2,8 +2,8 @@
 
 import pytest
 
-from splitlab.errors import InputError
-from splitlab.metadata import read_csv, read_jsonl, read_text
+from splitlab.core.errors import InputError
+from splitlab.data.metadata import read_csv, read_jsonl, read_text
 
 WANTED = ("file_name", "image")
 

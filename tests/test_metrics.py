@@ -6,9 +6,9 @@ import tiny
 import torch
 from scipy.ndimage import gaussian_filter
 
-from splitlab import metrics
-from splitlab.data import ImageSet
-from splitlab.generate import rendered_digits
+from splitlab.data.generate import rendered_digits
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion import metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import names
 import pytest
 
-from splitlab.paths import ROOT
+from splitlab.core.paths import ROOT
 
 MODULES = (
     "pickle",
@@ -145,7 +145,7 @@ def test_the_search_sees_every_form(source: str):
         "model.eval()",
         "Model.from_pretrained(path, use_safetensors=True)",
         "CLIPTokenizer.from_pretrained(path)",
-        "from splitlab.data import load\nload(path)",
+        "from splitlab.data.image_set import load\nload(path)",
         "import torch\ntorch.hub_is_not_here",
     ],
 )
@@ -157,14 +157,15 @@ READERS = """
 import pickle, sys, zipfile, io
 from pathlib import Path
 import numpy as np, torch
-from splitlab import checkpoint, wire
-from splitlab.artefacts import load_reconstruction
-from splitlab.tables import read_table
-from splitlab.data import load as load_data
-from splitlab.errors import InputError
-from splitlab.formats import describe_file
-from splitlab.inversion.saved import load_inversion
-from splitlab.updates import read_update, read_update_truth
+from splitlab.core import checkpoint
+from splitlab.split import wire
+from splitlab.split.artefacts import load_reconstruction
+from splitlab.core.tables import read_table
+from splitlab.data.image_set import load as load_data
+from splitlab.core.errors import InputError
+from splitlab.core.formats import describe_file
+from splitlab.federated.saved import load_inversion
+from splitlab.federated.update import read_update, read_update_truth
 
 class Payload:
     def __reduce__(self):

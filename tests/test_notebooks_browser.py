@@ -16,7 +16,7 @@ import fabricate
 import pytest
 from test_widgets import opened
 
-from splitlab.paths import ROOT
+from splitlab.core.paths import ROOT
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from splitlab.attacks import NO_INFORMATION
-from splitlab.paths import ROOT
-from splitlab.tables import read_table
-from splitlab.tradeoff import nominal
-from splitlab.verdicts import pooled
-from splitlab.words import percent
+from splitlab.core.labels import percent
+from splitlab.core.paths import ROOT
+from splitlab.core.tables import read_table
+from splitlab.split.attacks import NO_INFORMATION
+from splitlab.study.tradeoff import nominal
+from splitlab.study.verdicts import pooled
 
 METRICS = ROOT / "reports/metrics"
 DOCUMENTS = {name: re.sub(r"\s+", " ", (ROOT / name).read_text()) for name in ("README.md", "docs/measurements.md")}

@@ -10,16 +10,16 @@ import pytest
 import tiny
 from PIL import Image
 
-from splitlab.base import Base
-from splitlab.data import ImageSet, _to_uint8, image_set
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet, _to_uint8, image_set
+from splitlab.data.overlap import refuse_overlap
+from splitlab.diffusion.base import Base
 from splitlab.dp.finetune import DPConfig, finetune
-from splitlab.dp.survey import DPSurveyConfig, dp_survey
-from splitlab.errors import InputError
-from splitlab.overlap import refuse_overlap
-from splitlab.split_config import Defences
-from splitlab.survey import SurveyConfig, record_survey
-from splitlab.train import train
-from splitlab.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, record_updates
+from splitlab.split.config import Defences
+from splitlab.split.train import train
+from splitlab.study.dp_survey import DPSurveyConfig, dp_survey
+from splitlab.study.survey import SurveyConfig, record_survey
+from splitlab.study.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, record_updates
 
 ONE, OTHER = tiny.small_set(6), tiny.small_set(5, seed=1)
 

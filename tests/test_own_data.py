@@ -15,8 +15,8 @@ import scratch
 from PIL import Image
 from ruamel.yaml import YAML
 
+from splitlab.core.paths import ROOT
 from splitlab.params import load_params
-from splitlab.paths import ROOT
 
 pytestmark = [
     pytest.mark.slow,

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 from dvc.utils.serialize import load_yaml
 
-from splitlab.config import parse
-from splitlab.errors import InputError
+from splitlab.core.config import parse
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
 from splitlab.params import SECTIONS, load_params
-from splitlab.paths import ROOT
-from splitlab.split_config import TrainConfig
+from splitlab.split.config import TrainConfig
 
 EMPTY = "base: {source: models/base}\n" + "".join(
     f"{name}: {{}}\n" for name in SECTIONS if name not in ("base", "runs")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from splitlab.errors import InputError
-from splitlab.pictures import FORMATS, decode, fit
+from splitlab.core.errors import InputError
+from splitlab.data.pictures import FORMATS, decode, fit
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

@@ -12,17 +12,17 @@ import yaml
 from closure import code
 
 from pipeline.inputs import reads
-from splitlab.attacks import ATTACKS
-from splitlab.config import parse
-from splitlab.dp.survey import DPSurveyConfig
-from splitlab.errors import InputError
+from splitlab.core.config import parse
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.diffusion.pretrain import PretrainConfig
 from splitlab.params import load_params, load_split, section
-from splitlab.paths import ROOT
-from splitlab.pretrain import PretrainConfig
-from splitlab.split_config import SENDING, AttackSpec, TrainConfig
-from splitlab.study_config import EvaluateConfig
-from splitlab.survey import SurveyConfig
-from splitlab.update_survey import UpdateConfig
+from splitlab.split.attacks import ATTACKS
+from splitlab.split.config import SENDING, AttackSpec, TrainConfig
+from splitlab.study.config import EvaluateConfig
+from splitlab.study.dp_survey import DPSurveyConfig
+from splitlab.study.survey import SurveyConfig
+from splitlab.study.update_survey import UpdateConfig
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -10,7 +10,7 @@ import pytest
 import scratch
 
 from pipeline import checkout
-from splitlab.paths import ROOT
+from splitlab.core.paths import ROOT
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs git's list of the files"),

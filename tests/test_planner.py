@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.planner import Setting, measured, plan, public_norm, shipped
-from splitlab.privacy import gdp_delta
-from splitlab.split_config import Defences, read_defences
-from splitlab.tables import read_table
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.core.tables import read_table
+from splitlab.privacy.accounting import gdp_delta
+from splitlab.split.config import Defences, read_defences
+from splitlab.study.planner import Setting, measured, plan, public_norm, shipped
 
 HIDDEN = Defences(
     timestep_floor=800, feature_noise=1.0, matched=True, hint_noise=2.0, coarse_hints=3, hide_prompts=True

@@ -9,12 +9,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from splitlab.base import load_base
-from splitlab.controlnet import control_pipeline, generate, latent_hint_controlnet
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.pretrain import (
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import load_base
+from splitlab.diffusion.controlnet import control_pipeline, generate, latent_hint_controlnet
+from splitlab.diffusion.pretrain import (
     MAX_TOKENS,
     PretrainConfig,
     _average,
@@ -27,7 +27,7 @@ from splitlab.pretrain import (
 )
 
 # the package exports a function of the module's name
-module = importlib.import_module("splitlab.pretrain")
+module = importlib.import_module("splitlab.diffusion.pretrain")
 
 SHIPPED = ROOT / "models" / "base"
 

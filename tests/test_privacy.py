@@ -9,11 +9,18 @@ import tiny
 import torch
 from dp_accounting.pld import PLDAccountant
 
-from splitlab.defences import draw_timesteps, sent_timesteps, signal_level
-from splitlab.errors import InputError
-from splitlab.message_privacy import hint_event, matched_message_event, message_events, message_mu
-from splitlab.privacy import PrivacyEvent, composed_mu, epsilon, gdp_delta, gdp_epsilon, noise_multiplier_for
-from splitlab.split_config import Defences
+from splitlab.core.errors import InputError
+from splitlab.privacy.accounting import (
+    PrivacyEvent,
+    composed_mu,
+    epsilon,
+    gdp_delta,
+    gdp_epsilon,
+    noise_multiplier_for,
+)
+from splitlab.split.config import Defences
+from splitlab.split.defences import draw_timesteps, sent_timesteps, signal_level
+from splitlab.split.privacy import hint_event, matched_message_event, message_events, message_mu
 
 
 def event(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1, adjacency: str = "add_remove_one"):

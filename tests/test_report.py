@@ -11,9 +11,10 @@ import nbformat
 import pandas as pd
 import pytest
 
-from splitlab import cells, claims, html, report
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.report import cells, claims, html
+from splitlab.report import page as report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -9,11 +9,11 @@ import pytest
 import tiny
 import torch
 
-from splitlab.base import Base
+from splitlab.core.paths import ROOT
+from splitlab.core.seeds import Key
+from splitlab.diffusion.base import Base
 from splitlab.dp.finetune import DPConfig, draw_inputs
 from splitlab.dp.settings import Mechanism
-from splitlab.paths import ROOT
-from splitlab.seeds import Key
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import retraining

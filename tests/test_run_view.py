@@ -7,12 +7,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from splitlab import markup
-from splitlab.evaluate import RunTruth
-from splitlab.run_view import Attempt, RunView, comparison, sample_scores
-from splitlab.split_config import TrainConfig
-from splitlab.types import Observation, Truth
-from splitlab.wire import Header, Transcript
+from splitlab.explorer import markup
+from splitlab.explorer.run_view import Attempt, RunView, comparison, sample_scores
+from splitlab.split.config import TrainConfig
+from splitlab.split.messages import Observation, Truth
+from splitlab.split.wire import Header, Transcript
+from splitlab.study.evaluate import RunTruth
 
 N = 4
 

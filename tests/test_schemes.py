@@ -6,14 +6,14 @@ import torch
 from diffusers import ControlNetModel
 from torch.nn import functional as F
 
-from splitlab.base import Base
-from splitlab.controlnet import LatentHintControlNet, image_hint_controlnet
-from splitlab.data import ImageSet
-from splitlab.schemes import Central, Federated, Scheme, Split, SplitGradients, _update, make_scheme
-from splitlab.split_config import SCHEMES, Defences, TrainConfig
-from splitlab.train import learning_rate, make_clients
-from splitlab.types import Truth
-from splitlab.wire import from_bytes
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.controlnet import LatentHintControlNet, image_hint_controlnet
+from splitlab.split.config import SCHEMES, Defences, TrainConfig
+from splitlab.split.messages import Truth
+from splitlab.split.schemes import Central, Federated, Scheme, Split, SplitGradients, _update, make_scheme
+from splitlab.split.train import learning_rate, make_clients
+from splitlab.split.wire import from_bytes
 
 STEPS = 8
 PRECISION = 1e-4

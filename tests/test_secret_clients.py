@@ -9,22 +9,22 @@ import torch
 from scipy import stats
 from test_secret_runs import ENTROPY, FIXED, Interrupt, equal, holders, interrupted_at, tensors_below, traces
 
-from splitlab import draws
-from splitlab.base import Base, encoded
-from splitlab.data import ImageSet
-from splitlab.disguise import disguised
-from splitlab.dp.federated import private_update
-from splitlab.evaluate import run_truth
-from splitlab.message_audit import audit_message
-from splitlab.message_privacy import matched_message_event
-from splitlab.privacy import SIMULATED, composed_mu
-from splitlab.seeds import Key, source
-from splitlab.split import Client, client_send
-from splitlab.split_config import Defences, TrainConfig
-from splitlab.train import make_clients, record, train
-from splitlab.update_defences import GaussianNoise, PerExample, Quantise, Soteria, share_protected
-from splitlab.update_survey import Case, ModelSpec, UpdateConfig, record_updates
-from splitlab.wire import from_bytes, read_truth
+from splitlab.core.seeds import Key, source
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base, encoded
+from splitlab.federated.defences import GaussianNoise, PerExample, Quantise, Soteria, share_protected
+from splitlab.federated.private_client import private_update
+from splitlab.privacy import draws
+from splitlab.privacy.accounting import SIMULATED, composed_mu
+from splitlab.split.audit import audit_message
+from splitlab.split.client import Client, client_send
+from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.privacy import matched_message_event
+from splitlab.split.surrogates import disguised
+from splitlab.split.train import make_clients, record, train
+from splitlab.split.wire import from_bytes, read_truth
+from splitlab.study.evaluate import run_truth
+from splitlab.study.update_survey import Case, ModelSpec, UpdateConfig, record_updates
 
 DEFENCES = (
     Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.1, half=True, hide_prompts=True),
@@ -70,7 +70,7 @@ def test_nothing_that_is_sent_rests_on_a_public_draw(base: Base, private: ImageS
         asked.append(purpose)
         raise AssertionError(purpose)
 
-    for module in ("splitlab.split", "splitlab.seeds"):
+    for module in ("splitlab.split.client", "splitlab.core.seeds"):
         monkeypatch.setattr(f"{module}.generator", refused)
     for defences in DEFENCES:
         for client in make_clients(base, private, secret(defences, n_clients=2)):
@@ -270,6 +270,6 @@ def test_a_federated_clients_noise_is_its_own(base: Base):
 
 
 def tiny_unet():
-    from splitlab.federated import pixel_unet
+    from splitlab.federated.client import pixel_unet
 
     return pixel_unet(8, seed=0, channels=(8, 16))

@@ -10,15 +10,16 @@ import tiny
 import torch
 from scipy import stats
 
-from splitlab import checkpoint, draws
-from splitlab.base import Base
-from splitlab.data import ImageSet
-from splitlab.dp import engine
-from splitlab.dp.audit import audit
+from splitlab.core import checkpoint
+from splitlab.core.seeds import Key, source
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.sample import load_tuned
-from splitlab.privacy import SIMULATED, PrivacyEvent, epsilon, epsilon_words, recorded_epsilon
-from splitlab.seeds import Key, source
+from splitlab.privacy import draws
+from splitlab.privacy import mechanisms as engine
+from splitlab.privacy.accounting import SIMULATED, PrivacyEvent, epsilon, epsilon_words, recorded_epsilon
+from splitlab.privacy.audit import audit
 
 ENTROPY = bytes(range(100, 132))
 """What the operating system gives in tests that look for it or repeat it."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from splitlab.seeds import Key, generator, source
+from splitlab.core.seeds import Key, generator, source
 
 
 def draw(*purpose: object) -> list[float]:

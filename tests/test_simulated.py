@@ -9,16 +9,17 @@ import pytest
 import tiny
 from PIL import Image
 
-from splitlab import report, survey_report, tradeoff_report
-from splitlab.dp import report as dp_report
-from splitlab.dp.figures import draw_curve
+from splitlab.core.paths import ROOT
+from splitlab.core.tables import read_table
 from splitlab.params import load_params
-from splitlab.paths import ROOT
-from splitlab.privacy import SIMULATED_NOTE, epsilon_words, randomness_of
-from splitlab.tables import read_table
-from splitlab.tradeoff import tradeoff
-from splitlab.tradeoff_figures import draw_tradeoff
-from splitlab.verdicts import verdicts
+from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words, randomness_of
+from splitlab.report import dp_report as dp_report
+from splitlab.report import page as report
+from splitlab.report import survey_report, tradeoff_report
+from splitlab.report.figures.dp_figures import draw_curve
+from splitlab.report.figures.tradeoff_figures import draw_tradeoff
+from splitlab.study.tradeoff import tradeoff
+from splitlab.study.verdicts import verdicts
 
 METRICS = ROOT / "reports/metrics"
 

@@ -2,13 +2,13 @@ import pytest
 import tiny
 import torch
 
-from splitlab.attacks.channel import latent_view
-from splitlab.base import Base, encoded
-from splitlab.controlnet import image_hint_controlnet, latent_hint_controlnet, symsigmoid
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.seeds import Key
-from splitlab.split import (
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import Key
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base, encoded
+from splitlab.diffusion.controlnet import image_hint_controlnet, latent_hint_controlnet, symsigmoid
+from splitlab.split.attacks.latent_view import latent_view
+from splitlab.split.client import (
     Client,
     attach_hint_encoder,
     client_batch,
@@ -18,9 +18,9 @@ from splitlab.split import (
     sample_bytes,
     server_loss,
 )
-from splitlab.split_config import Defences
-from splitlab.types import Knowledge
-from splitlab.wire import from_bytes
+from splitlab.split.config import Defences
+from splitlab.split.messages import Knowledge
+from splitlab.split.wire import from_bytes
 
 ALL = Defences(timestep_floor=600, symsigmoid=True, fixed_noise=0.3, half=True, hide_prompts=True)
 SD15_LATENTS, SD15_TEXT = (4, 64, 64), (77, 768)

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitlab import checkpoint, storage
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
+from splitlab.core import checkpoint, storage
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
 
 FORK = multiprocessing.get_context("fork")  # another process at once: importing torch anew takes seconds
 

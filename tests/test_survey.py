@@ -11,20 +11,21 @@ import pandas as pd
 import pytest
 import tiny
 
-from splitlab import survey_figures, survey_report
-from splitlab.base import Base
-from splitlab.config import parse
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.report import Material, load_material
-from splitlab.split_config import AttackSpec, Defences, TrainConfig
-from splitlab.survey import UTILITY_COLUMNS, SurveyConfig, record_survey, utility
-from splitlab.survey_attack import attack_survey, catalogue
-from splitlab.tables import read_table
-from splitlab.train import record, train
-from splitlab.update_survey import UpdateConfig, attack_updates, record_updates
-from splitlab.wire import read_truth
-from splitlab.words import attack_label, percent
+from splitlab.core.config import parse
+from splitlab.core.errors import InputError
+from splitlab.core.labels import attack_label, percent
+from splitlab.core.tables import read_table
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
+from splitlab.report import survey_report
+from splitlab.report.figures import survey_figures
+from splitlab.report.page import Material, load_material
+from splitlab.split.config import AttackSpec, Defences, TrainConfig
+from splitlab.split.train import record, train
+from splitlab.split.wire import read_truth
+from splitlab.study.survey import UTILITY_COLUMNS, SurveyConfig, record_survey, utility
+from splitlab.study.survey_attack import attack_survey, catalogue
+from splitlab.study.update_survey import UpdateConfig, attack_updates, record_updates
 
 SETTINGS = {"none": Defences(), "noise": Defences(feature_noise=0.3)}
 
@@ -121,7 +122,7 @@ def test_what_was_trained_is_not_trained_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("splitlab.survey.train", refuse)
+    monkeypatch.setattr("splitlab.study.survey.train", refuse)
     pd.testing.assert_frame_equal(utility(config(), base, load, cache=tmp_path), first)
     with pytest.raises(AssertionError, match="trained again"):
         utility(config(steps=3), base, load, cache=tmp_path)

@@ -8,10 +8,11 @@ import fabricated
 import pandas as pd
 import pytest
 
-from splitlab import report, update_report
-from splitlab.errors import InputError
-from splitlab.paths import ROOT
-from splitlab.tables import MACHINE, read_table, read_timed, timed_path, write_table
+from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
+from splitlab.core.tables import MACHINE, read_table, read_timed, timed_path, write_table
+from splitlab.report import page as report
+from splitlab.report import update_report
 
 MEASURED = re.compile(r"(^|_)(s|ms|seconds?|minutes|hours|mb|gb|rss|memory|time|wall|cpu)(_|$)", re.I)
 """Column names that say seconds or memory."""

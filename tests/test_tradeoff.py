@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from splitlab import tradeoff, tradeoff_report
-from splitlab.tradeoff_figures import draw_tradeoff, spread_out
+from splitlab.report import tradeoff_report
+from splitlab.report.figures.tradeoff_figures import draw_tradeoff, spread_out
+from splitlab.study import tradeoff
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
 DEFENDED = "timestep_floor=800 feature_noise=1 matched hide_prompts"

@@ -11,16 +11,16 @@ import tiny
 import torch
 from diffusers import ControlNetModel
 
-from splitlab import checkpoint
-from splitlab.base import Base
-from splitlab.controlnet import LatentHintControlNet, image_hint_controlnet, latent_hint_controlnet
-from splitlab.data import ImageSet, image_set
-from splitlab.errors import InputError
-from splitlab.split import client_send
-from splitlab.split_config import SCHEMES, Defences, TrainConfig
-from splitlab.train import control_scores, eval_loss, learning_rate, make_clients, train
-from splitlab.types import stack
-from splitlab.wire import from_bytes, read_transcript, read_truth
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet, image_set
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.controlnet import LatentHintControlNet, image_hint_controlnet, latent_hint_controlnet
+from splitlab.split.client import client_send
+from splitlab.split.config import SCHEMES, Defences, TrainConfig
+from splitlab.split.messages import stack
+from splitlab.split.train import control_scores, eval_loss, learning_rate, make_clients, train
+from splitlab.split.wire import from_bytes, read_transcript, read_truth
 
 Run = Callable[..., dict[str, Any]]
 

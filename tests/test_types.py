@@ -2,10 +2,10 @@ import pytest
 import tiny
 import torch
 
-from splitlab.base import Base
-from splitlab.errors import InputError
-from splitlab.split_config import Defences
-from splitlab.types import Knowledge, Observation, senders, stack
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.split.config import Defences
+from splitlab.split.messages import Knowledge, Observation, senders, stack
 
 
 def message(client: int = 0, sequence: int = 0, *, batch: int = 2, value: float = 1.0) -> Observation:

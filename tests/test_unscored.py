@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 from test_report import attack_at, evidence, verdicts
 
-from splitlab import cells, claims, report, survey_figures, survey_report, update_report
-from splitlab.dp import figures as dp_figures
-from splitlab.dp import report as dp_report
-from splitlab.evaluate import summary
-from splitlab.leaks import leaks, strongest
-from splitlab.words import UNMEASURED, UNSCORED, percent
+from splitlab.core.labels import UNMEASURED, UNSCORED, percent
+from splitlab.report import cells, claims, survey_report, update_report
+from splitlab.report import dp_report as dp_report
+from splitlab.report import page as report
+from splitlab.report.figures import dp_figures as dp_figures
+from splitlab.report.figures import survey_figures
+from splitlab.study.evaluate import summary
+from splitlab.study.leaks import leaks, strongest
 
 Change = Callable[[pd.DataFrame, pd.DataFrame], None]
 

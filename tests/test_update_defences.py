@@ -6,9 +6,9 @@ import torch
 from tiny import ALPHAS, update_truth
 from torch import Tensor, nn
 
-from splitlab.errors import InputError
-from splitlab.federated import Update, pixel_unet, share, share_each
-from splitlab.update_defences import (
+from splitlab.core.errors import InputError
+from splitlab.federated.client import Update, pixel_unet, share, share_each
+from splitlab.federated.defences import (
     ON_UPDATES,
     Clip,
     GaussianNoise,

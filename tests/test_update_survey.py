@@ -9,17 +9,20 @@ import pytest
 import tiny
 import torch
 
-from splitlab import checkpoint, update_report
-from splitlab.base import Base
-from splitlab.config import parse
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.federated import pixel_unet, share
-from splitlab.inversion.external import attack_gradient
-from splitlab.inversion.saved import NO_INFORMATION, SavedInversion, load_inversion, save_inversion
-from splitlab.update_explore import Inverted, side_by_side
-from splitlab.update_scores import COLUMNS, _row, matched, score_inversion
-from splitlab.update_survey import (
+from splitlab.core import checkpoint
+from splitlab.core.config import parse
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
+from splitlab.explorer import InversionPanel
+from splitlab.explorer.update_explore import Inverted, side_by_side
+from splitlab.federated.attacks.external import attack_gradient
+from splitlab.federated.client import pixel_unet, share
+from splitlab.federated.saved import NO_INFORMATION, SavedInversion, load_inversion, save_inversion
+from splitlab.federated.update import UpdateTruth, read_update, read_update_truth, write_update
+from splitlab.report import update_report
+from splitlab.study.update_scores import COLUMNS, _row, matched, score_inversion
+from splitlab.study.update_survey import (
     Case,
     Cell,
     InversionSpec,
@@ -30,8 +33,6 @@ from splitlab.update_survey import (
     public_model,
     record_updates,
 )
-from splitlab.updates import UpdateTruth, read_update, read_update_truth, write_update
-from splitlab.widgets import InversionPanel
 
 SIZE = 8
 PIXEL = ModelSpec("pixel", size=SIZE, channels=(32, 32))

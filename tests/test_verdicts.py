@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from splitlab.verdicts import ABLATION_COLUMNS, VERDICT_COLUMNS, ablations, pooled, verdicts
+from splitlab.study.verdicts import ABLATION_COLUMNS, VERDICT_COLUMNS, ablations, pooled, verdicts
 
 QUIET = {"psnr_db": 11.0, "ssim": 0.3, "id_top1": 0.02, "hint_id_top1": 0.01, "prompt_exact": None}
 QUIET |= {"both_id_top1": 0.015, "hint_psnr_db": 10.0}

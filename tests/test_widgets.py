@@ -12,15 +12,16 @@ import torch
 import yaml
 from PIL import Image
 
-from splitlab import checkpoint, explore, markup, metrics
-from splitlab.datasets import SPLITS
-from splitlab.explore import Artefacts
-from splitlab.paths import ROOT
-from splitlab.pixels import to_uint8
-from splitlab.playground import Playground
-from splitlab.run_view import comparison, sample_scores
-from splitlab.split_config import Defences
-from splitlab.widgets import AttackPanel, Explorer, Gallery, PlannerPanel, PlaygroundPanel
+from splitlab.core import checkpoint
+from splitlab.core.paths import ROOT
+from splitlab.core.pixels import to_uint8
+from splitlab.data.datasets import SPLITS
+from splitlab.diffusion import metrics
+from splitlab.explorer import AttackPanel, Explorer, Gallery, PlannerPanel, PlaygroundPanel, explore, markup
+from splitlab.explorer.explore import Artefacts
+from splitlab.explorer.playground import Playground
+from splitlab.explorer.run_view import comparison, sample_scores
+from splitlab.split.config import Defences
 
 
 @pytest.fixture(scope="module")
@@ -438,6 +439,6 @@ def test_only_the_widgets_import_ipywidgets():
         path.parent.name
         for path in (ROOT / "splitlab").rglob("*.py")
         for name, _ in names.reached(path.read_text(), names.package_of(path, ROOT))
-        if name.startswith(("ipywidgets", "splitlab.widgets"))
+        if name.startswith(("ipywidgets", "splitlab.explorer"))
     }
     assert importers == {"widgets"}

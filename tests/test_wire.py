@@ -9,13 +9,13 @@ import tiny
 import torch
 from safetensors.torch import save as save_bytes
 
-from splitlab import checkpoint
-from splitlab.base import Base
-from splitlab.data import ImageSet
-from splitlab.errors import InputError
-from splitlab.split_config import Defences
-from splitlab.types import OBSERVATION_FIELDS, Observation, Truth, stack
-from splitlab.wire import (
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
+from splitlab.split.config import Defences
+from splitlab.split.messages import OBSERVATION_FIELDS, Observation, Truth, stack
+from splitlab.split.wire import (
     Header,
     from_bytes,
     read_server,

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import tiny
 
-from splitlab.base import Base
-from splitlab.controlnet import latent_hint_controlnet
-from splitlab.data import ImageSet
-from splitlab.dp.canaries import insert
+from splitlab.core.errors import InputError
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.controlnet import latent_hint_controlnet
+from splitlab.dp.attacks.canaries import insert
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.public import warped_copies
-from splitlab.dp.survey import DPCell, DPSurveyConfig, dp_survey
-from splitlab.errors import InputError
-from splitlab.split_config import Defences
-from splitlab.survey import SurveyConfig, record_survey
-from splitlab.train import train
-from splitlab.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, attack_updates, record_updates
+from splitlab.split.config import Defences
+from splitlab.split.train import train
+from splitlab.study.dp_survey import DPCell, DPSurveyConfig, dp_survey
+from splitlab.study.survey import SurveyConfig, record_survey
+from splitlab.study.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, attack_updates, record_updates
 
 FEW = {"batch_size": 4, "steps": 2, "noise_multiplier": 1.0, "delta": 0.01, "from_block": 0}
 

@@ -9,13 +9,13 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.schedulers import SchedulerMixin
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from splitlab.base import Base
-from splitlab.colours import COLOURS
-from splitlab.data import ImageSet, image_set
-from splitlab.federated import UpdateTruth
-from splitlab.generate import Sample, shapes
-from splitlab.pretrain import MAX_TOKENS, make_scheduler, make_tokenizer
-from splitlab.split_config import TrainConfig
+from splitlab.data.colours import COLOURS
+from splitlab.data.generate import Sample, shapes
+from splitlab.data.image_set import ImageSet, image_set
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.pretrain import MAX_TOKENS, make_scheduler, make_tokenizer
+from splitlab.federated.client import UpdateTruth
+from splitlab.split.config import TrainConfig
 
 SIZE = 16
 """Height and width of the tiny images, pixels: the smallest on which SSIM's 11x11 window fits."""

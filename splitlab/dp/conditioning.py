@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from splitlab.base import Base
-from splitlab.denoisers import Denoiser
-from splitlab.errors import InputError
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.denoisers import Denoiser
 
 CONDITIONINGS = ("class", "text", "none")
 

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitlab import checkpoint, storage
-from splitlab.base import Base, encoded_images
-from splitlab.data import ImageSet, digest
-from splitlab.denoisers import Denoiser
+from splitlab.core import checkpoint, storage
+from splitlab.core.errors import InputError
+from splitlab.core.progress import Callback
+from splitlab.core.seeds import PUBLISHED, Key, source
+from splitlab.data.image_set import ImageSet, digest
+from splitlab.data.overlap import name_repeats
+from splitlab.diffusion.base import Base, encoded_images
+from splitlab.diffusion.denoisers import Denoiser
+from splitlab.diffusion.trainable import check_optimizer, count_trainable, mark_trainable, merge_lora
 from splitlab.dp.conditioning import denoiser, make_conditioning, save_embedder
-from splitlab.dp.engine import (
+from splitlab.dp.sample import Tuned
+from splitlab.dp.settings import DPConfig, Mechanism, mechanism
+from splitlab.privacy.accounting import PrivacyEvent, epsilon_entry
+from splitlab.privacy.accounting import epsilon as epsilon_of
+from splitlab.privacy.draws import end_run, integers, normal, run_key
+from splitlab.privacy.mechanisms import (
     Inputs,
     clipped_sum,
     plain_gradient,
@@ -25,16 +35,6 @@ from splitlab.dp.engine import (
     step,
     trainable_parameters,
 )
-from splitlab.dp.sample import Tuned
-from splitlab.dp.settings import DPConfig, Mechanism, mechanism
-from splitlab.dp.trainable import check_optimizer, count_trainable, mark_trainable, merge_lora
-from splitlab.draws import end_run, integers, normal, run_key
-from splitlab.errors import InputError
-from splitlab.overlap import name_repeats
-from splitlab.privacy import PrivacyEvent, epsilon_entry
-from splitlab.privacy import epsilon as epsilon_of
-from splitlab.progress import Callback
-from splitlab.seeds import PUBLISHED, Key, source
 
 WARM_UP = 10
 """Steps until the learning rate is reached."""

@@ -5,9 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from splitlab.data import ImageSet, digest
-from splitlab.errors import InputError
-from splitlab.seeds import generator
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import generator
+from splitlab.data.image_set import ImageSet, digest
 
 HANDLES = 3
 """Displacements per axis that a warp interpolates between."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from splitlab import checkpoint
-from splitlab.base import Base
-from splitlab.base_files import load_model
+from splitlab.core import checkpoint
+from splitlab.core.errors import InputError
+from splitlab.diffusion.base import Base
+from splitlab.diffusion.base_files import load_model
 from splitlab.dp.conditioning import ClassEmbedder, TextEmbedder, labels_of
-from splitlab.errors import InputError
 
 
 @dataclass(frozen=True)

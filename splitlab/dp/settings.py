@@ -4,11 +4,11 @@ import math
 import warnings
 from dataclasses import dataclass
 
+from splitlab.core.errors import InputError
+from splitlab.core.seeds import PUBLISHED, SECRET
+from splitlab.diffusion.trainable import TRAINABLE
 from splitlab.dp.conditioning import CONDITIONINGS
-from splitlab.dp.trainable import TRAINABLE
-from splitlab.errors import InputError
-from splitlab.privacy import ACCOUNTANTS, PrivacyEvent, noise_multiplier_for
-from splitlab.seeds import PUBLISHED, SECRET
+from splitlab.privacy.accounting import ACCOUNTANTS, PrivacyEvent, noise_multiplier_for
 
 ADJACENCY = "add_remove_one"
 
@@ -18,10 +18,10 @@ class DPConfig:
     """One private fine-tuning.
 
     Attributes:
-        dataset: as in `splitlab.config.TrainConfig`.
+        dataset: as in `splitlab.core.config.TrainConfig`.
         conditioning: "class", "text" or "none".
         classes: for "class": one public prompt per class, in the order of the labels.
-        trainable: the part of the U-Net that is trained, a key of `splitlab.dp.trainable.TRAINABLE`.
+        trainable: the part of the U-Net that is trained, a key of `splitlab.diffusion.trainable.TRAINABLE`.
         from_block: train spatial transformers from this one on, counted from 0: down, middle, up.
         embedder: train the conditioning embedder as well.
         lora_rank: of the adapters where `trainable` is "lora".

@@ -1,0 +1,1 @@
+"""What everything stands on: errors, seeds, paths, configuration, storage, parallel work, tables, labels."""

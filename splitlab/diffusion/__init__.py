@@ -1,0 +1,1 @@
+"""Base models, ControlNets, pre-training, and metrics of images."""

@@ -1,0 +1,87 @@
+"""Turn a client's defences on and off and see what the server makes of a message."""
+
+import ipywidgets as widgets
+
+from splitlab.data.image_set import ImageSet
+from splitlab.explorer import markup
+from splitlab.explorer.explore import Artefacts
+from splitlab.explorer.parts import DESCRIBED, WIDE, checkbox, dropdown, htmls, reported, row
+from splitlab.explorer.playground import Playground
+from splitlab.params import load_split
+from splitlab.split.config import Defences
+
+
+class PlaygroundPanel(widgets.VBox):
+    """Turn a client's defences on and off and see at once what the server receives and what it makes of it."""
+
+    def __init__(self, artefacts: Artefacts, *, dataset: str = "photos", n_images: int = 640):
+        super().__init__()
+        self.artefacts, self.n_images = artefacts, n_images
+        self.playground: Playground | None = None
+        self.image = widgets.IntSlider(description="image", value=1, layout=WIDE, style=DESCRIBED)
+        self.timestep = widgets.IntSlider(description="timestep", value=500, max=999, layout=WIDE, style=DESCRIBED)
+        self.symsigmoid, self.half = checkbox("symsigmoid", value=True), checkbox("fp16", value=True)
+        self.label = checkbox("noise label sent")
+        self.fixed_noise = widgets.FloatSlider(
+            description="fixed noise", value=0.5, max=2.0, step=0.25, style=DESCRIBED, continuous_update=False
+        )
+        self.messages = widgets.SelectionSlider(
+            description="seen so far", options=(1, 4, 16, 64, 128), value=16, style=DESCRIBED, continuous_update=False
+        )
+        self.pictures, self.scores, self.message = htmls(3)
+        names = sorted(artefacts.params["datasets"])
+        self.dataset = dropdown("data", names)
+        if dataset in names:
+            self.dataset.value = dataset
+        self.children = [
+            *(widgets.HTML(markup.STYLE), self.dataset, self.image, self.timestep),
+            row([self.symsigmoid, self.half, self.label]),
+            row([self.fixed_noise, self.messages]),
+            *(self.message, self.pictures, self.scores),
+        ]
+        self.dataset.observe(lambda change: self._load(), "value")
+        for widget in (
+            self.image,
+            self.timestep,
+            self.symsigmoid,
+            self.half,
+            self.label,
+            self.fixed_noise,
+            self.messages,
+        ):
+            widget.observe(lambda change: self._show(), "value")
+        self._load()
+
+    def _images(self) -> ImageSet:
+        return load_split(self.dataset.value or "shapes", "public", self.artefacts.params, limit=self.n_images)
+
+    def _load(self) -> None:
+        self.playground = None
+        with reported(self.message):
+            base, images = self.artefacts.base, self._images()
+            playground = Playground(base, images, n_client=min(128, len(images) // 2), cache=self.artefacts.cache)
+            self.image.max, self.timestep.max = len(playground.images) - 1, base.n_timesteps - 1
+            self.playground = playground
+            self._show()
+
+    def _show(self) -> None:
+        if self.playground is None:
+            return
+        defences = Defences(symsigmoid=self.symsigmoid.value, fixed_noise=self.fixed_noise.value, half=self.half.value)
+        with reported(self.message):
+            trial = self.playground.trial(
+                self.image.value,
+                self.timestep.value,
+                defences,
+                send_label=self.label.value,
+                n_messages=self.messages.value,
+            )
+            self.pictures.value = markup.groups(trial.groups)
+            self.scores.value = markup.chips(
+                {
+                    "PSNR": markup.number(trial.psnr_db, 1, " dB"),
+                    "VAE ceiling": markup.number(trial.ceiling_psnr_db, 1, " dB"),
+                    "hint PSNR": markup.number(trial.hint_psnr_db, 1, " dB"),
+                    "on the wire for this sample": f"{trial.size_bytes:,} bytes",
+                }
+            ) + markup.block(f"<span class='dim'>{markup.escape(trial.method)}</span>")

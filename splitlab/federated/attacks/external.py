@@ -1,0 +1,274 @@
+"""Attack a gradient that somebody brings, of any model that is called with noisy inputs and timesteps."""
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from splitlab.core.errors import InputError
+from splitlab.core.progress import Callback
+from splitlab.core.seeds import generator
+from splitlab.diffusion.base import Base, load_base
+from splitlab.diffusion.denoisers import Call, argument, needs
+from splitlab.federated.attacks import INVERSIONS
+from splitlab.federated.attacks.class_labels import label_options
+from splitlab.federated.attacks.external_model import check_called, external_model, plain_torch
+from splitlab.federated.attacks.facts import batch_of, checked_schedule, embedded, whole_numbers
+from splitlab.federated.attacks.gradient_files import by_parameter, read_gradient
+from splitlab.federated.attacks.scale import clipped_to
+from splitlab.federated.attacks.shapes import input_shape, input_size
+from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.update import Size, Update, check_update, with_header
+
+KINDS = {"gradient": "gradient", "weight_difference": "fedavg", "fedavg": "fedavg"}
+
+USUAL: dict[str, dict[str, Any]] = {"unknown_noise": {"n_iterations": 1000, "thorough": True}}
+"""Options that suit models of any make better than the attack's defaults."""
+
+AS_IT_IS = ("dlg", "gidm", "gidm_plus", "inverting_gradients")
+"""Attacks as published: they cannot find a scale or a sign, and take the gradient as it is unless they are told."""
+
+MAY_BE_0 = ("fit_evals", "latent_evals", "pixel_evals", "rounds", "from_block")
+"""Counts among the attacks' options that may be 0; others are 1 or more."""
+
+EXPLAINED = 1e-6
+"""Class labels that leave less of the gradient unexplained need no others beside them."""
+
+ON_IMAGES = tuple(name for name in INVERSIONS if name not in ("timesteps", "prompts"))
+"""Attacks that take several updates side by side, and whose objective tells how well labels fit."""
+
+
+@plain_torch()
+def attack_gradient(
+    gradient: Any,
+    *,
+    model: str | Path | nn.Module,
+    attack: str = "unknown_noise",
+    base: str | Path | Base | None = None,
+    size: Size | None = None,
+    channels: int | None = None,
+    objective: str = "epsilon",
+    alphas_cumprod: Any = None,
+    call: Call | None = None,
+    kind: str = "gradient",
+    lr: float | None = None,
+    steps: int = 1,
+    scale: float | None = None,
+    sign: int | None = None,
+    clipped: bool = False,
+    seed: int = 0,
+    callback: Callback | None = None,
+    batch_size: int | None = None,
+    timesteps: Any = None,
+    noise: Any = None,
+    text: Any = None,
+    hint_latents: Any = None,
+    class_labels: Any = None,
+    **options: Any,
+) -> Any:
+    """Run one attack on a shared gradient.
+
+    What is done to names, and what speaks against a result, is said in warnings and in `Inversion.warnings`.
+
+    Args:
+        gradient: a safetensors or .npz file, parameter name -> gradient; a dict of tensors or arrays; a list or .npz of
+            arrays in the order of the parameters, as Flower sends them. Prefixes of wrappers (`module.`, `_orig_mod.`,
+            `unet.`, ...) are taken off, LoRA layers may have the names of peft, diffusers or kohya, some parameters may
+            be absent. Per-sample gradients `[b, ...]` are attacked one by one.
+        model: the weights that the client started from: a directory written by `save_pretrained`, or the module.
+        attack: a key of `INVERSIONS`.
+        base: Stable Diffusion directory, for latent models (VAE, text model, schedule) and ControlNets.
+        size: height and width of the model's input, one number or two; None: as the model says.
+        channels: of its input; None: as the model says, or its first convolution.
+        objective: what it was trained to predict: "epsilon" or "v_prediction".
+        alphas_cumprod: `[T]`; None: the base's, else those of diffusers' DDPMScheduler.
+        call: `(model, noisy, timesteps) -> prediction`, for models that are not called with noisy inputs `[b, c, h, w]`
+            and timesteps `[b]` from 0 to T - 1, or predict something else; facts granted as text, hint_latents and
+            class_labels come by name.
+        kind: "gradient", or "weight_difference": weights before minus after `steps` steps of SGD.
+        lr, steps: of a weight difference. Without lr its scale is found like that of a gradient.
+        scale: what the gradient of the loss's mean over batch and elements was multiplied with (a sum in place of a
+            mean, a GradScaler, a share of an accumulation); None: found from the noise, whose variance is 1.
+        sign: 1, or -1 if the update points downhill (weights after minus before); None: found where it shows.
+        clipped: whether it was shortened to some norm, so that its scale is any number.
+        seed: of the attacker's draws.
+        callback: told of progress.
+        batch_size, timesteps, noise, text, hint_latents, class_labels: facts that you grant the attacker, as numbers,
+            lists, arrays or tensors, see `InversionKnowledge`; text may be prompts where there is a base.
+        options: keyword arguments of the attack.
+
+    Returns what the attack returns: an `Inversion`; or a `TimestepsFound` or `PromptsFound`, of per-sample gradients a
+    tuple of them.
+
+    Raises:
+        InputError: a file, model, fact or option that is of no use, or a gradient that is not this model's (says why).
+    """
+    _check_options(attack, options)
+    _check_scaling(kind, lr, steps, sign, scale)
+    _check_whole("seed", seed, 0)
+    if call is not None and not callable(call):
+        raise InputError(f"call: expected a function (model, noisy, timesteps) -> prediction, got {call!r:.80}")
+    options = USUAL.get(attack, {}) | options
+    base = load_base(base) if isinstance(base, str | Path) else base
+    module = external_model(model, base)
+    told = {"kind": KINDS[kind], "objective": objective, "local_steps": steps, "lr": lr or 1.0}
+    told["defence"] = "Clip" if clipped else "none"
+    updates, words, is_ours = _updates(gradient, module, size, told)
+    alphas = checked_schedule(_default_schedule(base) if alphas_cumprod is None else alphas_cumprod)
+    known = InversionKnowledge(module, alphas, base, call=call, channels=channels)
+    facts = {"timesteps": timesteps, "noise": noise, "hint_latents": hint_latents, "class_labels": class_labels}
+    known = _granted(known, batch_size, facts | {"text": None if text is None else embedded(text, base)})
+    if scale is None and not (is_ours or clipped) and (length := clipped_to(updates)):
+        updates = [replace(update, defence="Clip") for update in updates]
+        words = (*words, f"its length is {length:g}, as of a gradient clipped to it, and it is taken for one")
+    is_clipped = updates[0].defence == "Clip"
+    if is_ours or (lr is not None and not is_clipped):
+        scale = scale or 1.0
+    sign = sign or (1 if is_ours else None)
+    if attack in AS_IT_IS and None in (scale, sign) and not is_clipped:
+        words = (*words, f"{attack} finds no scale or sign: the gradient is taken to be that of the mean loss")
+    if attack in AS_IT_IS:
+        scale, sign = scale or 1.0, sign or 1
+    known = replace(known, scale=scale, sign=sign, batch_size=known.batch_size if len(updates) == 1 else 1)
+    known, more_words = check_called(known, updates[0].size)
+    shape = input_shape(module, size=updates[0].size, channels=known.channels)
+    if known.noise is not None and known.noise.shape[1:] != shape:
+        raise InputError(f"noise: expected [b, {', '.join(map(str, shape))}], got {list(known.noise.shape)}")
+    _say(words + more_words)
+    found = _run(attack, updates, known, shape, seed, {"callback": callback} | options)
+    for result in found if isinstance(found, tuple) else (found,):
+        _say(getattr(result, "warnings", ()))
+    return found
+
+
+def _check_options(attack: str, options: Mapping[str, Any]) -> None:
+    if attack not in INVERSIONS:
+        raise InputError(f"attack {attack!r} is unknown; choose one of {', '.join(INVERSIONS)}")
+    own: dict[str, Any] = dict(list(inspect.signature(INVERSIONS[attack]).parameters.items())[2:])
+    own = {name: p.default for name, p in own.items() if name not in ("generator", "callback")}
+    if unknown := [name for name in options if name not in own]:
+        raise InputError(f"{attack} has no option {', '.join(unknown)}; it has {', '.join(own)}")
+    for name, value in options.items():
+        if isinstance(own[name], int) and not isinstance(own[name], bool):
+            _check_whole(name, value, int(name not in MAY_BE_0))
+        if isinstance(own[name], float) and not _is_number(value):
+            raise InputError(f"{name}: expected a number, got {value!r}")
+    if options.get("start", "patches") not in ("patches", "random"):
+        raise InputError(f"start {options['start']!r} is unknown; choose one of patches, random")
+
+
+def _check_scaling(kind: Any, lr: Any, steps: Any, sign: Any, scale: Any) -> None:
+    if kind not in KINDS:
+        raise InputError(f"kind {kind!r} is unknown; choose one of gradient, weight_difference")
+    if kind == "gradient" and (lr is not None or steps != 1):
+        raise InputError(
+            "lr and steps are of a weight difference; say kind='weight_difference' as well, or leave them out"
+        )
+    _check_whole("steps", steps, 1)
+    for name, value in (("lr", lr), ("scale", scale)):
+        if value is not None and not (_is_number(value) and 0 < value < float("inf")):
+            raise InputError(f"{name}: expected a positive number (which way it points is sign's), got {value!r}")
+    if sign not in (None, 1, -1):
+        raise InputError(f"sign: expected 1, -1 or None, got {sign!r}")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name}: expected a whole number of {least} or more, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _updates(
+    gradient: Any, model: nn.Module, size: Size | None, told: Mapping[str, Any]
+) -> tuple[list[Update], tuple[str, ...], bool]:
+    """Return the updates that were given, several if they are per sample; words; and whether splitlab wrote them."""
+    where = str(gradient) if isinstance(gradient, str | Path) else "gradient"
+    header = gradient if isinstance(gradient, Update) else None
+    read, meta = read_gradient(header.gradients if header else gradient, where)
+    if isinstance(read, dict) and header is None:
+        header = with_header({}, meta, where=where)
+    parts, words = by_parameter(read, model, where)
+    template = header or Update({}, size=input_size(model, size), model="", **told)
+    updates = [replace(template, gradients=part) for part in parts]
+    for update in updates:
+        check_update(update, model, where=where)
+    return updates, words, header is not None
+
+
+def _default_schedule(base: Base | None) -> Tensor:
+    return DDPMScheduler().alphas_cumprod if base is None else base.alphas_cumprod
+
+
+def _granted(known: InversionKnowledge, batch_size: Any, facts: Mapping[str, Any]) -> InversionKnowledge:
+    """Return the knowledge with facts, as tensors.
+
+    Raises:
+        InputError: a fact has another form, or the model takes no such fact.
+    """
+    kind, given = type(known.model).__name__, {name: value for name, value in facts.items() if value is not None}
+    tensors: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in ("text", "hint_latents", "class_labels") and known.call is None and not argument(known.model, name):
+            raise InputError(f"{name}: a {kind} takes none; leave it out, or say how to call the model (call=)")
+        below = {"timesteps": len(known.alphas_cumprod), "class_labels": None}
+        tensors[name] = whole_numbers(value, name, below=below[name]) if name in below else batch_of(value, name)
+    if batch_size is not None:
+        batch_size = int(whole_numbers(batch_size, "batch_size")[0])
+        if batch_size < 1:
+            raise InputError("batch_size: expected 1 or more, got 0")
+    return replace(known, batch_size=batch_size, **tensors)
+
+
+def _run(
+    attack: str,
+    updates: list[Update],
+    known: InversionKnowledge,
+    shape: tuple[int, int, int],
+    seed: int,
+    options: Mapping[str, Any],
+) -> Any:
+    """Run the attack, on images with every assignment of class labels that the update allows.
+
+    Raises:
+        InputError: the attack refuses, or the model cannot be differentiated as it needs.
+    """
+
+    def run(target: Any, knowledge: InversionKnowledge) -> Any:
+        draw = generator("attack_gradient", attack, seed)
+        return INVERSIONS[attack](target, knowledge, generator=draw, **options)
+
+    try:
+        if attack not in ON_IMAGES:
+            found = tuple(run(update, known) for update in updates)
+            return found[0] if len(found) == 1 else found
+        if known.class_labels is not None or not needs(known.model, "class_labels"):
+            return run(updates, known)
+        each = [label_options(update, known, shape) for update in updates]
+        ways = each[0] if len(each) == 1 else [torch.cat([ways[0] for ways in each])]
+        if any(len(ways) > 1 for ways in each[1:]):
+            raise InputError("class labels of per-sample gradients do not show here; grant class_labels")
+        results = []
+        for labels in ways:
+            results.append(replace(run(updates, replace(known, class_labels=labels)), class_labels=labels))
+            if float(results[-1].final.max()) < EXPLAINED:
+                break
+        return min(results, key=lambda result: float(result.final.max()))
+    except RuntimeError as error:
+        raise InputError(
+            f"{attack} cannot run on this {type(known.model).__name__} ({str(error).splitlines()[0]:.300}); parts that "
+            "cannot be differentiated twice, such as checkpointing or fused attention, have to be switched off"
+        ) from error
+
+
+def _say(words: Sequence[str]) -> None:
+    for word in words:
+        warnings.warn(word, stacklevel=3)

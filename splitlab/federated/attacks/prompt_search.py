@@ -1,0 +1,253 @@
+"""The search behind `splitlab.federated.attacks.prompts`: which sequences of tokens span the rows of a gradient?
+
+A beam goes through the places from left to right. A token is judged by the direction that its hidden state adds to its
+prefix's span: what the states share says nothing about the token, and where rounding leaves a few dimensions of noise,
+that part hides it. How long a prompt is cannot be told so, since a closed prompt's later states add next to nothing;
+every prefix of the beam is therefore closed too, and closed prompts are compared by the power along all their states.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from splitlab.federated.attacks.prefixes import PrefixEncoder, Prefixes, joined
+from splitlab.federated.attacks.row_spaces import Rows, captured, complement
+
+FLOOR = 0.2
+"""What is left of an eigenvalue of pure noise, in units of the noise, once the noise is subtracted."""
+
+STEP = 1e-3
+"""A change must raise a score by more than this, in log10 or units of the noise, to be taken: rounding does not."""
+
+ENOUGH = 2.0
+"""Below this mean square, in units of the noise, nothing is left to explain."""
+
+WIDTHS = (512, 256, 1024, 128, 64, 32, 16)
+"""Prefixes that a thorough search keeps at the first places, where the least is known; as many as usual afterwards."""
+
+SIBLINGS = 8
+"""Of one prefix's extensions no more are kept: a weak state leaves the right token beside hundreds of others, of which
+those of better prefixes would otherwise fill the beam."""
+
+CHUNK = 8
+"""Prefixes whose extensions are computed at a time, so that they fit in a processor's cache."""
+
+KNOWN = 1e-5
+"""A hidden state with a smaller part (relative length) outside the span of the prompts found is explained by them."""
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What some prompts leave unexplained, and the power it can contain along any hidden state.
+
+    Attributes:
+        basis: `[d, c]`: orthonormal basis of what is orthogonal to all their hidden states.
+        gram: `[c, c]`: the gradient's rows there.
+        whiten: `[d, c]`: states times this, squared and summed, are the reciprocal of their power.
+    """
+
+    basis: Float[Tensor, "d c"]
+    gram: Float[Tensor, "c c"]
+    whiten: Float[Tensor, "d c"]
+    n_rows: int
+
+    @property
+    def level(self) -> float:
+        """Mean square of what is left, in units of the noise; about 1 when nothing but noise is."""
+        return float(self.gram.trace()) / self.n_rows / max(len(self.gram), 1)
+
+    def power(
+        self, states: Float[Tensor, "*s v d"], given: Float[Tensor, "*s k d"] | None = None
+    ) -> tuple[Float[Tensor, "*s v"], Bool[Tensor, "*s v"]]:
+        """Return log10 of the power along states, in units of the noise, and which are explained already.
+
+        The power is the largest a² such that a² h hᵀ fits under the gradient's covariance less the noise's (Capon
+        1969), h being the state's part outside the explained span, at unit length. With states `given`, h is the part
+        outside their span as well, and some amount of them is under the covariance too.
+        """
+        states = states.double()
+        outside, whitened = states @ self.basis, states @ self.whiten
+        given = states[..., :0, :] if given is None else given.double()
+        turn, lengths, _ = torch.linalg.svd(given @ self.basis, full_matrices=False)
+        real = lengths > KNOWN * states.norm(dim=-1).amax(-1, keepdim=True)
+        given = (turn * real[..., None, :]).mT @ given
+        outside, inverse = _apart(outside, given @ self.basis), _apart(whitened, given @ self.whiten) * self.n_rows
+        power = (outside / inverse.clamp_min(1e-300)).clamp_min(1e-30).log10()
+        return power, outside < KNOWN**2 * states.square().sum(-1)
+
+    def total(self, prompts: Prefixes) -> Float[Tensor, " p"]:
+        """Sum the log-power over all positions after the first; explained ones count 0."""
+        power, known = self.power(prompts.states[:, 1:])
+        return power.masked_fill(known, 0.0).sum(-1)
+
+
+class PromptSearch:
+    """Prompts as sequences of tokens, judged by the rows of one update's cross-attention gradients.
+
+    Args:
+        rows: the gradients' rows, with unit noise.
+        text_encoder: the public text model.
+        length: positions that it takes; shorter prompts are padded with `eos`.
+        bos, eos: its first and its closing token.
+        width: prefixes that a beam keeps.
+        threshold: evidence that a prompt needs to count.
+    """
+
+    def __init__(
+        self, rows: Rows, text_encoder: CLIPTextModel, length: int, bos: int, eos: int, width: int, threshold: float
+    ):
+        self.rows, self.length, self.eos, self.width, self.threshold = rows, length, eos, width, threshold
+        self.encoder = PrefixEncoder(text_encoder)
+        self.root = self.encoder.start(bos)
+        self.n_tokens = text_encoder.config.vocab_size
+        vocabulary = torch.arange(self.n_tokens)
+        self.words = vocabulary[(vocabulary != bos) & (vocabulary != eos)]
+
+    def remainder(self, found: list[Prefixes]) -> Remainder:
+        """Return what `found` leave unexplained."""
+        basis = complement(torch.cat([self.root.states[0], *(prompt.states[0] for prompt in found)]))
+        left, n = self.rows.matrix @ basis, len(self.rows)
+        gram = left.T @ left
+        strength, turn = torch.linalg.eigh(gram)
+        return Remainder(basis, gram, basis @ turn / (strength - n).clamp_min(FLOOR * n).sqrt(), n)
+
+    def evidence(self, others: list[Prefixes], prompt: Prefixes) -> float:
+        """Return how much more a prompt explains, per dimension, than is left over per dimension (noise: about 1)."""
+        rest = self.remainder(others)
+        energy, rank = captured(rest.gram, prompt.states[0].double() @ rest.basis)
+        spare = len(rest.gram) - int(rank)
+        if not rank or not spare:
+            return 0.0
+        return float(energy / rank / ((rest.gram.trace() - energy) / spare).clamp_min(1e-300))
+
+    def add(self, found: list[Prefixes], most: int) -> None:
+        """Append prompts to `found` while more than noise is left, then drop those that others explain."""
+        while len(found) < most:
+            rest = self.remainder(found)
+            if rest.level < ENOUGH:
+                break
+            beams = (self.beam(rest, self.root, joint=joint) for joint in (True, False))
+            candidate = max(beams, key=lambda prompt: float(rest.total(prompt)))
+            if self.evidence(found, candidate) < self.threshold:
+                candidate = self.beam(rest, self.root, widths=WIDTHS)
+            if self.evidence(found, candidate) < self.threshold:
+                break
+            found.append(candidate)
+        scores = [self.evidence(_without(found, i), p) for i, p in enumerate(found)]
+        while len(found) > 1 and min(scores) < self.threshold:
+            del found[scores.index(min(scores))]
+            scores = [self.evidence(_without(found, i), p) for i, p in enumerate(found)]
+
+    def revise(self, found: list[Prefixes]) -> bool:
+        """Exchange the least convincing prompt that can be bettered, and drop the still less convincing; say if done.
+
+        A wrong prompt hides what would tell the next ones, so those found on its strength are for `add` to find again.
+        """
+        totals = [float(self.remainder(_without(found, i)).total(p)) for i, p in enumerate(found)]
+        order = sorted(range(len(found)), key=totals.__getitem__, reverse=True)
+        for place in reversed(range(len(order))):
+            others = [found[index] for index in order[:place]]
+            rest, before = self.remainder(others), found[order[place]]
+            best = self.search(rest, before)
+            if float(rest.total(best)) > float(rest.total(before)) + STEP:
+                found[:] = [*others, best]
+                return True
+        return False
+
+    def search(self, rest: Remainder, before: Prefixes) -> Prefixes:
+        """Return the prompt of the largest total that a wide beam finds, or climbing from its end or from `before`."""
+        widest = self.beam(rest, self.root, widths=WIDTHS)
+        if float(rest.total(widest)) > float(rest.total(before)) + STEP:
+            return self.climb(rest, widest)
+        return self.climb(rest, before)
+
+    def climb(self, rest: Remainder, prompt: Prefixes) -> Prefixes:
+        """Improve a prompt's total: the best change of one token, or a new ending, again and again until none helps."""
+        while True:
+            prompt = self.substitute(rest, prompt)
+            endings = [self.beam(rest, self.beginning(prompt, place)) for place in range(1, self.last(prompt) + 1)]
+            best = max(endings, key=lambda p: float(rest.total(p)))
+            if float(rest.total(best)) <= float(rest.total(prompt)) + STEP:
+                return prompt
+            prompt = best
+
+    def substitute(self, rest: Remainder, prompt: Prefixes) -> Prefixes:
+        """Put the best token in each place in turn, until no change of one token raises the total."""
+        best, stale, place = float(rest.total(prompt)), 0, 1
+        while stale < self.last(prompt):
+            variants = self.variants(prompt, place)
+            totals = rest.total(variants)
+            pick = int(totals.argmax())
+            stale += 1
+            if float(totals[pick]) > best + STEP:
+                prompt, best, stale = variants[pick : pick + 1], float(totals[pick]), 0
+            place = place % min(self.last(prompt), self.length - 2) + 1
+        return prompt
+
+    def last(self, prompt: Prefixes) -> int:
+        """Return the place of a prompt's closing token."""
+        return int((prompt.tokens[0] == self.eos).nonzero()[0])
+
+    def beginning(self, prompt: Prefixes, place: int) -> Prefixes:
+        """Return a prompt's first `place` tokens."""
+        cache = tuple((k[:, :, :place], v[:, :, :place]) for k, v in prompt.cache)
+        return Prefixes(prompt.tokens[:, :place], prompt.states[:, :place], cache)
+
+    def variants(self, prompt: Prefixes, place: int) -> Prefixes:
+        """Return the prompt with every token of the vocabulary in one place; the closing token ends it there."""
+        everyone = torch.zeros(len(self.words), dtype=torch.int64)
+        result = self.encoder.extend(self.beginning(prompt, place), everyone, self.words)
+        for position in range(place + 1, self.length):
+            ended = (result.tokens[:, -1] == self.eos) | (position == self.length - 1)
+            following = prompt.tokens[0, position].where(~ended, self.eos)
+            result = self.encoder.extend(result, torch.arange(len(self.words)), following)
+        return result
+
+    def beam(self, rest: Remainder, prefix: Prefixes, *, widths: tuple[int, ...] = (), joint: bool = True) -> Prefixes:
+        """Extend a prefix token by token; return the best prompt that closes any of those kept at any place.
+
+        Args:
+            rest: what is to be explained.
+            prefix: where to start.
+            widths: how many prefixes to keep at the first places; `width` at the others.
+            joint: judge a token by what it adds to its prefix's span, not by its whole state.
+        """
+        prefixes, totals = prefix, torch.zeros(1, dtype=torch.float64)
+        closed = prefix[:0]
+        for position in range(prefix.tokens.shape[1], self.length):
+            closed = joined([closed, prefixes])
+            ending = torch.tensor([self.eos]).expand(len(closed))
+            closed = self.encoder.extend(closed, torch.arange(len(closed)), ending)
+            if position == self.length - 1:
+                break  # the last place is for the closing token
+            width = (*widths[position - 1 : position], self.width)[0]
+            siblings = min(max(SIBLINGS, width // len(prefixes)), len(self.words))
+            values, tokens = (totals[:, None] + self.scores(rest, prefixes, joint)).topk(siblings, dim=1)
+            totals, best = values.flatten().topk(min(width, values.numel()))
+            prefixes = self.encoder.extend(prefixes, best // siblings, self.words[tokens.flatten()[best]])
+        one = int(rest.total(closed).argmax())
+        return closed[one : one + 1]
+
+    def scores(self, rest: Remainder, prefixes: Prefixes, joint: bool) -> Float[Tensor, "p v"]:
+        """Return the log-power of each word after each prefix; one explained already is as good as the best."""
+        scores = []
+        for first in range(0, len(prefixes), CHUNK):
+            some = prefixes[first : first + CHUNK]
+            power, known = rest.power(self.encoder.candidates(some, self.words), some.states if joint else None)
+            best = power.masked_fill(known, -torch.inf).amax(1, keepdim=True)
+            scores.append(power.where(~known, best.nan_to_num(neginf=0.0)))
+        return torch.cat(scores)
+
+
+def _apart(vectors: Float[Tensor, "*s v c"], given: Float[Tensor, "*s k c"]) -> Float[Tensor, "*s v"]:
+    """Return the squared length of vectors outside the span of those given; zeros among these are passed over."""
+    _, lengths, basis = torch.linalg.svd(given, full_matrices=False)
+    basis = basis * (lengths > 1e-9 * lengths[..., :1])[..., None]
+    return (vectors.square().sum(-1) - (vectors @ basis.mT).square().sum(-1)).clamp_min(0.0)
+
+
+def _without(found: list[Prefixes], index: int) -> list[Prefixes]:
+    return found[:index] + found[index + 1 :]

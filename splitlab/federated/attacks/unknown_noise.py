@@ -1,0 +1,231 @@
+"""Images from updates whose noise is honestly unknown: noisy inputs by the patch test, the residual by a linear solve.
+
+The attack splits the unknowns the way the gradient does. First x_t, without any reference to noise or loss (`patches`);
+then r = prediction - target, in which the gradient is linear (`residual`); then x_t and r together give the target and
+the image. Where no layer allows the patch test, both are fitted to the gradient by L-BFGS.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from splitlab.core.errors import InputError
+from splitlab.core.progress import Callback
+from splitlab.federated.attacks.doubts import doubts
+from splitlab.federated.attacks.matching import Matcher, best_of
+from splitlab.federated.attacks.noisy_inputs import find_noisy
+from splitlab.federated.attacks.optimise import lbfgs
+from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
+from splitlab.federated.attacks.residual import solve_residual, tail
+from splitlab.federated.attacks.scale import Scaling, find_scale
+from splitlab.federated.attacks.timesteps import timesteps as read_timesteps
+from splitlab.federated.client import InversionKnowledge, Update
+
+MOST_PAIRED = 3
+"""Images per update for which all pairings with timesteps are tried."""
+
+NO_TEST = (
+    "no shared gradient spans its layer's patches, so noisy inputs and noise were fitted to the gradient from random "
+    "starts, and others may fit as well: see whether another seed= gives the same images, or grant noise"
+)
+
+OPEN, OPEN_INEXACT = 1e-7, 1e-4
+"""A residual that leaves more of the gradient unexplained is another one: right ones leave 1e-8 of a float32 gradient,
+1e-5 of one of 16 bits."""
+
+
+def unknown_noise(
+    update: Update | Sequence[Update],
+    knowledge: InversionKnowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+    start: str = "patches",
+    n_evals: int = 400,
+    n_starts: int = 16,
+    n_iterations: int = 200,
+    thorough: bool = False,
+    fit_evals: int = 0,
+    stages: int = 1,
+    std: float = 0.3,
+) -> Inversion:
+    """Reconstruct images from updates without their noise. Timesteps that are not granted are read off the updates.
+
+    Args:
+        update: the update, or several to be inverted side by side.
+        knowledge: the threat model; `noise` is ignored if it is granted. Samples of one update come out in the order of
+            `timesteps`, ascending if those are found.
+        generator: of the starting points.
+        callback: told of every evaluation.
+        start: "patches", or "random": skip the patch test and fit (x_t, r) to the gradient from random starts.
+        n_evals: evaluations of the patch test, or of the fit, per start.
+        n_starts: random starts at most; the one of the smallest objective is kept.
+        n_iterations: of the linear solve for the residual.
+        thorough: solve it again, over all shared layers and for all pairings of images and timesteps, where the last
+            layers, which suffice as a rule, left it open.
+        fit_evals: L-BFGS evaluations on (x_t, r) together, after the linear solve.
+        stages: annealing of a fit from random starts: the first stage counts the last 1/stages of the tensors.
+        std: of the random starts of a fit.
+
+    Returns:
+        An `Inversion` with `noise`, whose `final` is the normalised L2 between the found and the shared gradient.
+
+    Raises:
+        InputError: the update does not fit the model, or its timesteps cannot be told.
+    """
+    knowledge, words = _with_timesteps(update, knowledge, generator)
+    problem = Problem(update, knowledge)
+    timesteps = problem.timesteps
+    recorder = Recorder(problem, "unknown_noise", n_evals * n_starts, callback)
+    matcher = Matcher(problem)
+    found = None
+    if start == "patches":
+        found = find_noisy(
+            problem, timesteps, generator=generator, recorder=recorder, n_evals=n_evals, n_starts=n_starts
+        )
+    if found is not None:
+        state = _solve(problem, found.noisy, tail(problem), timesteps, n_iterations, recorder)
+        if thorough:
+            state = _solve_again(problem, matcher, found.noisy, state, timesteps, n_iterations, recorder)
+        if fit_evals:
+            state, _ = _fit(problem, matcher, state, timesteps, fit_evals, recorder)
+    else:
+        state = _fit_from_random(
+            problem, matcher, timesteps, generator, recorder, n_evals, n_starts=n_starts, stages=stages, std=std
+        )
+    matcher.anneal(1.0)
+    value, _ = matcher.from_residual(timesteps)(state)
+    clean, noise, scaling = _read(problem, state, timesteps)
+    if found is None and start == "patches":
+        words = (*words, NO_TEST)
+    said = (*words, *scaling.words, *doubts(problem, clean, noise, value, None if found is None else found.value))
+    return recorder.finish(clean, value, timesteps, noise, scale=scaling.scale, warnings=said)
+
+
+def _with_timesteps(
+    update: Update | Sequence[Update], knowledge: InversionKnowledge, generator: torch.Generator
+) -> tuple[InversionKnowledge, tuple[str, ...]]:
+    """Return the knowledge with timesteps and batch size as found in closed form, unless granted; and doubts."""
+    if knowledge.timesteps is not None:
+        return knowledge, ()
+    updates = (update,) if isinstance(update, Update) else update
+    results = [read_timesteps(one, knowledge, generator=generator) for one in updates]
+    sets = [result.timesteps for result in results]
+    batch = knowledge.batch_size or max(len(found) for found in sets)
+    for number, found in enumerate(sets):
+        if len(found) not in (1, batch):
+            raise InputError(
+                f"update {number}: {len(found)} different timesteps for {batch} images, so some repeat and it is open "
+                "which; grant knowledge.timesteps"
+            )
+    timesteps = torch.cat([found if len(found) == batch else found.repeat(batch) for found in sets])
+    words = tuple(word for result in results for word in result.warnings)
+    return replace(knowledge, batch_size=batch, timesteps=timesteps), words
+
+
+def _solve(
+    problem: Problem, found: Tensor, names: list[str], timesteps: Tensor, n_iterations: int, recorder: Recorder
+) -> Tensor:
+    """Return `[u, 2 b c h w]`: noisy inputs and the residuals that explain the gradient of `names` best."""
+    rows = []
+    for number in range(len(problem.updates)):
+        own = slice(number * problem.batch, (number + 1) * problem.batch)
+        solved = solve_residual(problem, number, found[own], timesteps[own], names, n_iterations=n_iterations)
+        recorder.n_evals += solved.n_evals if number == 0 else 0
+        rows.append(torch.stack([found[own], solved.residual]).flatten())
+    return torch.stack(rows)
+
+
+def _solve_again(
+    problem: Problem,
+    matcher: Matcher,
+    found: Tensor,
+    state: Tensor,
+    timesteps: Tensor,
+    n_iterations: int,
+    recorder: Recorder,
+) -> Tensor:
+    """Solve over all shared layers what the last ones left open, and with images and timesteps paired in other ways.
+
+    Layers in front of where the timestep enters find the images, but not which of them is whose.
+    """
+    objective = matcher.from_residual(timesteps)
+    best = objective(state)[0]
+    orders = (
+        list(itertools.permutations(range(problem.batch))) if problem.batch <= MOST_PAIRED else [range(problem.batch)]
+    )
+    for names, order in itertools.product((list(problem.gradients[0]), tail(problem)), orders):
+        if float(best.max()) <= (OPEN_INEXACT if problem.is_inexact else OPEN):
+            break
+        paired = found.unflatten(0, (-1, problem.batch))[:, list(order)].flatten(0, 1)
+        trial = _solve(problem, paired, names, timesteps, n_iterations, recorder)
+        value = objective(trial)[0]
+        state, best = torch.where((value < best)[:, None], trial, state), torch.minimum(value, best)
+    return state
+
+
+def _fit(
+    problem: Problem, matcher: Matcher, state: Tensor, timesteps: Tensor, n_evals: int, recorder: Recorder
+) -> tuple[Tensor, Tensor]:
+    def watch(count: int, point: Tensor, value: Tensor) -> None:
+        recorder.tell(float(value.mean()), point.reshape(-1, 2, problem.batch, *problem.shape)[:, 0].flatten(0, 1))
+
+    end = lbfgs(matcher.from_residual(timesteps), state, n_evals=n_evals, goal=1e-10, stall=200, watch=watch)
+    return end.point, end.value
+
+
+def _fit_from_random(
+    problem: Problem,
+    matcher: Matcher,
+    timesteps: Tensor,
+    generator: torch.Generator,
+    recorder: Recorder,
+    n_evals: int,
+    *,
+    n_starts: int,
+    stages: int,
+    std: float,
+) -> Tensor:
+    ends, values = [], []
+    for _ in range(n_starts):
+        shape = (len(problem.updates), 2 * problem.batch * problem.unknowns)
+        state = std * torch.randn(shape, generator=generator)
+        value = torch.zeros(len(state))
+        for stage in range(stages):
+            matcher.anneal((stage + 1) / stages)
+            state, value = _fit(problem, matcher, state, timesteps, n_evals // stages, recorder)
+        ends.append(state)
+        values.append(value)
+        if bool((torch.stack(values).min(0).values < 1e-6).all()):
+            break
+    return best_of(torch.stack(values), ends)[0]
+
+
+@torch.no_grad()
+def _read(problem: Problem, state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Scaling]:
+    """Return clean samples and noise: target = prediction - r."""
+    noisy, residual = state.reshape(-1, 2, problem.batch, *problem.shape).unbind(1)
+    noisy, residual = noisy.flatten(0, 1), residual.flatten(0, 1)
+    prediction = problem.predict(noisy, timesteps, torch.arange(problem.n_samples))
+    scaling = Scaling(torch.ones(problem.n_samples), problem.prescale)
+    if problem.knowledge.scale is None or problem.knowledge.sign is None:
+        scaling = find_scale(problem, noisy, prediction, residual, timesteps)
+    elif problem.is_rescaled and problem.objective == "epsilon":
+        scaling = Scaling(_unit_noise(prediction, residual), None)
+    target = prediction - residual * scaling.factor[:, None, None, None]
+    return *problem.unmix(noisy, target, timesteps), scaling
+
+
+def _unit_noise(prediction: Tensor, residual: Tensor) -> Tensor:
+    """Return `[n]`: the factor for a residual with which prediction - residual has mean square 1, as noise has.
+
+    The larger root of a quadratic; 1 where there is none. It undoes a clipped update's unknown scale.
+    """
+    p, r = prediction.flatten(1).double(), residual.flatten(1).double()
+    inner, size = (p * r).sum(1), r.square().sum(1).clamp_min(1e-30)
+    inside = inner.square() - size * (p.square().sum(1) - p.shape[1])
+    root = (inner + inside.clamp_min(0.0).sqrt()) / size
+    return torch.where((inside >= 0) & (root > 0), root, 1.0).float()

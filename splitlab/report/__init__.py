@@ -1,0 +1,1 @@
+"""Tables and pictures to pages that say what was found."""

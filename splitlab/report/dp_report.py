@@ -1,0 +1,316 @@
+"""The report's part on private fine-tuning (S3), from saved artefacts only."""
+
+import html
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import HTML, Markdown
+
+from splitlab.core.errors import InputError
+from splitlab.core.labels import UNMEASURED, counted, percent
+from splitlab.core.seeds import SECRET
+from splitlab.core.tables import read_timed
+from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words, randomness_of
+from splitlab.report.cells import DASH, figure, lay_out, mean_of, number
+from splitlab.report.claims import HOLDS, PARTLY, REFUTED
+from splitlab.study.dp_survey import CONTRASTS, PUBLIC, REAL, START
+from splitlab.study.tradeoff import nominal
+
+WORDS = {
+    "attention": "attention only (DP-LDM)",
+    "lora": "LoRA on attention (DP-LoRA)",
+    "unet": "the full U-Net",
+    "blocks": "transformer blocks (DP-LDM)",
+    "transformers": "spatial transformers (DP-LDM)",
+}
+
+CHANCE = {"digits": 0.1}
+"""Data set -> accuracy of guessing among its classes, which are equally many."""
+
+
+@dataclass(frozen=True)
+class DPMaterial:
+    """What this part is made of.
+
+    Attributes:
+        table: `reports/metrics/dp.csv`.
+        figures: folder of its pictures.
+    """
+
+    table: pd.DataFrame
+    figures: Path
+
+    @property
+    def judged(self) -> pd.DataFrame:
+        """The rows of the first data set whose samples a classifier can learn from; S3's claims are judged on these."""
+        first = self.table.dropna(subset=["downstream_acc"])["dataset"].head(1)
+        return self.table[self.table["dataset"].isin(first)]
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """The judged fine-tunings, without the rows that they are contrasted with."""
+        return self.judged[~self.judged["trainable"].isin(CONTRASTS)]
+
+    @property
+    def targets(self) -> list[float]:
+        """The ε of the judged runs, as asked for, ascending."""
+        return sorted({nominal(e) for e in self.runs["epsilon"]})
+
+    def words(self, target: float) -> str:
+        """Say an ε of the judged runs, and whether it is a simulation's."""
+        return epsilon_words(target, randomness_of(self.runs), digits="g")
+
+    def values(self, trainable: str, target: float, column: str = "downstream_acc") -> pd.Series:
+        """Return a column's values over seeds where ε was asked to be `target`.
+
+        None where there is no such run, or where one seed was not measured: the others would be fewer than is said.
+        """
+        own = self.runs[self.runs["trainable"] == trainable]
+        values = own[own["epsilon"].map(nominal) == target][column]
+        return values.iloc[:0] if values.isna().any() else values
+
+    def mean(self, trainable: str, target: float, column: str = "downstream_acc") -> float:
+        """Return their mean; NaN where there are none."""
+        return float(self.values(trainable, target, column).mean())
+
+    def contrast(self, name: str) -> float:
+        """Return the mean accuracy of a contrast row; NaN where it was not made, or not measured for every seed."""
+        return float(self.judged[self.judged["trainable"] == name]["downstream_acc"].mean(skipna=False))
+
+    @property
+    def floor(self) -> tuple[str, float]:
+        """What is to be had without private data, and its accuracy: what fine-tuning starts from."""
+        name = START if (self.judged["trainable"] == START).any() else PUBLIC
+        return name, self.contrast(name)
+
+
+def load_dp(metrics: Path, figures: Path) -> DPMaterial:
+    """Read what this part is made of.
+
+    Raises:
+        InputError: the table or the pictures are missing; the message says what makes them.
+    """
+    for path in (metrics / "dp.csv", figures):
+        if not path.exists():
+            raise InputError(f"{path}: missing; run `dvc repro` first, which makes it")
+    return DPMaterial(read_timed(metrics / "dp.csv"), figures)
+
+
+def conclusion(material: DPMaterial) -> Markdown:
+    """Say what was found, from the table."""
+    shares = {e: material.mean("attention", e) for e in material.targets[::-1]}
+    own = ", ".join(f"{percent(share)} ({material.words(e)})" for e, share in shares.items())
+    models = [name for name in (PUBLIC, START) if (material.judged["trainable"] == name).any()]
+    public = ", ".join(f"the {name} {percent(material.contrast(name))}" for name in models)
+    lines = [
+        f"- A classifier trained on generated images is right on real ones in {own} (attention only; mean over "
+        f"{counted(int(material.runs['seed'].nunique()), 'seed')}). Without private data: {public}; the private images "
+        f"themselves: {percent(material.contrast(REAL))}{_guessing(material.judged)}."
+    ]
+    bounds = _audited(material)
+    if len(bounds):
+        worst = (bounds["audit_epsilon_lb"] / bounds["epsilon"]).max()
+        lines.append(
+            f"- Audited with canaries: the lower bound on ε reaches at most {percent(float(worst))} of what is claimed "
+            f"({counted(len(bounds), 'run')})."
+        )
+    return Markdown("\n".join(lines))
+
+
+def claims_table(material: DPMaterial) -> HTML:
+    """Set S3's claims against the measurements."""
+    columns = {"S3 says": "says", "we measured": "", "verdict": ""}
+    finite = [e for e in material.targets if not math.isinf(e)]
+    rows = [
+        _attention_claim(material, finite),
+        _size_claim(material),
+        _utility_claim(material, finite),
+        _cost_claim(material),
+        _members_claim(material, finite),
+        _audit_claim(material),
+    ]
+    return lay_out(columns, {"": rows})
+
+
+def _attention_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str, str]:
+    entries, wins = [], []
+    for e in finite:
+        one, other = (material.values(name, e) for name in ("attention", "unet"))
+        if len(one) and len(other):
+            wins.append(bool(one.mean() >= other.mean()))
+            entries.append(f"{material.words(e)}: attention {_spread(one)}, full U-Net {_spread(other)}")
+    return _claim(
+        "Training only the attention modules is better than training everything, at the same ε.",
+        entries,
+        "By accuracy downstream, mean ± standard deviation over seeds. Holds if never worse, refuted if always.",
+        wins,
+    )
+
+
+def _size_claim(material: DPMaterial) -> tuple[str, str, str]:
+    counts = {n: material.runs[material.runs["trainable"] == n]["n_trainable"].max() for n in ("attention", "unet")}
+    share = counts["attention"] / counts["unet"]
+    known = not pd.isna(share)
+    entries = [f"{number(counts['attention'])} of {number(counts['unet'])} weights, embedder included"] * known
+    entries += [f"{100 * share:.1f}\u00a0% of the U-Net's"] * known
+    return _claim(
+        "About 90 % fewer parameters are trained.", entries, "Holds if at most 15 % are.", [bool(share <= 0.15)] * known
+    )
+
+
+def _utility_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str, str]:
+    name, floor = material.floor
+    gains = {e: material.mean("attention", e) - floor for e in finite}
+    gains = {e: gain for e, gain in gains.items() if not math.isnan(gain)}
+    entries = [f"{material.words(e)}: {100 * gain:+.1f} points over the {name}" for e, gain in gains.items()]
+    rule = "By accuracy downstream, attention only. Holds if higher at every ε, refuted if at none."
+    return _claim(
+        "What is fine-tuned privately is better than the public model.", entries, rule, [g > 0 for g in gains.values()]
+    )
+
+
+def _cost_claim(material: DPMaterial) -> tuple[str, str, str]:
+    found = {e: material.values("attention", e) for e in material.targets}
+    found = {e: values for e, values in found.items() if len(values)}
+    means = [values.mean() for values in found.values()]
+    return _claim(
+        "A larger ε gives better samples (CelebA, 64 × 64: FID 21.1, 16.1, 14.3 at ε = 1, 5, 10).",
+        [f"{material.words(e)}: {_spread(values)}" for e, values in found.items()],
+        "Accuracy downstream, attention only. An independent benchmark (DPImageBench, 2025) has DP-LDM on MNIST at "
+        "44.2 % and 95.5 % for ε = 1 and 10. Holds if every larger ε is better, refuted if none is.",
+        [bool(b > a) for a, b in pairwise(means)],
+    )
+
+
+def _members_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str, str]:
+    plain = material.values("attention", math.inf, "mia_auc")
+    found = {e: material.values("attention", e, "mia_auc") for e in finite}
+    found = {e: values for e, values in found.items() if len(values) and len(plain)}
+    entries = [
+        f"{material.words(e)}: {_spread(values, 3)}" for e, values in (found | {math.inf: plain}).items() if len(values)
+    ]
+    return _claim(
+        "The guarantee protects those whose images were used.",
+        entries,
+        "AUC of membership inference by calibrated loss; 0.5 is chance. Holds if at every ε it falls by more than one "
+        "standard deviation over seeds against ε = ∞, refuted if it falls at none.",
+        [_falls(values, plain) for values in found.values()],
+        partly=[bool(values.mean() < plain.mean()) for values in found.values()],
+    )
+
+
+def _falls(values: pd.Series, plain: pd.Series) -> bool:
+    return bool(plain.mean() - values.mean() > max(_std(values), _std(plain)))
+
+
+def _audit_claim(material: DPMaterial) -> tuple[str, str, str]:
+    bounds = _audited(material)
+    groups = bounds.groupby(bounds["epsilon"].map(nominal))
+    entries = [
+        f"{material.words(float(str(target)))}: at least {own['audit_epsilon_lb'].max():.2f} "
+        f"(most of {counted(len(own), 'run')})"
+        for target, own in groups
+    ]
+    private = material.table["epsilon"].between(0, math.inf, inclusive="neither")
+    if absent := int((private & material.table["audit_epsilon_lb"].isna()).sum()):
+        entries.append(f"{UNMEASURED}: {counted(absent, 'run')}")
+    return _claim(
+        "The ε that is stated is true.",
+        entries,
+        "A one-run audit bounds ε from below by canaries, at 95 % confidence; it can refute an ε, never prove it. "
+        "Holds if no bound exceeds what is stated.",
+        [bool((bounds["audit_epsilon_lb"] <= bounds["epsilon"]).all())] if len(bounds) else [],
+    )
+
+
+def _audited(material: DPMaterial) -> pd.DataFrame:
+    bounds = material.table.dropna(subset=["audit_epsilon_lb"])
+    return bounds[bounds["epsilon"].between(0, math.inf, inclusive="neither")]
+
+
+def _claim(
+    says: str, entries: list[str], rule: str, held: list[bool], *, partly: list[bool] | None = None
+) -> tuple[str, str, str]:
+    """Return a row; `partly`: what also counts as holding in part, where nothing holds."""
+    some = any(held) or any(partly or [])
+    verdict = UNMEASURED if not held else HOLDS if all(held) else PARTLY if some else REFUTED
+    found = "".join(f"<li>{entry}</li>" for entry in entries)
+    return says, f"<ul>{found}</ul><small>{rule}</small>", _badge(verdict)
+
+
+def _std(values: pd.Series) -> float:
+    return 0.0 if len(values) < 2 else float(values.std())
+
+
+def _spread(values: pd.Series, digits: int = 0) -> str:
+    """Write mean and standard deviation over seeds: as percentages, or with `digits` as numbers."""
+    if digits:
+        return f"{values.mean():.{digits}f} ± {_std(values):.{digits}f}"
+    return f"{100 * values.mean():.1f} ± {100 * _std(values):.1f}\u00a0%"
+
+
+def _guessing(rows: pd.DataFrame) -> str:
+    """Say what guessing gets, where the number of classes is known."""
+    share = CHANCE.get(str(rows["dataset"].iloc[0])) if len(rows) else None
+    return f"; guessing: {percent(share)}" if share and rows["downstream_acc"].notna().any() else ""
+
+
+def _badge(verdict: str) -> str:
+    return f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>'
+
+
+def pictures(material: DPMaterial) -> HTML:
+    """Show what each ε costs, and what the models draw."""
+    costs = "mean over seeds, bars from the lowest to the highest. Grey: what needs no private fine-tuning."
+    note = "" if randomness_of(material.runs) == SECRET else f" {SIMULATED_NOTE}"
+    shown = [figure(material.figures / "curve.png", f"What each ε costs: {costs}{note}")]
+    drawn = "images of the real and the generated kind, one column per class; the first of each, none picked by hand"
+    for path in sorted(material.figures.glob("samples-*.png")):
+        shown.append(figure(path, f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0.{note}"))
+    return HTML("".join(shown))
+
+
+def table(material: DPMaterial) -> HTML:
+    """Show every setting of every data set, means over seeds."""
+    columns = {"trained": "name"} | dict.fromkeys(
+        ("weights", "ε", "σ", "accuracy", "± seeds", "Fréchet", "membership AUC", "audited ε ≥", "s per step", "seeds"),
+        "number",
+    )
+    groups = {}
+    for dataset, own in material.table.groupby("dataset", sort=False):
+        first = own.iloc[0]
+        title = (
+            f"{html.escape(str(dataset))} <small>{html.escape(str(first['conditioning']))}-conditional; n = "
+            f"{number(own['n'].max())} private images, {number(own['n_test'].max())} to test on, "
+            f"{number(own['n_samples'].max())} generated{_guessing(own)}; Fréchet distance: "
+            f"{html.escape(str(first['features']))}</small>"
+        )
+        targets = own["epsilon"].map(nominal)
+        kinds = own.assign(target=targets).groupby(["trainable", "target"], sort=False)
+        groups[title] = [_row(str(trainable), float(str(target)), rows) for (trainable, target), rows in kinds]
+    return HTML(f'{lay_out(columns, groups).data}<p class="note">{SIMULATED_NOTE}</p>')
+
+
+def _row(trainable: str, target: float, own: pd.DataFrame) -> tuple[str, ...]:
+    mean = own.mean(numeric_only=True)
+    tuned = trainable not in CONTRASTS
+
+    def measured(name: str, digits: int | None) -> str:
+        return mean_of(own[name], bool(own[name].notna().any()), digits, missing=UNMEASURED)
+
+    return (
+        html.escape(WORDS.get(trainable, trainable)),
+        number(mean["n_trainable"] if tuned else None),
+        DASH if trainable == REAL else epsilon_words(target, randomness_of(own), digits="g").replace("ε = ", ""),
+        number(mean["noise_multiplier"] if tuned else None, 2),
+        measured("downstream_acc", None),
+        number(own["downstream_acc"].std(skipna=False), 3),
+        measured("frechet", 2),
+        measured("mia_auc", 3),
+        measured("audit_epsilon_lb", 2),
+        number(mean["step_s"], 2),
+        str(len(own)),
+    )

@@ -1,0 +1,1 @@
+"""S1, split learning without returned gradients (Yao 2024): messages, client, server, schemes, defences, attacks."""

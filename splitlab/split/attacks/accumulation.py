@@ -1,0 +1,229 @@
+"""The same image, sent again in every epoch: noise that is drawn anew averages out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from splitlab.core.progress import Callback
+from splitlab.split.attacks.closed_form import hint_latents
+from splitlab.split.attacks.latent_view import averaged, labelled, latent_view, summed
+from splitlab.split.attacks.posterior import Calibration, Rehearsal, denoise, principal, used_fields
+from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
+
+FLOOR = 0.03
+"""Least standard deviation of a view: rounding to fp16, amplified by 1 / sqrt(ᾱ_T), stays below."""
+
+
+@torch.no_grad()
+def accumulation(
+    observations: Sequence[Observation],
+    knowledge: Knowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+    batch: int = 128,
+) -> Reconstruction:
+    """Find out which messages show one image, average their views, and denoise the average.
+
+    Views of one image, latents + s_i n_i, are averaged with weights 1 / s_i² (the least variance among unbiased
+    estimates); what remains is a view of standard deviation (Σ 1 / s_i²)^-1/2, which the public U-Net denoises at the
+    matching timestep as in `posterior`. Which samples belong together is not told but found (`link`), by the recovered
+    hints where there are any and by the views themselves, among the samples of one client.
+
+    Args:
+        observations: what was sent; needs `timesteps` and `noisy_latents`.
+        knowledge: the threat model.
+        generator: of the public samples for calibration.
+        callback: told of every linked sample, with the number of images found so far.
+        batch: samples per U-Net call.
+
+    Returns one reconstruction per sample, in the order sent; those linked share one. `objective`: how many images
+    had been found after each sample that was linked; its last entry is their number.
+
+    Raises:
+        InputError: `timesteps` or `noisy_latents` were not sent.
+    """
+    seen, base = labelled(observations, knowledge), knowledge.base
+    view, std = latent_view(seen, knowledge)
+    rehearsal = Rehearsal(seen, observations, knowledge, generator)
+    raw_hints = rehearsal.clamp(hint_latents(seen, observations, knowledge))
+    features = Features.of(view, std, raw_hints, rehearsal)
+    labels, found = link(features, senders(observations), threshold(rehearsal), callback=callback)
+
+    counts = summed(torch.ones(len(labels)), labels)
+    once = knowledge.defences.noise_once
+    merged, merged_std = averaged(view, std.clamp_min(FLOOR), labels, once=once)
+    merged_std = torch.where(merged_std > FLOOR, merged_std, 0.0)  # exact ones stay exact
+    text = seen.encoder_hidden_states
+    text = None if text is None else summed(text, labels) / counts[:, None, None]
+    latents = denoise(merged, merged_std, knowledge, text=text, batch=batch)
+    latents = _calibrated(latents, merged_std, rehearsal, knowledge, text is not None, generator)
+
+    hints, used = None, used_fields(seen)
+    if raw_hints is not None:
+        mean_hints = summed(raw_hints, labels) / counts[:, None, None, None]
+        merged_hints = rehearsal.hints(mean_hints, None if once else counts)
+        hints, used = base.decode(torch.as_tensor(merged_hints))[labels], (*used, "smashed")
+    return Reconstruction(base.decode(latents)[labels], hints, used=used, objective=tuple(found), n_evals=1)
+
+
+def _calibrated(
+    latents: Tensor,
+    std: Tensor,
+    rehearsal: Rehearsal,
+    knowledge: Knowledge,
+    prompted: bool,
+    generator: torch.Generator,
+) -> Tensor:
+    """Shrink as `posterior` does, by what denoising achieves on public latents at the averages' noise levels."""
+    truth = rehearsal.latents
+    levels = std[torch.randint(len(std), (len(truth),), generator=generator)]
+    views = truth + levels * torch.randn(truth.shape, generator=generator)
+    text = rehearsal.text if prompted else None
+    return Calibration(levels, denoise(views, levels, knowledge, text=text), truth)(std, latents)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What samples are compared by: coordinates along the public data's principal directions, and their noise.
+
+    Attributes:
+        values: list of `[n, r]` coordinates, one tensor for the views and one for the hints where there are any;
+            those of hints in units of the noise that rehearsed ones have there, which need not be white.
+        variances: list of `[n]` noise variances per coordinate.
+        spreads: list of `[r]` variances of the public data.
+        caps: how much a likeness may count for at most, in nats. Outlines of different images can be alike, as
+            Gaussians would not be: for hints it is the logarithm of the number of public ones, where it would show.
+    """
+
+    values: list[Tensor]
+    variances: list[Tensor]
+    spreads: list[Tensor]
+    caps: tuple[float, ...] = (math.inf, math.inf)
+
+    @classmethod
+    def of(cls, view: Tensor, std: Tensor, hints: Tensor | None, rehearsal: Rehearsal) -> "Features":
+        """Project views, and hints where they were recovered."""
+        mean, directions, spread = principal(rehearsal.data.latents)
+        values, spreads = [(view.flatten(1) - mean) @ directions], [spread]
+        variances = [std.flatten().clamp_min(FLOOR).square()]
+        if hints is not None:
+            mean, directions, spread = principal(rehearsal.public_hints)
+            errors = torch.as_tensor(rehearsal.raw_hints) - rehearsal.public_hints[rehearsal.chosen]
+            noise = (errors.flatten(1) @ directions).square().mean(0).clamp_min(FLOOR**2)
+            values.append((hints.flatten(1) - mean) @ directions / noise.sqrt())
+            variances.append(torch.ones(len(hints)))
+            spreads.append(spread / noise)
+        return cls(values, variances, spreads, (math.inf, math.log(len(rehearsal.data))))
+
+    def __len__(self) -> int:
+        return len(self.variances[0])
+
+    def __getitem__(self, chosen: Tensor) -> "Features":
+        return Features([v[chosen] for v in self.values], [v[chosen] for v in self.variances], self.spreads, self.caps)
+
+
+def same_image(first: Features, second: Features) -> Float[Tensor, "n m"]:
+    """Return log-likelihood ratios that samples show one image rather than two, for all pairs.
+
+    With latents ~ N(0, λ) per principal coordinate (public data) and views x = latents + N(0, v), x of one sample
+    given x' of the other is N(k x', (1 - k) λ + v) with k = λ / (λ + v'), against N(0, λ + v) for another image.
+    """
+    total = torch.zeros(len(first), len(second))
+    columns = (first.values, first.variances, second.values, second.variances, first.spreads)
+    for x, v, other, w, spread, cap in zip(*columns, first.caps, strict=False):
+        gain = spread / (spread + w[:, None])
+        given = ((1 - gain) * spread)[None] + v[:, None, None]
+        alone = spread + v[:, None]
+        off = (x[:, None] - (gain * other)[None]).square()
+        ratio = 0.5 * ((x.square() / alone + alone.log())[:, None] - off / given - given.log()).sum(2)
+        total += ratio.clamp_max(cap)
+    return total
+
+
+def threshold(rehearsal: Rehearsal) -> float:
+    """Choose the log-likelihood ratio above which to link, on public samples sent twice.
+
+    Chosen so that missed links of one image and links of two different ones are, as shares, least in sum; where a
+    whole interval does, its value nearest 0, the threshold of equal odds.
+    """
+    n = len(rehearsal.chosen) // 2
+    both, _ = rehearsal.send(rehearsal.chosen[:n].repeat(2))
+    hints = rehearsal.clamp(hint_latents(both, [both], rehearsal.known))
+    view, std = latent_view(both, rehearsal.known)
+    features = Features.of(view, std, hints, rehearsal)
+    ratios = same_image(features[torch.arange(n)], features[torch.arange(n, 2 * n)])
+    equal = ratios.diagonal().sort().values
+    different = ratios[~torch.eye(n, dtype=torch.bool)].sort().values
+    missed = torch.searchsorted(equal, equal) / len(equal)
+    false = 1 - torch.searchsorted(different, equal) / len(different)
+    high = float(equal[(missed + false).argmin()])
+    low = float(different[different < high].max()) if bool((different < high).any()) else high
+    return min(max(0.0, low), high - 1e-3)
+
+
+def link(
+    features: Features,
+    owners: Int[Tensor, " n"],
+    limit: float,
+    *,
+    callback: Callback | None = None,
+) -> tuple[Int[Tensor, " n"], list[float]]:
+    """Group samples that show one image, from the clearest view to the noisiest.
+
+    Each sample joins the group to which the ratio of `same_image` is highest, if that exceeds `limit`, and founds a
+    group of its own otherwise. A group is represented by its members' average, with weights 1 / variance.
+
+    Args:
+        features: of the samples.
+        owners: which client sent each; images of different clients are never linked.
+        limit: of the ratio (`threshold`).
+        callback: told of every sample.
+
+    Returns the group `[n]`, 0, 1, …, of each sample, and how many groups there were after each step.
+    """
+    labels = torch.full((len(features),), -1)
+    groups: list[Features] = []
+    owner: list[int] = []
+    found = []
+    order = features.variances[0].argsort(stable=True)
+    for done, index in enumerate(tqdm(order.tolist(), desc="linking", mininterval=2, leave=False)):
+        sample, own = features[torch.tensor([index])], int(owners[index])
+        rivals = [number for number, other in enumerate(owner) if other == own]
+        best = -1
+        if rivals:
+            joined = _together([groups[number] for number in rivals])
+            ratios = same_image(sample, joined)[0]
+            if float(ratios.max()) > limit:
+                best = rivals[int(ratios.argmax())]
+        if best < 0:
+            best = len(groups)
+            groups.append(sample)
+            owner.append(own)
+        else:
+            groups[best] = _merge(groups[best], sample)
+        labels[index] = best
+        found.append(float(len(groups)))
+        if callback:
+            callback("accumulation", done + 1, len(order), found[-1])
+    return labels, found
+
+
+def _together(groups: Sequence[Features]) -> Features:
+    values = [torch.cat(parts) for parts in zip(*(group.values for group in groups), strict=True)]
+    variances = [torch.cat(parts) for parts in zip(*(group.variances for group in groups), strict=True)]
+    return Features(values, variances, groups[0].spreads, groups[0].caps)
+
+
+def _merge(group: Features, sample: Features) -> Features:
+    values, variances = [], []
+    for x, v, y, w in zip(group.values, group.variances, sample.values, sample.variances, strict=True):
+        joint = 1 / (1 / v + 1 / w)
+        values.append((x / v[:, None] + y / w[:, None]) * joint[:, None])
+        variances.append(joint)
+    return Features(values, variances, group.spreads, group.caps)

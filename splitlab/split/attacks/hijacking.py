@@ -1,0 +1,75 @@
+"""Feature-space hijacking (Pasquini et al. 2021): decode what clients of a malicious server sent.
+
+The server, `splitlab.split.hijacker`, has trained the clients' encoder for itself, and a decoder for what it makes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from splitlab.core.errors import InputError
+from splitlab.core.progress import Callback
+from splitlab.diffusion.base import Base
+from splitlab.split.hijacker import HijackingNetworks, hijacking_networks
+from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
+
+
+@torch.no_grad()
+def hijacking(
+    observations: Sequence[Observation],
+    knowledge: Knowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+    batch: int = 256,
+) -> Reconstruction:
+    """Decode what a hijacked client sent with the decoder that the malicious server trained (Pasquini et al. 2021).
+
+    It is after the hints, whose features are all that a client's encoder sends. Messages should be late ones
+    (`record_from`): the first are those of a client that is not hijacked yet.
+
+    Args:
+        observations: what was sent; needs `smashed` `[b, k, h, w]`.
+        knowledge: the threat model; its `server` holds the networks that `HijackingServer` trained.
+        generator: unused; nothing is drawn.
+        callback: told of every batch; the objective is the share of it that the discriminator takes for public hints.
+        batch: samples decoded at once.
+
+    Raises:
+        InputError: the server was honest, its networks are of another shape, or no `smashed` was sent.
+    """
+    networks = restored_networks(knowledge.base, knowledge.size, knowledge.server)
+    smashed = stack(observations).need("smashed")
+    hints, objective = [], []
+    parts = smashed.split(batch)
+    for number, part in enumerate(tqdm(parts, desc="hijacking", mininterval=2, leave=False)):
+        hints.append(networks.decoder(part))
+        objective.append(networks.discriminator(part).sigmoid().mean().item())
+        if callback:
+            callback("hijacking", number + 1, len(parts), objective[-1])
+    return Reconstruction(hints=torch.cat(hints), used=("smashed",), objective=tuple(objective), n_evals=1)
+
+
+def restored_networks(base: Base, size: int, server: Mapping[str, Tensor]) -> HijackingNetworks:
+    """Build the networks and load what a malicious server saved.
+
+    Raises:
+        InputError: there is nothing to load, or it is of another base model or image size.
+    """
+    if not server:
+        raise InputError(
+            "hijacking needs the networks of a malicious server, and this run's was honest: train with "
+            "server: hijack (scheme split_gradients) and give its server.safetensors"
+        )
+    networks = hijacking_networks(base, size)
+    try:
+        networks.load_state_dict(dict(server))
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise InputError(
+            f"the malicious server's networks do not fit this base model and image size ({first}); "
+            "give those of the attacked run"
+        ) from None
+    return networks.eval()

@@ -1,0 +1,114 @@
+"""The attacker plays the client on public data, to learn from what it sees there."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from splitlab.core.seeds import Key
+from splitlab.diffusion.base import Encoded
+from splitlab.diffusion.controlnet import coarsened
+from splitlab.split.attacks.closed_form import estimate_fixed_noise, noised_hints
+from splitlab.split.config import Defences
+from splitlab.split.defences import (
+    Defence,
+    draw_noise,
+    draw_timesteps,
+    noised_once,
+    noisy_state,
+    protect,
+    sent_timesteps,
+    transforms,
+)
+from splitlab.split.messages import Knowledge, Observation
+
+
+def imitable(knowledge: Knowledge) -> bool:
+    """Say whether the attacker can compute `smashed` itself: not where the client's part is trained in secret."""
+    return knowledge.scheme in ("split", "u_shaped")
+
+
+def imitate(
+    data: Encoded, knowledge: Knowledge, batch: int, draw: torch.Generator, *, chosen: Tensor | None = None
+) -> tuple[Observation, Tensor]:
+    """Send one message of public data through the defences, with fresh draws of every secret, fixed noise included.
+
+    Args:
+        data: the public data, encoded.
+        knowledge: the threat model; its defences are imitated.
+        batch: samples of the message.
+        draw: of samples, timesteps, noise and secrets.
+        chosen: `[batch]` positions in `data`; drawn where it is None.
+
+    Returns the message (`noise` included, also where the client keeps it) and `chosen`.
+    """
+    defences, alphas_cumprod = knowledge.defences, knowledge.base.alphas_cumprod
+    if chosen is None:
+        chosen = torch.randint(len(data), (batch,), generator=draw)
+    named = sent_timesteps(defences, draw_timesteps(defences, batch, alphas_cumprod, draw), alphas_cumprod)
+    latents, hints = noised_once(defences, data.latents[chosen], data.hint_latents[chosen], [draw] * len(chosen))
+    noise = draw_noise(defences, tuple(latents.shape), draw)
+    noisy = noisy_state(defences, latents, noise, named, alphas_cumprod)
+    message = Observation(-1, -1, named, noisy, hints + noisy, noise, data.text[chosen])
+    message = protect(message, _secretless(defences), draw).float()
+    if defences.fixed_noise:
+        secret = torch.randn(latents.shape, generator=draw) * defences.fixed_noise
+        message = replace(message, smashed=message.need("smashed") + secret)
+    return message, chosen
+
+
+def _secretless(defences: Defences) -> tuple[Defence, ...]:
+    """Return the transforms that need no key; keys that the attacker does not know are drawn anew."""
+    keyed = bool(defences.key_mixing or defences.patch_shuffle)
+    return transforms(replace(defences, fixed_noise=0.0, fresh_keys=keyed), client_key=Key.published(0))
+
+
+def imitate_known(
+    data: Encoded, knowledge: Knowledge, sizes: Sequence[int], chosen: Tensor, draw: torch.Generator
+) -> tuple[Observation, Knowledge]:
+    """Imitate an attacker who has already estimated and taken off the clients' fixed noise.
+
+    A client is played that sends as many messages as the real one, its fixed noise is estimated as the closed form
+    does, and what that estimate misses stays in the imitation.
+
+    Args:
+        data: the public data, encoded.
+        knowledge: the threat model.
+        sizes: how many samples each real client sent.
+        chosen: `[m]` positions in `data`.
+        draw: of timesteps, noise and secrets.
+
+    Returns the message of `m` samples, and the knowledge that fits it: the same without the fixed noise.
+    """
+    defences = knowledge.defences
+    known = replace(knowledge, defences=replace(defences, fixed_noise=0.0))
+    group = defences.key_mixing or 1
+    spare = (-len(chosen)) % group
+    whole = torch.cat([chosen, chosen[:1].expand(spare)])
+    message, _ = imitate(data, known, len(whole), draw, chosen=whole)
+    message = message.map(lambda value: value[: len(chosen)])
+    if not defences.fixed_noise or message.smashed is None:
+        return message, known
+    missed = fixed_noise_error(data, knowledge, min(sizes), draw)
+    placed = missed.flatten()[torch.randint(missed.numel(), (message.smashed.numel(),), generator=draw)]
+    return replace(message, smashed=message.smashed + placed.view_as(message.smashed)), known
+
+
+def fixed_noise_error(data: Encoded, knowledge: Knowledge, n: int, draw: torch.Generator) -> Tensor:
+    """Measure on an imitated client of n samples what the estimate of its fixed noise misses; `[c, h, w]`."""
+    defences = knowledge.defences
+    group = defences.key_mixing or 1
+    message, _ = imitate(
+        data, replace(knowledge, defences=replace(defences, fixed_noise=0.0)), -(-n // group) * group, draw
+    )
+    smashed = message.need("smashed")
+    secret = torch.randn(smashed.shape[1:], generator=draw) * defences.fixed_noise
+    found = estimate_fixed_noise(
+        smashed + secret,
+        message.need("noisy_latents"),
+        coarsened(noised_hints(data.hint_latents, defences), defences.coarse_hints),
+        symsigmoid=defences.symsigmoid,
+        span=4.0 * defences.fixed_noise,
+    )
+    return secret - found

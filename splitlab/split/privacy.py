@@ -1,0 +1,119 @@
+"""What a split client's message honestly buys: the privacy events of sending images and hints."""
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from splitlab.core.errors import InputError
+from splitlab.privacy.accounting import ADJACENCIES, PrivacyEvent
+from splitlab.split.config import Defences
+from splitlab.split.defences import sent_timesteps, signal_level
+from splitlab.split.surrogates import LAYOUT_SENSITIVITY
+
+
+def message_mu(alpha_bar: float, *, norm: float, feature_noise: float, adjacency: str = "replace_one") -> float:
+    """Return μ of the image in one message whose latents were clipped to `norm` and noised by one shared draw.
+
+    The message is a function of sqrt(ᾱ) latents + sqrt(1 - ᾱ) noise + σ1 n. The label gives `noise` away and it is
+    independent of the image, so what is left is a Gaussian mechanism of std σ1 on sqrt(ᾱ) latents, and two neighbours
+    are at most sqrt(ᾱ) 2 R apart ("replace_one": another image) or sqrt(ᾱ) R ("add_remove_one": zero latents in its
+    place). μ is that distance over σ1 (Dong et al. 2022, Thm 2.7). Scaling, activation and rounding only process it.
+
+    It covers the image as far as the message carries it in the latents. The hint and the prompt are sent beside it:
+    what they say of the image needs a mechanism of its own (`hint_event`, `hide_prompts`).
+
+    Args:
+        alpha_bar: ᾱ in [0, 1] of the noised latents before feature noise (`splitlab.split.defences.signal_level`).
+        norm: R > 0, the L2 norm to which the client clips each sample's latents.
+        feature_noise: σ1 > 0.
+        adjacency: "replace_one" or "add_remove_one".
+
+    Raises:
+        InputError: there is no bound or no noise, and so no guarantee.
+    """
+    if adjacency not in ADJACENCIES:
+        raise InputError(f"adjacency must be one of {', '.join(ADJACENCIES)}, got {adjacency!r}")
+    if not 0 <= alpha_bar <= 1:
+        raise InputError(f"alpha_bar must lie in [0, 1], got {alpha_bar}")
+    if not 0 < norm < math.inf:
+        raise InputError(f"noise without a bound on what it hides has no ε: clip to a norm above 0, got {norm}")
+    if not 0 < feature_noise < math.inf:
+        raise InputError(f"a bound without noise has no ε: give a noise above 0, got {feature_noise}")
+    return math.sqrt(alpha_bar) * ADJACENCIES[adjacency] * norm / feature_noise
+
+
+def message_events(
+    defences: Defences, alphas_cumprod: Float[Tensor, " T"], *, messages: int = 1, adjacency: str = "replace_one"
+) -> tuple[PrivacyEvent, PrivacyEvent]:
+    """Return the events of sending one image and its hint, both bounded by `latent_norm`, `messages` times.
+
+    A noised layout in place of the hint needs no norm: its three numbers are bounded by themselves.
+
+    They cover all that S1's client sends of the two, `matched_message_event` and `hint_event`; their ε is that of the
+    two in one list. The prompt is covered if it is hidden, and else it is sent as it is.
+
+    Args:
+        defences: what the client does.
+        alphas_cumprod: ᾱ of the noise schedule.
+        messages: how often the same image is sent: epochs.
+        adjacency: as for `message_mu`.
+
+    Raises:
+        InputError: the image or the hint has no bound or no noise, and so the message has no guarantee.
+    """
+    norm = defences.latent_norm
+    image = matched_message_event(defences, alphas_cumprod, norm=norm, messages=messages, adjacency=adjacency)
+    if defences.layout_noise:  # drawn once per image, and bounded by what a layout can be
+        return image, hint_event(defences.layout_noise, norm=LAYOUT_SENSITIVITY / 2, adjacency=adjacency)
+    repeats = 1 if defences.noise_once else messages
+    return image, hint_event(defences.hint_noise, norm=norm, messages=repeats, adjacency=adjacency)
+
+
+def matched_message_event(
+    defences: Defences,
+    alphas_cumprod: Float[Tensor, " T"],
+    *,
+    norm: float,
+    messages: int = 1,
+    adjacency: str = "replace_one",
+) -> PrivacyEvent:
+    """Return the event of sending one image `messages` times with feature noise, matched or not: its `message_mu`.
+
+    Each message draws its noise anew, so that messages of later epochs compose. Timesteps are sent and do not depend
+    on the image; the floor's has the largest ᾱ and bounds all others. With `noise_once` all messages are computed from
+    one noised copy of the latents: one event, ᾱ = 1, however often they are sent.
+
+    Args:
+        defences: what the client does.
+        alphas_cumprod: ᾱ of the noise schedule.
+        norm: the L2 norm to which the client clips each sample's latents (`latent_norm`).
+        messages: how often the same image is sent: epochs.
+        adjacency: as for `message_mu`.
+
+    Raises:
+        InputError: no feature noise, no bound, or draws that are independent between fields (two views of one image).
+    """
+    if defences.independent_draws:
+        raise InputError("independent_draws sends the image twice, through an activation: no ε; switch it off")
+    alpha_bar, repeats = 1.0, 1
+    if not defences.noise_once:
+        floor = alphas_cumprod.new_tensor([defences.timestep_floor]).long()
+        named = sent_timesteps(defences, floor, alphas_cumprod)
+        alpha_bar, repeats = float(signal_level(defences, named, alphas_cumprod)), messages
+    mu = message_mu(alpha_bar, norm=norm, feature_noise=defences.feature_noise, adjacency=adjacency)
+    return PrivacyEvent("gaussian", 1 / mu, 1.0, repeats, adjacency)
+
+
+def hint_event(hint_noise: float, *, norm: float, messages: int = 1, adjacency: str = "replace_one") -> PrivacyEvent:
+    """Return the event of sending one hint `messages` times, clipped to `norm`, under noise of std `hint_noise`.
+
+    The server subtracts the latents, which it was sent, and is left with the hint and the hint's own noise: a Gaussian
+    mechanism. Hints are often computed from the image, so its whole message is both events in one list
+    (`message_events`).
+
+    Raises:
+        InputError: there is no bound or no noise, and so no guarantee.
+    """
+    mu = message_mu(1.0, norm=norm, feature_noise=hint_noise, adjacency=adjacency)
+    return PrivacyEvent("gaussian", 1 / mu, 1.0, messages, adjacency)

@@ -1,0 +1,157 @@
+"""Every defence judged alike: one transcript and one trained ControlNet per defence setting, all else equal."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from splitlab.core import checkpoint
+from splitlab.core.config import reseeded
+from splitlab.core.errors import InputError
+from splitlab.core.parallel import abreast
+from splitlab.data.image_set import ImageSet, digest
+from splitlab.data.overlap import refuse_overlaps
+from splitlab.diffusion.base import Base
+from splitlab.split.config import AttackSpec, Defences, TrainConfig
+from splitlab.split.train import record, train
+from splitlab.study.config import GRIDS
+
+UTILITY_COLUMNS = ("dataset", "setting", "defences", "steps", "seed", "eval_loss", "control_iou", "control_edges")
+
+LoadSplit = Callable[[str, str], ImageSet]
+"""`(dataset, split) -> data`."""
+
+
+@dataclass(frozen=True)
+class SurveyConfig:
+    """Which defences are judged, on what data, by which attacks.
+
+    Attributes:
+        grid: "default" runs the settings that `default` lists, "full" every setting on every data set.
+        default: data set -> names of settings.
+        datasets: the data sets of the full grid.
+        settings: name -> the clients' defences.
+        accumulate: settings that are also recorded over many epochs of few images, for attacks that link messages.
+        attacks: the attacks on every transcript (those with `when` only where that defence is on).
+        epoch_attacks: the attacks on the transcripts of `accumulate`.
+        messages: messages per transcript, of `batch_size` samples.
+        epochs: epochs over `epoch_samples` images in a transcript of `accumulate`.
+        epoch_samples: how many images those are.
+        batch_size, steps, seeds: of the training that shows what a setting costs.
+        published_key: see `splitlab.core.config.TrainConfig`; training of another seed has a key that differs by as
+            much.
+    """
+
+    grid: str = "default"
+    default: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ("shapes",)
+    settings: dict[str, Defences] = field(default_factory=dict)
+    accumulate: tuple[str, ...] = ()
+    attacks: tuple[AttackSpec, ...] = ()
+    epoch_attacks: tuple[AttackSpec, ...] = ()
+    messages: int = 16
+    epochs: int = 10
+    epoch_samples: int = 64
+    batch_size: int = 32
+    steps: int = 300
+    seeds: int = 1
+    published_key: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse grids and settings that do not exist."""
+        if self.grid not in GRIDS:
+            raise InputError(f"survey.grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+        named = {name for names in self.default.values() for name in names} | set(self.accumulate)
+        if unknown := sorted(named - set(self.settings)):
+            raise InputError(f"survey: no setting is called {', '.join(unknown)}; there: {', '.join(self.settings)}")
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """The (data set, setting) pairs of the chosen grid."""
+        if self.grid == "full":
+            return [(dataset, name) for dataset in self.datasets for name in self.settings]
+        return [(dataset, name) for dataset, names in self.default.items() for name in names]
+
+    def run(self, dataset: str, setting: str) -> TrainConfig:
+        """Return the training run of one cell."""
+        return TrainConfig(
+            dataset=dataset,
+            scheme="split",
+            defences=self.settings[setting],
+            steps=self.steps,
+            batch_size=self.batch_size,
+            record_messages=self.messages,
+            published_key=self.published_key,
+        )
+
+    def runs(self) -> dict[str, TrainConfig]:
+        """Return name -> run of every transcript of the chosen grid."""
+        found = {f"survey-{dataset}-{name}": self.run(dataset, name) for dataset, name in self.cells}
+        for dataset, name in self.cells:
+            if name in self.accumulate:
+                config = self.run(dataset, name)
+                count = self.epochs * self.epoch_samples // self.batch_size
+                changes = {"samples": self.epoch_samples, "record_messages": count}
+                found[f"epochs-{dataset}-{name}"] = TrainConfig(**(vars(config) | changes))
+        return found
+
+
+def record_survey(
+    config: SurveyConfig, base: Base, load: LoadSplit, *, seen: Path, hidden: Path, cache: Path | None = None
+) -> list[str]:
+    """Record every transcript of the grid below `seen`, and what its server did not see below `hidden`.
+
+    Returns the runs' names.
+
+    Raises:
+        InputError: the splits of a data set share images.
+    """
+    refuse_overlaps((one.dataset for one in config.runs().values()), load)
+    for folder in (seen, hidden):  # of an empty grid too
+        folder.mkdir(parents=True, exist_ok=True)
+    for run, one in tqdm(config.runs().items(), desc="record"):
+        files = {"transcript": seen / run / "transcript.safetensors", "truth": hidden / run / "truth.safetensors"}
+        record(run, one, base, load(one.dataset, "private"), cache=cache, **files)
+        checkpoint.save_json(hidden / run / "record.json", {"run": run, "config": asdict(one), "base": base.digest})
+    return list(config.runs())
+
+
+def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path, workers: int = 1) -> pd.DataFrame:
+    """Train every setting on the first data set, the default grid's on the others; measure how well hints are followed.
+
+    What was trained before, with the same parameters, data and base model, is read from `cache`.
+
+    Returns a table of `UTILITY_COLUMNS`.
+    """
+    cells = [(config.datasets[0], name) for name in config.settings]
+    cells += [(dataset, name) for dataset in config.datasets[1:] for name in ("none", *config.default.get(dataset, ()))]
+    tries = [
+        (dataset, name, replace(reseeded(config.run(dataset, name), seed), record_messages=1))
+        for dataset, name in cells
+        for seed in range(config.seeds)
+    ]
+    calls = [
+        (f"{dataset}-{name}-{one.seed}", one, base, load(dataset, "private"), load(dataset, "heldout"), cache)
+        for dataset, name, one in tries
+    ]
+    rows = [
+        {"dataset": dataset, "setting": name, "defences": str(one.defences), "steps": one.steps, "seed": one.seed}
+        | {key: found[key] for key in ("eval_loss", "control_iou", "control_edges")}
+        for (dataset, name, one), found in zip(
+            tries, abreast(_trained, calls, desc="utility", workers=workers), strict=True
+        )
+    ]
+    return pd.DataFrame(rows, columns=list(UTILITY_COLUMNS)).round(4)
+
+
+def _trained(
+    name: str, config: TrainConfig, base: Base, private: ImageSet, heldout: ImageSet, cache: Path
+) -> Mapping[str, Any]:
+    key = digest({"config": config, "base": base.digest, "private": private.digest, "heldout": heldout.digest})[:16]
+    folder = cache / "utility" / f"{name}-{key}"
+    if not (folder / "record.json").exists():
+        train(name, config, base, private, heldout, out=folder, cache=cache)
+    return checkpoint.load_json(folder / "record.json")

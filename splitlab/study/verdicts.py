@@ -1,0 +1,235 @@
+"""Which defence is safe? Per defence: the strongest attacker, what it gets, what control is left, and why."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from splitlab.core.labels import UNMEASURED
+from splitlab.privacy.accounting import randomness_of
+from splitlab.split.attacks import NO_INFORMATION
+from splitlab.split.config import Defences, TrainConfig, read_defences
+from splitlab.split.guarantees import guarantee
+
+VERDICT_COLUMNS = (
+    *("defences", "strongest_attack", "psnr_db", "ssim", "id_top1", "control_iou", "eval_loss"),
+    *("stops_paper_attacks", "stops_adaptive", "reason", "dataset", "setting", "id_worst", "worst_t_low"),
+    *("paper_attack", "paper_id_worst", "hint_attack", "hint_id_top1", "id_chance", "n", "n_seeds"),
+    *("both_id_top1", "epsilon_message", "randomness", "why_no_epsilon"),
+)
+
+STOPPED = 10.0
+"""An attack is stopped if in no timestep bucket it identifies more than this many times chance."""
+
+PAPER = "-without-noise-defences"
+"""The paper's attackers use neither the label nor which defences are on: attacks denied both."""
+
+SURVEY = "survey-"
+"""What the names of the survey's runs start with."""
+
+WAYS = {"id_top1": "image", "hint_id_top1": "hint", "both_id_top1": "image and hint together"}
+"""Columns that say which share was identified, and by what."""
+
+POOLED = ("psnr_db", "ssim", "id_top1", "hint_psnr_db", "hint_id_top1", "prompt_exact", "both_id_top1")
+"""Columns of the attack table that are averaged over timestep buckets."""
+
+ABLATION_COLUMNS = ("run", "dataset", "attack", "denied", "measure", "with_it", "without_it", "breaks", "note")
+
+WHY = {
+    "closed_form": "the label is sent and the message holds nothing else that hides the latents",
+    "likelihood": "the label is sent, so the input that explains the message is the image",
+    "posterior": "what the label does not cover is Gaussian noise, which the public denoiser removes",
+    "nearest_public": "image and hint together still tell which public sample they resemble",
+    "one_step": "the public denoiser removes the diffusion noise",
+    "inverse_network": "a network trained through the defence on public images undoes it",
+    "adaptive_network": "a network trained through the defence on public images, with the public denoiser, undoes it",
+    "accumulation": "repeated messages of one image average the noise out",
+    "unmixing": "a linear key over many messages is undone by blind source separation",
+    "jigsaw": "shuffled latents are exact latents, and their patches tell where they belong",
+}
+
+
+def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod: Tensor | None = None) -> pd.DataFrame:
+    """Judge every defence of the survey.
+
+    Args:
+        attacks: the attack table.
+        utility: the survey's table of what each defence costs (`splitlab.study.survey.UTILITY_COLUMNS`), or None.
+        alphas_cumprod: `[T]` ᾱ of the noise schedule, to say which ε one message buys; None: do not.
+
+    Returns one row per surveyed run, in the order of `utility`. `strongest_attack` identifies most private images over
+    all the timesteps that the client draws (PSNR decides between equals), and `psnr_db`, `ssim`, `id_top1` are its;
+    `id_worst` is the highest identification by any attack in any one timestep bucket. `stops_adaptive` also asks that
+    no recovered hint identifies, nor image and hint together. Both are empty, neither stopped nor not, where something
+    was not scored, or `STOPPED` times chance is everybody.
+    `epsilon_message` is the ε of one message (δ:
+    `splitlab.split.guarantees.DELTA`), where the defences own both a bound and a noise; else `why_no_epsilon` says why
+    not. `randomness` says whether the clients' draws, which an ε rests on, are "secret" or "published".
+    """
+    rows = [
+        _verdict(str(run), own, utility) | _claimed(own, alphas_cumprod)
+        for run, own in attacks[attacks["run"].str.startswith(SURVEY)].groupby("run", sort=False)
+    ]
+    if utility is not None:
+        places = {cell: i for i, cell in enumerate(zip(utility["dataset"], utility["defences"], strict=True))}
+        rows.sort(key=lambda row: places.get((row["dataset"], row["defences"]), len(places)))
+    return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).round(4)
+
+
+def pooled(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Pool each attack's rows of one run over timestep buckets, weighted by n; strongest first.
+
+    A measure that is missing in one bucket is NaN; `id_worst` is the largest there is. What was not scored comes last.
+    """
+    found: list[dict[str, Any]] = []
+    rows = rows.astype(dict.fromkeys(POOLED, float))
+    for attack, own in rows[~rows["attack"].isin(NO_INFORMATION)].groupby("attack", sort=False):
+        weights = own["n"] / own["n"].sum()
+        pool: dict[str, Any] = {name: float((own[name] * weights).sum(min_count=len(own))) for name in POOLED}
+        worst = own.sort_values("id_top1", ascending=False, kind="stable", na_position="last").to_dict("records")[0]
+        pool |= {"id_worst": float(worst["id_top1"]), "worst_t_low": worst["t_low"], "attack": attack}
+        pool["prompted"] = "encoder_hidden_states" in str(worst["knowledge"]).split(" + ")
+        found.append(pool | {"n": int(own["n"].sum()), "n_seeds": int(own["n_seeds"].max())})
+    return sorted(found, key=lambda one: (-known(one["id_top1"]), -known(one["psnr_db"])))
+
+
+def known(value: float) -> float:
+    """Return a number to order by: what is NaN comes behind everything that was measured."""
+    return -math.inf if math.isnan(value) else value
+
+
+def unscored(rows: pd.DataFrame) -> list[str]:
+    """Name by what no attack's identification was scored, in some timestep bucket of one run; guesses do not count."""
+    attacks, places = rows[~rows["attack"].isin(NO_INFORMATION)], set(rows["t_low"])
+    return [way for name, way in WAYS.items() if places - set(attacks[attacks[name].notna()]["t_low"])]
+
+
+def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict[str, Any]:
+    dataset, defences = str(rows["dataset"].iloc[0]), str(rows["defences"].iloc[0])
+    chance = float(rows["id_chance"].iloc[0])
+    verdict: dict[str, Any] = {
+        "defences": defences,
+        "dataset": dataset,
+        "setting": run.removeprefix(f"{SURVEY}{dataset}-"),
+        "id_chance": chance,
+    }
+    if utility is not None:
+        same = utility[(utility["dataset"] == dataset) & (utility["defences"] == defences)]
+        verdict |= {name: same[name].mean(skipna=False) for name in ("control_iou", "eval_loss") if len(same)}
+    attacks = pooled(rows)
+    if not attacks:
+        return verdict | {"stops_adaptive": None, "reason": f"{UNMEASURED}: no attack but guesses was run"}
+    worst = max(attacks, key=lambda one: (known(one["id_worst"]), -_place(one["attack"])))
+    return verdict | _judged(attacks, worst, chance, unscored(rows))
+
+
+def _judged(attacks: list[dict[str, Any]], worst: dict[str, Any], chance: float, absent: list[str]) -> dict[str, Any]:
+    """Say who is stopped; nothing where something was not scored, or so few candidates leave nothing to exceed."""
+    best, limit = attacks[0], STOPPED * chance
+    hint = max(attacks, key=lambda one: known(one["hint_id_top1"]))
+    both = max((one["both_id_top1"] for one in attacks), key=known)
+    most = max(map(known, (worst["id_worst"], hint["hint_id_top1"], both)))
+    judged: dict[str, Any] = {
+        "strongest_attack": best["attack"],
+        **{name: best[name] for name in ("psnr_db", "ssim", "id_top1", "n", "n_seeds")},
+        "stops_adaptive": False if most > limit else None if absent or limit >= 1.0 else True,
+        "id_worst": worst["id_worst"],
+        "worst_t_low": worst["worst_t_low"],
+        "hint_attack": hint["attack"],
+        "hint_id_top1": hint["hint_id_top1"],
+        "both_id_top1": both,
+        "id_chance": chance,
+    }
+    papers = [one for one in attacks if one["attack"].endswith(PAPER)]
+    if papers:
+        first = max(papers, key=lambda one: known(one["id_worst"]))
+        judged |= {"paper_attack": first["attack"], "paper_id_worst": first["id_worst"]}
+        complete = limit < 1.0 and not math.isnan(first["id_worst"]) and all(map(_complete, papers))
+        judged["stops_paper_attacks"] = False if first["id_worst"] > limit else True if complete else None
+    return judged | {"reason": _reason(judged, worst, absent)}
+
+
+def _complete(attack: dict[str, Any]) -> bool:
+    """Say whether a pooled attack that recovers images was scored in every bucket; others have nothing to score."""
+    after_images = not all(math.isnan(attack[name]) for name in ("psnr_db", "id_worst"))
+    return not (after_images and math.isnan(attack["id_top1"]))
+
+
+def _claimed(rows: pd.DataFrame, alphas_cumprod: Tensor | None) -> dict[str, Any]:
+    """Say which ε one message buys, or why none."""
+    if alphas_cumprod is None:
+        return {}
+    once = TrainConfig(scheme="split", steps=1, batch_size=1, defences=_one_sample(str(rows["defences"].iloc[0])))
+    found = guarantee(once, alphas_cumprod, n=1)
+    value = found.epsilon if found.events else None
+    return {"epsilon_message": value, "randomness": randomness_of(rows), "why_no_epsilon": found.why}
+
+
+def _one_sample(words: str) -> Defences:
+    """Return defences without what needs several samples; it earns no ε."""
+    return replace(read_defences(words), key_mixing=0, patch_shuffle=0, fresh_keys=False)
+
+
+def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> pd.DataFrame:
+    """Compare each attack with itself denied a single fact.
+
+    Args:
+        attacks: the attack table.
+        refused: (run, attack's name) -> why the attack could not run without what it was denied.
+
+    Returns one row per run and denial. `measure` is what the attack is after: identification by image, by hint, or the
+    share of exact prompts; `breaks` says whether less than half of it is left, or the attack cannot run at all; it is
+    empty where either was not scored.
+    """
+    rows = []
+    datasets = attacks.drop_duplicates("run").set_index("run")["dataset"]
+    whole = {(run, one["attack"]): one for run, own in attacks.groupby("run") for one in pooled(own)}
+    for run, name in [*whole, *refused]:
+        plain, _, denied = name.partition("-without-")
+        own = whole.get((run, plain))
+        if not denied or own is None:
+            continue
+        measure = next((m for m in ("id_top1", "hint_id_top1", "prompt_exact") if not pd.isna(own[m])), "id_top1")
+        left = _left(whole.get((run, name)), measure)
+        row = {"run": run, "dataset": datasets[run], "attack": plain, "denied": denied, "measure": measure}
+        note = refused.get((str(run), name), "")
+        scored = not math.isnan(left) and not math.isnan(own[measure])
+        breaks = True if note else left < 0.5 * own[measure] if scored else None
+        rows.append(row | {"with_it": own[measure], "without_it": left, "breaks": breaks, "note": note})
+    return pd.DataFrame(rows, columns=list(ABLATION_COLUMNS)).round(4)
+
+
+def _left(denied: dict[str, Any] | None, measure: str) -> float:
+    """Return what an attack reaches without a fact: 0 where it cannot run or recovers nothing, NaN if not scored."""
+    recovered = {"id_top1": "psnr_db", "hint_id_top1": "hint_psnr_db"}.get(measure, measure)
+    return 0.0 if denied is None or math.isnan(denied[recovered]) else float(denied[measure])
+
+
+def _place(attack: str) -> int:
+    """Return where an attack stands in `WHY`: of equals the first, which is the simplest, gives the reason."""
+    plain = attack.partition("-without-")[0]
+    return list(WHY).index(plain) if plain in WHY else len(WHY)
+
+
+def _reason(judged: dict[str, Any], worst: dict[str, Any], absent: list[str]) -> str:
+    """Say in one sentence why the defence holds or not, or what it would take to know."""
+    limit, where = STOPPED * judged["id_chance"], f"t ≥ {judged['worst_t_low']:.0f}"
+    if judged["id_worst"] > limit:
+        plain = str(worst["attack"]).partition("-without-")[0]
+        why = WHY.get(plain, "the attack named undoes it") + (", and the prompt is sent" if worst["prompted"] else "")
+        return f"{plain} identifies {judged['id_worst']:.0%} at {where}: {why}"
+    if judged["hint_id_top1"] > limit:
+        return f"the image is hidden, but the hint is recovered and identifies {judged['hint_id_top1']:.0%}"
+    if judged["both_id_top1"] > limit:
+        return f"neither image nor hint identifies, but the two together do: {judged['both_id_top1']:.0%}"
+    if limit >= 1.0:
+        candidates = round(1.0 / judged["id_chance"])
+        return f"{UNMEASURED}: among {candidates} candidates no attack can exceed {STOPPED:.0f} times chance"
+    if absent:
+        return f"{UNMEASURED}: no attack was scored by {' or '.join(absent)} in every timestep bucket"
+    return (
+        f"no attack identifies more than {judged['id_worst']:.0%} by image or hint (chance {judged['id_chance']:.0%})"
+    )
