@@ -60,7 +60,7 @@ pipeline: data
 	@echo "== running the rest of the pipeline (about 20 minutes on 2 cores)"
 	dvc repro
 	@echo "== rendering the report"
-	python -m splitlab.report.page
+	python -m splitlab.report
 
 test: data ## the whole suite
 	python -m pytest --cov=splitlab --cov-report=term:skip-covered --cov-fail-under=90
@@ -69,7 +69,7 @@ lab: data ## JupyterLab on the explorer
 	jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url=None notebooks/explore.ipynb
 
 lint: setup ## what pre-commit checks
-	ruff check . && ruff format --check . && mypy && nbstripout --keep-id --verify notebooks/*.ipynb
+	ruff check . && ruff format --check . && lint-imports --no-logo && mypy && nbstripout --keep-id --verify notebooks/*.ipynb
 
 reproducible: data ## run train and attack stages twice and compare every tensor, table and figure
 	python benchmarks/reproducibility.py

@@ -47,9 +47,9 @@ def exporter(module: str, name: str) -> str:
     if file_of(f"{module}.{name}"):
         return f"{module}.{name}"
     if module == PACKAGE:  # it defines nothing itself
-        for node in ast.parse(file_of(module).read_text()).body:
-            if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == name for a in node.names):
-                return exporter(node.module, name)
+        for node in ast.parse((ROOT / PACKAGE / "__init__.pyi").read_text()).body:
+            if isinstance(node, ast.ImportFrom) and any(alias.asname == name for alias in node.names):
+                return exporter(f"{PACKAGE}.{node.module}", name)
     return module
 
 

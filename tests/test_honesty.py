@@ -262,7 +262,7 @@ attacks.ATTACKS["closed_form"] = cheating
     assert differ == {"closed_form-0.safetensors"}
 
 
-ATTACKERS = sorted(path for folder in ("attacks", "inversion") for path in (ROOT / "splitlab" / folder).glob("*.py"))
+ATTACKERS = sorted((ROOT / "splitlab").glob("*/attacks/*.py"))
 TRUTH = ("Truth", "UpdateTruth", "RunTruth", "read_truth", "read_update_truth", "run_truth")
 DATA = (
     "splitlab.load",
@@ -271,9 +271,7 @@ DATA = (
     "splitlab.data.image_set.locate",
     "splitlab.params",
 )
-EVALUATION = tuple(
-    f"splitlab.{name}" for name in ("evaluate", "train", "update_scores", "explore", "run_view", "figures", "datasets")
-)
+EVALUATION = tuple(f"splitlab.{room}" for room in ("study", "report", "explorer", "data.datasets", "split.train"))
 
 
 def seen(source: str, package: str = "splitlab.split.attacks") -> set[str]:
@@ -298,28 +296,28 @@ def test_attack_modules_name_neither_truth_nor_evaluation(path: Path) -> None:
         "from splitlab.split.wire import read_truth as read",
         "from splitlab import read_truth",
         "import splitlab\nsplitlab.read_truth(path)",
-        "import splitlab.split.wire\nsplitlab.wire.read_truth(path)",
+        "import splitlab.split.wire\nsplitlab.split.wire.read_truth(path)",
         "import splitlab.split.wire as w\nw.read_truth(path)",
-        "from splitlab import wire\nread = wire.read_truth",
+        "from splitlab.split import wire\nread = wire.read_truth",
         "from .. import wire\nwire.read_truth(path)",
         "from ..wire import read_truth",
-        "from ..types import Truth",
+        "from ..messages import Truth",
         "from splitlab.split.messages import *",
         "def f():\n    from splitlab.federated.update import read_update_truth",
         "import splitlab.study.evaluate",
         "import splitlab.study.evaluate as e",
-        "from splitlab import evaluate",
+        "from splitlab.study import evaluate",
         "from splitlab.study.evaluate import score_samples",
         "from .. import train",
         "import importlib\nimportlib.import_module('splitlab.study.evaluate')",
         "import importlib\nimportlib.import_module('splitlab.split.wire').read_truth(path)",
         "from importlib import import_module as bring\nbring('splitlab.study.evaluate')",
         "__import__('splitlab.study.evaluate')",
-        "from splitlab import wire\ngetattr(wire, 'read_truth')(path)",
+        "from splitlab.split import wire\ngetattr(wire, 'read_truth')(path)",
         "from splitlab.data.image_set import load",
-        "from splitlab import data\ndata.load(path)",
+        "from splitlab.data import image_set\nimage_set.load(path)",
         "from splitlab.params import load_split",
-        "from splitlab.federated.client import UpdateTruth",
+        "from splitlab.federated.update import UpdateTruth",
     ],
 )
 def test_the_search_for_truth_sees_every_form(source: str) -> None:
@@ -330,7 +328,7 @@ def test_the_search_for_truth_sees_every_form(source: str) -> None:
     "source",
     [
         "from splitlab.split.messages import Knowledge, Observation",
-        "from splitlab import checkpoint\ncheckpoint.load(path)",
+        "from splitlab.core import checkpoint\ncheckpoint.load(path)",
         "from splitlab.split.wire import read_transcript",
         "truth = 1",
     ],
@@ -345,9 +343,9 @@ def test_the_truth_is_read_on_the_evaluators_side_only() -> None:
         for name, _ in names.reached(path.read_text(), names.package_of(path, ROOT)):
             if (last := name.rpartition(".")[2]) in readers:
                 readers[last].add(path.name)
-    assert readers["read_truth"] - {"__init__.py"} == {"evaluate.py", "explore.py", "figures.py"}
-    updates = {"federated.py", "update_explore.py", "update_figures.py", "update_scores.py"}
-    assert readers["read_update_truth"] - {"__init__.py"} == updates  # federated is the client, and names it only
+    assert readers["read_truth"] - {"__init__.py"} == {"evaluate.py", "explore.py", "run_figures.py"}
+    updates = {"client.py", "update_explore.py", "update_figures.py", "update_scores.py"}
+    assert readers["read_update_truth"] - {"__init__.py"} == updates  # the client names it only
 
 
 def test_the_attack_notebooks_name_nothing_private() -> None:

@@ -18,7 +18,7 @@ class DPConfig:
     """One private fine-tuning.
 
     Attributes:
-        dataset: as in `splitlab.core.config.TrainConfig`.
+        dataset: as in `splitlab.split.config.TrainConfig`.
         conditioning: "class", "text" or "none".
         classes: for "class": one public prompt per class, in the order of the labels.
         trainable: the part of the U-Net that is trained, a key of `splitlab.diffusion.trainable.TRAINABLE`.

@@ -1,6 +1,6 @@
 """The report: every sentence, table and picture of `notebooks/report.ipynb`, from saved artefacts only.
 
-`python -m splitlab.report.page` runs that notebook and writes `reports/index.html`.
+`python -m splitlab.report` runs that notebook and writes `reports/index.html`.
 """
 
 import argparse
@@ -394,8 +394,8 @@ def write_report(folders: Mapping[str, Path], *, executed: Path, out: Path) -> P
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report; the command behind `python -m splitlab.report.page`."""
-    parser = argparse.ArgumentParser(prog="python -m splitlab.report.page", description="Write the HTML report.")
+    """Write the report; the command behind `python -m splitlab.report`."""
+    parser = argparse.ArgumentParser(prog="python -m splitlab.report", description="Write the HTML report.")
     for name, default in _FOLDERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"folder, default {default}")
     parser.add_argument("--executed", default="reports/executed/report.ipynb", help="the executed notebook to write")
@@ -409,7 +409,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(written)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -230,7 +230,7 @@ class AttackSpec:
         """Refuse a defence that does not exist."""
         if self.when and self.when not in {f.name for f in fields(Defences)}:
             raise InputError(
-                f"attack {self.attack}: when={self.when!r} is no defence; see splitlab.core.config.Defences"
+                f"attack {self.attack}: when={self.when!r} is no defence; see splitlab.split.config.Defences"
             )
 
     @property

@@ -41,7 +41,7 @@ class SurveyConfig:
         epochs: epochs over `epoch_samples` images in a transcript of `accumulate`.
         epoch_samples: how many images those are.
         batch_size, steps, seeds: of the training that shows what a setting costs.
-        published_key: see `splitlab.core.config.TrainConfig`; training of another seed has a key that differs by as
+        published_key: see `splitlab.split.config.TrainConfig`; training of another seed has a key that differs by as
             much.
     """
 

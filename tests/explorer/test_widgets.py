@@ -434,11 +434,11 @@ def test_text_from_data_is_escaped(explorer: Explorer):
         assert "<img src=x" not in shown
 
 
-def test_only_the_widgets_import_ipywidgets():
+def test_only_the_explorer_imports_ipywidgets():
     importers = {
         path.parent.name
         for path in (ROOT / "splitlab").rglob("*.py")
         for name, _ in names.reached(path.read_text(), names.package_of(path, ROOT))
         if name.startswith(("ipywidgets", "splitlab.explorer"))
     }
-    assert importers == {"widgets"}
+    assert importers == {"explorer"}

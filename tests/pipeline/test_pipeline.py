@@ -75,8 +75,8 @@ def test_every_stage_depends_on_all_modules_that_its_notebook_imports() -> None:
 def test_imports_are_found_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "splitlab"
     for name, source in {
-        "__init__": "from splitlab.a import first as renamed",
-        "a": "def first():\n    import splitlab.sub.lazy",
+        "__init__": "",
+        "a": "def renamed():\n    import splitlab.sub.lazy",
         "plain": "",
         "sub/__init__": "from splitlab import plain",
         "sub/lazy": "from . import near",
@@ -86,6 +86,7 @@ def test_imports_are_found_in_every_form(tmp_path: Path, monkeypatch: pytest.Mon
     }.items():
         (package / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
         (package / f"{name}.py").write_text(source)
+    (package / "__init__.pyi").write_text("from .a import renamed as renamed")
     monkeypatch.setattr(closure, "ROOT", tmp_path)
     for cached in (closure.file_of, closure.exporter):
         cached.cache_clear()

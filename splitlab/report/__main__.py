@@ -1,0 +1,7 @@
+"""`python -m splitlab.report` renders the report."""
+
+import sys
+
+from splitlab.report.page import main
+
+sys.exit(main())
