@@ -208,10 +208,13 @@ def inverted(base, data, shares, line_up, attack, grant, options):
         draw, updates = generator("dp shares attack", attack, first), [update for update, _ in part]
         try:
             if attack == "timesteps":
-                found = [INVERSIONS[attack](update, known, generator=draw, **options).timesteps for update in updates]
+                found = [
+                    INVERSIONS[attack].function(update, known, generator=draw, **options).timesteps
+                    for update in updates
+                ]
                 exact += sum(torch.equal(one, truth.timesteps) for one, (_, truth) in zip(found, part, strict=True))
             else:
-                pictures.append(INVERSIONS[attack](updates, known, generator=draw, **options).images)
+                pictures.append(INVERSIONS[attack].function(updates, known, generator=draw, **options).images)
         except InputError as error:
             return result | {"cpu_s": 0.0, "refused": str(error)}
     result |= {"cpu_s": (time.process_time() - began) / len(shares)}

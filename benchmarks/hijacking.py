@@ -17,10 +17,11 @@ from splitlab.core.seeds import generator
 from splitlab.data.colours import are_shapes
 from splitlab.diffusion.base_files import load_model
 from splitlab.diffusion.metrics import identified, iou, line_ups, outline_mask, psnr_db
-from splitlab.split.attacks import NO_INFORMATION, run_attack
+from splitlab.split.attacks import NO_INFORMATION
 from splitlab.split.attacks.unsplit import calibrated
 from splitlab.split.messages import Knowledge, Observation
 from splitlab.split.schemes import make_scheme
+from splitlab.split.server import run_attack
 from splitlab.split.train import learning_rate, make_clients
 from splitlab.split.wire import from_bytes
 

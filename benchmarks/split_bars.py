@@ -10,8 +10,8 @@ import torch
 
 from splitlab import ROOT, load_base, load_params, load_split, read_transcript
 from splitlab.core.tables import read_table
-from splitlab.split.attacks import make_knowledge
 from splitlab.split.attacks.latent_view import labelled
+from splitlab.split.server import make_knowledge
 from splitlab.split.wire import read_truth
 from splitlab.study.verdicts import pooled
 

@@ -12,7 +12,7 @@ from .diffusion.base import load_base as load_base
 from .diffusion.pretrain import PretrainConfig as PretrainConfig
 from .diffusion.pretrain import pretrain as pretrain
 from .federated.attacks import INVERSIONS as INVERSIONS
-from .federated.attacks.external import attack_gradient as attack_gradient
+from .federated.external import attack_gradient as attack_gradient
 from .params import load_params as load_params
 from .params import load_split as load_split
 from .params import section as section
@@ -21,9 +21,6 @@ from .report.figures.style import show_images as show_images
 from .split.artefacts import load_reconstruction as load_reconstruction
 from .split.artefacts import save_reconstruction as save_reconstruction
 from .split.attacks import ATTACKS as ATTACKS
-from .split.attacks import attack_all as attack_all
-from .split.attacks import attack_and_save as attack_and_save
-from .split.attacks import attack_transcript as attack_transcript
 from .split.config import AttackSpec as AttackSpec
 from .split.config import Defences as Defences
 from .split.config import TrainConfig as TrainConfig
@@ -31,6 +28,9 @@ from .split.messages import Knowledge as Knowledge
 from .split.messages import Observation as Observation
 from .split.messages import Reconstruction as Reconstruction
 from .split.messages import Truth as Truth
+from .split.server import attack_all as attack_all
+from .split.server import attack_and_save as attack_and_save
+from .split.server import attack_transcript as attack_transcript
 from .split.train import train as train
 from .split.wire import Transcript as Transcript
 from .split.wire import read_server as read_server

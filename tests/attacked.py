@@ -12,10 +12,10 @@ from splitlab.core.paths import ROOT
 from splitlab.data.image_set import ImageSet, load
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base, load_base
-from splitlab.split.attacks import attack_transcript, make_knowledge, run_attack
 from splitlab.split.client import client_send
 from splitlab.split.config import Defences, TrainConfig
 from splitlab.split.messages import Reconstruction, Truth
+from splitlab.split.server import attack_transcript, make_knowledge, run_attack
 from splitlab.split.train import make_clients
 from splitlab.split.wire import Header, Transcript, from_bytes
 

@@ -15,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "splitlab"
 
+CATALOGUES = ("splitlab/split/attacks", "splitlab/federated/attacks")
+"""Folders that a stage depends on as a whole if it needs their list of what they hold."""
+
 
 def code(notebook: Path) -> str:
     cells = json.loads(notebook.read_text())["cells"]
@@ -64,12 +67,10 @@ def closure(source: str) -> set[Path]:
             continue
         found.add(file)
         package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        if package.replace(".", "/") in CATALOGUES:  # it imports whatever lies in its folder
+            waiting += [f"{package}.{path.stem}" for path in file.parent.glob("*.py")]
         waiting += [*imported(file.read_text(), package), module.rpartition(".")[0]]
     return {file.relative_to(ROOT) for file in found}
-
-
-CATALOGUES = ("splitlab/split/attacks", "splitlab/federated/attacks")
-"""Folders that a stage depends on as a whole if it needs their list of what they hold."""
 
 
 def modules(notebook: Path) -> list[str]:

@@ -11,8 +11,8 @@ from splitlab.data import generate
 from splitlab.data.datasets import SPLITS
 from splitlab.data.image_set import load
 from splitlab.diffusion.base import load_base
-from splitlab.split.attacks import attack_and_save
 from splitlab.split.config import AttackSpec, TrainConfig
+from splitlab.split.server import attack_and_save
 from splitlab.split.train import train
 from splitlab.split.wire import read_transcript
 from splitlab.study.config import EvaluateConfig

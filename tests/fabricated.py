@@ -19,8 +19,8 @@ from splitlab.params import load_split
 from splitlab.report.figures.dp_figures import draw_dp_curve, draw_dp_samples
 from splitlab.report.figures.run_figures import draw_figures
 from splitlab.report.figures.update_figures import draw_update_figures
-from splitlab.split.attacks import attack_and_save
 from splitlab.split.config import AttackSpec, TrainConfig
+from splitlab.split.server import attack_and_save
 from splitlab.split.train import train
 from splitlab.split.wire import read_transcript
 from splitlab.study.config import EvaluateConfig

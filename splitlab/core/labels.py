@@ -1,31 +1,9 @@
 """How attacks, schemes, fields and defences are called wherever people read of them."""
 
 import math
-from collections.abc import Sequence
 
 UNMEASURED, UNSCORED = "not measured", "not scored"
 """What stands where a number is missing (NaN): it is neither 0 nor "no"."""
-
-ATTACK_WORDS = {
-    "mean_public": "no information: mean public image",
-    "random_public": "random public image",
-    "one_step": "one-step denoising",
-    "likelihood": "likelihood maximisation (rMLE)",
-    "inverse_network": "inverse network",
-    "adaptive_network": "adaptive inverse network",
-    "posterior": "diffusion posterior",
-    "accumulation": "accumulation over epochs",
-    "nearest_public": "nearest public samples",
-    "undisguise": "public samples in disguise",
-    "unmixing": "unmixing",
-    "jigsaw": "jigsaw",
-    "unsplit": "UnSplit",
-    "hijacking": "feature-space hijacking (FSHA)",
-    "prompt_inversion": "prompt inversion",
-    "prompt_guess": "prompt guess",
-    "closed_form": "closed form",
-}
-"""Attacks, weakest knowledge first; one that is not listed goes by its name."""
 
 SCHEME_WORDS = {
     "central": "central",
@@ -67,35 +45,7 @@ DEFENCE_WORDS = {
 }
 
 
-def attack_label(attack: str) -> str:
-    """Say in words which attack it is, and what it was denied."""
-    live = "live: " if attack.startswith("live: ") else ""
-    plain, _, denied = attack.removeprefix("live: ").partition("-without-")
-    words = ATTACK_WORDS.get(plain, plain.replace("_", " "))
-    facts = ", ".join(FIELD_WORDS.get(name, name) for name in denied.split("-")) if denied else ""
-    return f"{live}{words}" + (f" without {facts}" if facts else "")
-
-
-INVERSION_WORDS = {
-    "no_information": "no information",
-    "timesteps": "timesteps, closed form",
-    "prompts": "prompts, span test",
-    "dlg": "DLG",
-    "inverting_gradients": "Inverting Gradients",
-    "gidm": "GIDM",
-    "gidm_plus": "GIDM+",
-    "known_noise": "gradient matching",
-    "unknown_noise": "patch test",
-}
-
 GRANT_WORDS = {"batch_size": "batch size", "timesteps": "t", "noise": "noise", "text": "prompt", "hint_latents": "hint"}
-
-
-def inversion_label(attack: str, granted: Sequence[str] = ()) -> str:
-    """Say in words which attack on updates it is, and what it was granted."""
-    words = INVERSION_WORDS.get(attack, attack.replace("_", " "))
-    facts = ", ".join(GRANT_WORDS.get(name, name) for name in granted)
-    return words + (f" (knows {facts})" if facts else "")
 
 
 def percent(value: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from splitlab.core.labels import FIELD_WORDS, attack_label
+from splitlab.core.labels import FIELD_WORDS
 from splitlab.explorer import markup
 from splitlab.explorer.explorer_panel import Explorer
 from splitlab.explorer.parts import DESCRIBED, checkbox, dropdown, reported, row
@@ -25,7 +25,7 @@ class AttackPanel(widgets.VBox):
     def __init__(self, explorer: Explorer):
         super().__init__()
         self.explorer = explorer
-        self.attack = dropdown("attack", [(attack_label(name), name) for name in ATTACKS])
+        self.attack = dropdown("attack", [(record.label, name) for name, record in ATTACKS.items()])
         self.attack.value = "closed_form"  # the quickest that tells something
         self.seed = widgets.IntText(description="seed", value=0, layout=widgets.Layout(width="170px"), style=DESCRIBED)
         self.fields = {name: checkbox(f"use {FIELD_WORDS[name]}") for name in FIELD_WORDS if name != "timesteps"}
@@ -55,7 +55,7 @@ class AttackPanel(widgets.VBox):
     def _list_options(self) -> None:
         """Offer every numeric keyword of the attack function, at its default."""
         self.options = {}
-        for name, parameter in inspect.signature(ATTACKS[self.attack.value]).parameters.items():
+        for name, parameter in inspect.signature(ATTACKS[self.attack.value].function).parameters.items():
             kind = {int: widgets.IntText, float: widgets.FloatText}.get(type(parameter.default))
             if kind is not None:
                 layout = widgets.Layout(width="190px")

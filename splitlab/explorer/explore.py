@@ -20,7 +20,7 @@ from torch import Tensor
 
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
-from splitlab.core.labels import DEFENCE_WORDS, SCHEME_WORDS, attack_label
+from splitlab.core.labels import DEFENCE_WORDS, SCHEME_WORDS
 from splitlab.core.paths import CACHE, resolve
 from splitlab.core.pixels import from_uint8, to_uint8
 from splitlab.core.progress import Callback
@@ -30,9 +30,10 @@ from splitlab.diffusion.base import Base, load_base
 from splitlab.explorer.run_view import Attempt, RunView, in_order, knowledge_label
 from splitlab.params import load_split
 from splitlab.split.artefacts import Recorded, SavedReconstruction, load_reconstruction, read_record, read_scores
-from splitlab.split.attacks import ATTACKS, attack_transcript, make_knowledge
+from splitlab.split.attacks import ATTACKS, attack_label
 from splitlab.split.config import AttackSpec, Defences, TrainConfig
 from splitlab.split.messages import Observation, stack
+from splitlab.split.server import attack_transcript, make_knowledge
 from splitlab.split.wire import read_server, read_transcript, read_truth
 from splitlab.study.config import EvaluateConfig
 from splitlab.study.evaluate import RunTruth, score_samples

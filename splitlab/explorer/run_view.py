@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitlab.core.labels import FIELD_WORDS, attack_label
-from splitlab.split.attacks import NO_INFORMATION
+from splitlab.core.labels import FIELD_WORDS
+from splitlab.split.attacks import NO_INFORMATION, attack_label
 from splitlab.split.messages import Observation
 from splitlab.split.wire import Transcript
 from splitlab.study.evaluate import RunTruth

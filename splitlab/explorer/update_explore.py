@@ -9,8 +9,8 @@ from torch import Tensor
 
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
-from splitlab.core.labels import inversion_label
 from splitlab.diffusion.metrics import ssim
+from splitlab.federated.attacks import ON_IMAGES, inversion_label
 from splitlab.federated.saved import SavedInversion, load_inversion
 from splitlab.federated.update import UpdateTruth, read_update_truth
 from splitlab.study.update_scores import matched, pictures
@@ -73,7 +73,7 @@ class Inverted:
         names = {}
         for spec in cell.attacks:
             path = self.inversions / cell.name / f"{spec.name}-0.safetensors"
-            if spec.attack not in ("timesteps", "prompts") and path.exists():
+            if spec.attack in ON_IMAGES and path.exists():
                 names[inversion_label(spec.attack, spec.grant)] = spec.name
         return names
 

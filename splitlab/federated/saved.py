@@ -17,11 +17,10 @@ from splitlab.core.config import parse
 from splitlab.core.errors import InputError
 from splitlab.core.pixels import pictures, to_uint8
 from splitlab.data.image_set import ImageSet
+from splitlab.federated.attacks import NO_INFORMATION
 from splitlab.federated.attacks.problem import Inversion
 from splitlab.federated.attacks.prompts import PromptsFound
 from splitlab.federated.attacks.timesteps import TimestepsFound
-
-NO_INFORMATION = "no_information"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from splitlab.core.labels import UNMEASURED, attack_label, counted, percent
-from splitlab.split.attacks import NO_INFORMATION
+from splitlab.core.labels import UNMEASURED, counted, percent
+from splitlab.split.attacks import NO_INFORMATION, attack_label
 from splitlab.split.client import reference_message, sample_bytes
 from splitlab.split.config import Defences
 from splitlab.study.leaks import bucket, leaks, strongest

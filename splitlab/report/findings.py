@@ -2,8 +2,9 @@
 
 import math
 
-from splitlab.core.labels import UNMEASURED, attack_label, counted, percent
+from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.report.claims import FULL, HOLDS, LITTLE, PARTLY, REFUTED, Evidence, claims, defended, strength
+from splitlab.split.attacks import attack_label
 from splitlab.study.leaks import Leak, leaks, strongest
 
 

@@ -16,7 +16,7 @@ from IPython.display import HTML, Markdown
 
 from splitlab.core.checkpoint import load_json
 from splitlab.core.errors import InputError
-from splitlab.core.labels import SCHEME_WORDS, attack_label, counted, percent
+from splitlab.core.labels import SCHEME_WORDS, counted, percent
 from splitlab.core.paths import ROOT, resolve
 from splitlab.core.seeds import PUBLISHED
 from splitlab.core.storage import write_text
@@ -28,7 +28,7 @@ from splitlab.report.claims import Claim, Evidence, claims, message_sizes
 from splitlab.report.figures.run_figures import by_strength, control_per_image
 from splitlab.report.findings import findings
 from splitlab.split.artefacts import load_reconstruction
-from splitlab.split.attacks import ATTACKS, NO_INFORMATION
+from splitlab.split.attacks import ATTACKS, NO_INFORMATION, attack_label
 from splitlab.study.leaks import leaks, shares, strongest
 
 _WHOLE = ("bytes.png", "tradeoff.png", "tradeoff.csv")
@@ -208,7 +208,7 @@ def attack_legend(material: Material) -> HTML:
     for attack in by_strength(attacks)[::-1]:
         fields = min(attacks[attacks["attack"] == attack]["knowledge"].unique(), key=len)
         known = ATTACKS.get(attack.split("-")[0])
-        does = (known.__doc__ or "").partition("\n")[0] if known else DASH
+        does = (known.function.__doc__ or "").partition("\n")[0] if known else DASH
         reads = fields if fields == "nothing" else f"<code>{html.escape(fields.replace(' + ', ', '))}</code>"
         rows.append((html.escape(attack_label(attack)), html.escape(does), reads))
     return lay_out({"attack": "name", "what it does": "", "reads": ""}, {"": rows})

@@ -3,104 +3,17 @@
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.core.labels import FIELD_WORDS, UNMEASURED, UNSCORED, attack_label, percent
+from splitlab.core.labels import FIELD_WORDS, UNMEASURED, UNSCORED, percent
 from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words
 from splitlab.report.cells import DASH, figure, in_words, lay_out, number
 from splitlab.report.page import Material
-from splitlab.split.attacks import NO_INFORMATION
+from splitlab.split.attacks import ATTACKS, FAMILIES, NO_INFORMATION, attack_label
 from splitlab.split.guarantees import DELTA
 from splitlab.study.verdicts import STOPPED, SURVEY, pooled
-
-
-@dataclass(frozen=True)
-class Family:
-    """One idea of attack, and where to look at it.
-
-    Attributes:
-        title: what the idea is called.
-        says: what it does and needs.
-        attacks: its names in the attack table.
-        shown_on: runs whose pictures show it, in order of preference.
-    """
-
-    title: str
-    says: str
-    attacks: tuple[str, ...]
-    shown_on: tuple[str, ...]
-
-
-FAMILIES = (
-    Family(
-        "Likelihood maximisation (rMLE)",
-        "The image is optimised until the client's public computation, run on it, gives what was sent, with total "
-        "variation as the prior (He et al. 2019). Given the noise, nothing is left unknown.",
-        ("likelihood", "likelihood-without-noise", "likelihood-without-noise-defences"),
-        ("shapes-split", "survey-shapes-none"),
-    ),
-    Family(
-        "Inverse network",
-        "A network learns, on public images sent through an imitation of the client, to undo the client (He et al. "
-        "2019). The adaptive form is trained through the defence that is on, and starts from what algebra and the "
-        "public denoiser give.",
-        ("inverse_network-without-noise-defences", "inverse_network", "adaptive_network"),
-        ("survey-shapes-noise-0.3-independent", "survey-shapes-s1"),
-    ),
-    Family(
-        "UnSplit",
-        "Conventional split learning trains the client's part, so its weights are not public: input and a clone of the "
-        "client are optimised in turn until the clone's output is what was sent (Erdoğan et al. 2022). It is after the "
-        "hint, the input of that part.",
-        ("unsplit",),
-        ("shapes-split-gradients",),
-    ),
-    Family(
-        "Feature-space hijacking (FSHA)",
-        "A malicious server returns gradients that pull the client's part towards a feature space it can decode "
-        "(Pasquini et al. 2021). It needs the returned gradient: where nothing returns, as in S1, it has no lever.",
-        ("hijacking",),
-        ("shapes-hijack",),
-    ),
-    Family(
-        "Closed form, and the U-shaped split",
-        "What the server is sent determines the latents by algebra. In a U-shaped split the client keeps the loss and "
-        "the noise, but the gradient that it returns tells the noise: the server knows its own prediction.",
-        ("closed_form", "closed_form-without-noise"),
-        ("shapes-u-shaped", "shapes-split"),
-    ),
-    Family(
-        "Mixing by a secret key",
-        "Samples that share timestep and noise are mixed by a secret row-stochastic matrix. Subtracting the "
-        "known noise leaves linear mixtures of latents, which blind source separation takes apart.",
-        ("unmixing",),
-        ("survey-shapes-mixing", "survey-shapes-mixing-fresh"),
-    ),
-    Family(
-        "Patch shuffling",
-        "Patches are permuted by a secret permutation. Subtracting the known noise leaves exact latents in the wrong "
-        "places; public statistics, or a network trained on public images, say where each patch belongs.",
-        ("jigsaw",),
-        ("survey-shapes-patches", "survey-shapes-patches-fresh"),
-    ),
-    Family(
-        "Diffusion posterior",
-        "What algebra leaves is latents plus Gaussian noise, a state of the public diffusion model at the timestep of "
-        "matching noise: its U-Net denoises it.",
-        ("one_step", "posterior", "posterior-without-noise"),
-        ("survey-shapes-noise-0.3", "survey-shapes-matched-1"),
-    ),
-    Family(
-        "Accumulation over epochs",
-        "The same image is sent in every epoch. Messages of one image are found by their similarity, averaged with the "
-        "weights that their noise levels ask for, and denoised.",
-        ("accumulation", "posterior"),
-        ("epochs-shapes-noise-0.3",),
-    ),
-)
 
 
 def verdict_table(material: Material) -> HTML:
@@ -184,18 +97,20 @@ def families(material: Material) -> HTML:
     parts = []
     for family in FAMILIES:
         parts += [f"<h3>{html.escape(family.title)}</h3>", f"<p>{html.escape(family.says)}</p>"]
-        rows = every[every["attack"].isin(family.attacks)]
+        names = [name for name, record in ATTACKS.items() if record.family == family]
+        rows = every[every["attack"].str.partition("-without-")[0].isin(names)]
         if rows.empty:
             parts.append('<p class="note">Not run: see params.yaml.</p>')
             continue
-        parts.append(_family_table(rows, family) + _without_information(every[every["run"].isin(rows["run"])]))
-        for run in [run for run in family.shown_on if run in set(rows["run"])][:1]:
-            caption = f"{run}: the first samples of each timestep bucket, none picked by hand; weakest attack first."
-            parts.append(figure(material.figures / f"grid-{run}.png", caption))
+        parts.append(_family_table(rows) + _without_information(every[every["run"].isin(rows["run"])]))
+        furthest = rows[["id_top1", "hint_id_top1"]].max(axis=1).fillna(0.0).to_numpy().argmax()
+        run = rows["run"].iloc[furthest]
+        caption = f"{run}: the first samples of each timestep bucket, none picked by hand; weakest attack first."
+        parts.append(figure(material.figures / f"grid-{run}.png", caption))
     return HTML("".join(parts))
 
 
-def _family_table(rows: pd.DataFrame, family: Family) -> str:
+def _family_table(rows: pd.DataFrame) -> str:
     columns = {"transcript, and the attack": "setting"} | dict.fromkeys(
         ("PSNR, dB", "± images", "SSIM", "top-1", "hint top-1", "n", "seeds", "evaluations", "CPU s"), "number"
     )
@@ -203,7 +118,7 @@ def _family_table(rows: pd.DataFrame, family: Family) -> str:
     for run, own in rows.groupby("run", sort=False):
         costs = own.groupby("attack")[["n_evals", "cpu_s"]].max()
         spread = own.groupby("attack")["psnr_db_std"].mean()
-        for one in sorted(pooled(own), key=lambda one: family.attacks.index(one["attack"])):
+        for one in reversed(pooled(own)):  # the weakest first
             cells.append(
                 (
                     f"{html.escape(str(run).removeprefix(SURVEY))} "

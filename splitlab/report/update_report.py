@@ -9,9 +9,9 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab.core.errors import InputError
-from splitlab.core.labels import UNMEASURED, counted, inversion_label, percent
+from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.core.tables import read_timed
-from splitlab.federated.saved import NO_INFORMATION
+from splitlab.federated.attacks import NO_INFORMATION, ON_IMAGES, inversion_label
 from splitlab.report.cells import DASH, figure, lay_out, number
 from splitlab.report.claims import HOLDS, PARTLY, REFUTED
 
@@ -47,7 +47,7 @@ class UpdateMaterial:
     @property
     def tried(self) -> pd.DataFrame:
         """Rows of attacks after images, those that were refused or not scored too: they have no SSIM."""
-        return self.table[~self.table["attack"].isin([NO_INFORMATION, "timesteps", "prompts"])]
+        return self.table[self.table["attack"].isin(ON_IMAGES)]
 
     @property
     def plain(self) -> pd.DataFrame:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from splitlab.core.labels import attack_label, counted, percent
-from splitlab.split.attacks import NO_INFORMATION
+from splitlab.core.labels import counted, percent
+from splitlab.split.attacks import NO_INFORMATION, attack_label
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 from splitlab.core.parallel import abreast
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
-from splitlab.split.attacks import attack_and_save
 from splitlab.split.config import AttackSpec, Defences
+from splitlab.split.server import attack_and_save
 from splitlab.split.wire import Transcript, read_transcript
 from splitlab.study.survey import LoadSplit, SurveyConfig
 

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from splitlab.core.labels import UNSCORED, attack_label, inversion_label
+from splitlab.core.labels import UNSCORED
 from splitlab.core.seeds import PUBLISHED
 from splitlab.core.tables import read_table
-from splitlab.federated.saved import NO_INFORMATION as NO_UPDATE
+from splitlab.federated.attacks import ON_IMAGES, inversion_label
 from splitlab.privacy.accounting import randomness_of
-from splitlab.split.attacks import NO_INFORMATION
+from splitlab.split.attacks import NO_INFORMATION, attack_label
 from splitlab.split.config import TrainConfig, read_defences
 from splitlab.split.guarantees import guarantee
 from splitlab.study.dp_survey import CONTRASTS, PUBLIC, REAL, START
@@ -284,7 +284,7 @@ def _controlled(row: Mapping[Hashable, Any], table: pd.DataFrame, measure: str) 
 
 def _federated(attacks: pd.DataFrame, training: pd.DataFrame) -> list[dict]:
     """Place federated training of a ControlNet as it is attacked in the updates' survey."""
-    rows = attacks[attacks["model"].eq("controlnet") & ~attacks["attack"].isin([NO_UPDATE, "timesteps", "prompts"])]
+    rows = attacks[attacks["model"].eq("controlnet") & attacks["attack"].isin(ON_IMAGES)]
     found = []
     for (dataset, defence, level), own in rows.groupby(["dataset", "defence", "level"], sort=False, dropna=False):
         best = own.sort_values("id_top1", ascending=False, kind="stable").iloc[0]

@@ -16,7 +16,8 @@ from splitlab.core.seeds import generator
 from splitlab.core.tables import write_table
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base
-from splitlab.federated.saved import NO_INFORMATION, SavedInversion, load_inversion
+from splitlab.federated.attacks import NO_INFORMATION
+from splitlab.federated.saved import SavedInversion, load_inversion
 from splitlab.federated.update import UpdateTruth, read_update_truth
 from splitlab.study.update_survey import Cell, LoadSplit, UpdateConfig, resized
 

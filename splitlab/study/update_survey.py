@@ -27,7 +27,7 @@ from splitlab.data.overlap import refuse_overlaps
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.base_files import load_model
 from splitlab.diffusion.controlnet import LatentHintControlNet
-from splitlab.federated.attacks import INVERSIONS
+from splitlab.federated.attacks import INVERSIONS, ON_IMAGES
 from splitlab.federated.client import TRAINABLE, ControlledUNet, InversionKnowledge, pixel_unet, plain_attention, share
 from splitlab.federated.defences import (
     Clip,
@@ -435,9 +435,9 @@ def _attack(
     spec: InversionSpec, updates: list[Update], known: InversionKnowledge, cell: Cell, seed: int
 ) -> SavedInversion:
     """Run one attack; one that cannot says why instead."""
-    attack, draw = INVERSIONS[spec.attack], generator("inversion", cell.name, spec.name, seed)
+    attack, draw = INVERSIONS[spec.attack].function, generator("inversion", cell.name, spec.name, seed)
     knowledge = " + ".join(spec.grant) or "the update"
-    together = spec.attack not in ("timesteps", "prompts")
+    together = spec.attack in ON_IMAGES
     try:
         found, cpu_s = timed(
             lambda: (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from splitlab.core.labels import UNMEASURED
 from splitlab.privacy.accounting import randomness_of
-from splitlab.split.attacks import NO_INFORMATION
+from splitlab.split.attacks import ATTACKS, NO_INFORMATION
 from splitlab.split.config import Defences, TrainConfig, read_defences
 from splitlab.split.guarantees import guarantee
 
@@ -37,19 +37,6 @@ POOLED = ("psnr_db", "ssim", "id_top1", "hint_psnr_db", "hint_id_top1", "prompt_
 """Columns of the attack table that are averaged over timestep buckets."""
 
 ABLATION_COLUMNS = ("run", "dataset", "attack", "denied", "measure", "with_it", "without_it", "breaks", "note")
-
-WHY = {
-    "closed_form": "the label is sent and the message holds nothing else that hides the latents",
-    "likelihood": "the label is sent, so the input that explains the message is the image",
-    "posterior": "what the label does not cover is Gaussian noise, which the public denoiser removes",
-    "nearest_public": "image and hint together still tell which public sample they resemble",
-    "one_step": "the public denoiser removes the diffusion noise",
-    "inverse_network": "a network trained through the defence on public images undoes it",
-    "adaptive_network": "a network trained through the defence on public images, with the public denoiser, undoes it",
-    "accumulation": "repeated messages of one image average the noise out",
-    "unmixing": "a linear key over many messages is undone by blind source separation",
-    "jigsaw": "shuffled latents are exact latents, and their patches tell where they belong",
-}
 
 
 def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod: Tensor | None = None) -> pd.DataFrame:
@@ -122,7 +109,7 @@ def _verdict(run: str, rows: pd.DataFrame, utility: pd.DataFrame | None) -> dict
     attacks = pooled(rows)
     if not attacks:
         return verdict | {"stops_adaptive": None, "reason": f"{UNMEASURED}: no attack but guesses was run"}
-    worst = max(attacks, key=lambda one: (known(one["id_worst"]), -_place(one["attack"])))
+    worst = max(attacks, key=lambda one: (known(one["id_worst"]), -_rank(one["attack"])))
     return verdict | _judged(attacks, worst, chance, unscored(rows))
 
 
@@ -208,10 +195,10 @@ def _left(denied: dict[str, Any] | None, measure: str) -> float:
     return 0.0 if denied is None or math.isnan(denied[recovered]) else float(denied[measure])
 
 
-def _place(attack: str) -> int:
-    """Return where an attack stands in `WHY`: of equals the first, which is the simplest, gives the reason."""
-    plain = attack.partition("-without-")[0]
-    return list(WHY).index(plain) if plain in WHY else len(WHY)
+def _rank(attack: str) -> int:
+    """Return an attack's place: of equals the first, which is the simplest, gives the reason."""
+    record = ATTACKS.get(attack.partition("-without-")[0])
+    return record.rank if record else len(ATTACKS) * 1000
 
 
 def _reason(judged: dict[str, Any], worst: dict[str, Any], absent: list[str]) -> str:
@@ -219,7 +206,8 @@ def _reason(judged: dict[str, Any], worst: dict[str, Any], absent: list[str]) ->
     limit, where = STOPPED * judged["id_chance"], f"t ≥ {judged['worst_t_low']:.0f}"
     if judged["id_worst"] > limit:
         plain = str(worst["attack"]).partition("-without-")[0]
-        why = WHY.get(plain, "the attack named undoes it") + (", and the prompt is sent" if worst["prompted"] else "")
+        reason = ATTACKS[plain].reason if plain in ATTACKS else ""
+        why = (reason or "the attack named undoes it") + (", and the prompt is sent" if worst["prompted"] else "")
         return f"{plain} identifies {judged['id_worst']:.0%} at {where}: {why}"
     if judged["hint_id_top1"] > limit:
         return f"the image is hidden, but the hint is recovered and identifies {judged['hint_id_top1']:.0%}"

@@ -10,10 +10,10 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from splitlab.core.errors import InputError
-from splitlab.core.labels import attack_label
 from splitlab.report.figures import run_figures as figures
 from splitlab.report.figures import style as canvas
 from splitlab.split.artefacts import Recorded
+from splitlab.split.attacks import attack_label
 from splitlab.study.config import EvaluateConfig
 
 

@@ -12,11 +12,11 @@ from splitlab.diffusion.base import encoded
 from splitlab.diffusion.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
 from splitlab.diffusion.guided import generate_guided
 from splitlab.diffusion.metrics import iou, line_ups, outline_mask
-from splitlab.split.attacks import run_attack
 from splitlab.split.attacks.surrogate_posterior import same_image
 from splitlab.split.client import client_send
 from splitlab.split.identification import identified_as_sent, identified_by_both
 from splitlab.split.messages import Knowledge
+from splitlab.split.server import run_attack
 from splitlab.split.surrogates import (
     LEAST_CONTRAST,
     SYMMETRIES,

@@ -16,9 +16,10 @@ from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
 from splitlab.explorer import InversionPanel
 from splitlab.explorer.update_explore import Inverted, side_by_side
-from splitlab.federated.attacks.external import attack_gradient
+from splitlab.federated.attacks import NO_INFORMATION
 from splitlab.federated.client import pixel_unet, share
-from splitlab.federated.saved import NO_INFORMATION, SavedInversion, load_inversion, save_inversion
+from splitlab.federated.external import attack_gradient
+from splitlab.federated.saved import SavedInversion, load_inversion, save_inversion
 from splitlab.federated.update import UpdateTruth, read_update, read_update_truth, write_update
 from splitlab.report import update_report
 from splitlab.study.update_scores import COLUMNS, _row, matched, score_inversion

@@ -1,26 +1,25 @@
-"""What the server of federated training can do with an update: one file per idea, one entry per attack.
+"""What the server of federated training can do with an update: one file per idea, which says all there is to say of it.
 
-Every attack is a function `(update, knowledge, *, generator, callback=None, ...)`. It may read the update, and through
-`knowledge` public models and what the threat model grants; no truth can reach it.
+Every module here with `ATTACKS`, a tuple of `Attack` records, joins the catalogue.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from splitlab.federated.attacks.baselines import dlg, inverting_gradients
-from splitlab.federated.attacks.gidm import gidm, gidm_plus
-from splitlab.federated.attacks.gradient_matching import known_noise
-from splitlab.federated.attacks.prompts import prompts
-from splitlab.federated.attacks.timesteps import timesteps
-from splitlab.federated.attacks.unknown_noise import unknown_noise
+from splitlab.core.catalogue import catalogue
+from splitlab.core.labels import GRANT_WORDS
+from splitlab.federated.attacks.record import Attack
 
-INVERSIONS: dict[str, Callable[..., Any]] = {
-    "timesteps": timesteps,
-    "prompts": prompts,
-    "dlg": dlg,
-    "inverting_gradients": inverting_gradients,
-    "gidm": gidm,
-    "gidm_plus": gidm_plus,
-    "known_noise": known_noise,
-    "unknown_noise": unknown_noise,
-}
+INVERSIONS: dict[str, Attack] = catalogue(__name__, __path__)
+"""By name, in the order in which facts are found."""
+
+ON_IMAGES = tuple(name for name, record in INVERSIONS.items() if record.finds == "images")
+
+NO_INFORMATION = "no_information"
+"""The guess that looks at no update: what all attacks are measured against."""
+
+
+def inversion_label(attack: str, granted: Sequence[str] = ()) -> str:
+    """Say in words which attack on updates it is, and what it was granted."""
+    words = INVERSIONS[attack].label if attack in INVERSIONS else attack.replace("_", " ")
+    facts = ", ".join(GRANT_WORDS.get(name, name) for name in granted)
+    return words + (f" (knows {facts})" if facts else "")

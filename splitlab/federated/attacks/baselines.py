@@ -10,6 +10,7 @@ from splitlab.core.progress import Callback
 from splitlab.federated.attacks.matching import Matcher, best_of
 from splitlab.federated.attacks.optimise import lbfgs
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
+from splitlab.federated.attacks.record import Attack
 from splitlab.federated.client import InversionKnowledge, Update
 
 
@@ -126,3 +127,9 @@ def variation(images: Tensor) -> Tensor:
 
 class _TimeUpError(Exception):
     """The CPU budget is spent."""
+
+
+ATTACKS = (
+    Attack(dlg, "DLG", rank=30, as_published=True),
+    Attack(inverting_gradients, "Inverting Gradients", rank=40, as_published=True),
+)

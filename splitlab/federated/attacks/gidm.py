@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
+from splitlab.federated.attacks.record import Attack
 from splitlab.federated.client import InversionKnowledge, Update
 
 
@@ -203,3 +204,9 @@ def _sampler(problem: Problem, prior: nn.Module | None, steps: int) -> Callable[
         return x
 
     return sample
+
+
+ATTACKS = (
+    Attack(gidm, "GIDM", rank=50, as_published=True),
+    Attack(gidm_plus, "GIDM+", rank=60, as_published=True),
+)

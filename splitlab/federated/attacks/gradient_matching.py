@@ -11,6 +11,7 @@ from splitlab.federated.attacks.matching import Matcher, best_of
 from splitlab.federated.attacks.noisy_inputs import find_noisy
 from splitlab.federated.attacks.optimise import Minimum, lbfgs
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
+from splitlab.federated.attacks.record import Attack
 from splitlab.federated.attacks.scale import nearest_usual
 from splitlab.federated.client import InversionKnowledge, Update
 
@@ -87,3 +88,6 @@ def known_noise(
     clean = best.reshape(-1, *problem.shape)
     said = doubts(problem, clean, noise, value)
     return recorder.finish(clean, value, timesteps, noise, scale=scale, warnings=said)
+
+
+ATTACKS = (Attack(known_noise, "gradient matching", rank=70),)

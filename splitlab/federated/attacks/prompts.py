@@ -17,6 +17,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.federated.attacks.prefixes import Prefixes
 from splitlab.federated.attacks.prompt_search import ENOUGH, PromptSearch
+from splitlab.federated.attacks.record import Attack
 from splitlab.federated.attacks.row_spaces import Rows, block, unit_rows
 from splitlab.federated.client import InversionKnowledge
 from splitlab.federated.update import Update, check_update
@@ -114,3 +115,6 @@ def evidence_rows(update: Update, knowledge: InversionKnowledge) -> Rows:
             f"of width {width} (attn2.to_k, attn2.to_v); they were frozen or the model takes no text"
         )
     return unit_rows([block(update, knowledge.model, name) for name in names])
+
+
+ATTACKS = (Attack(prompts, "prompts, span test", rank=20, finds="prompts"),)

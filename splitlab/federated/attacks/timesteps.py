@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
+from splitlab.federated.attacks.record import Attack
 from splitlab.federated.attacks.row_spaces import Block, block, unit_rows
 from splitlab.federated.attacks.shapes import input_shape
 from splitlab.federated.attacks.time_layers import TimeLayer, TimeProbe
@@ -288,3 +289,6 @@ def _evidence(layers: list[_Layer], found: list[int], index: int) -> float:
     before, after = (_split(layers[0], chosen)[0].square().sum() for chosen in (rest, found))
     spare = layers[0].inputs.shape[1] - len(found)
     return float((before - after) / (after / spare).clamp_min(1e-300))
+
+
+ATTACKS = (Attack(timesteps, "timesteps, closed form", rank=10, finds="timesteps"),)

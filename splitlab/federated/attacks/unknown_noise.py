@@ -19,6 +19,7 @@ from splitlab.federated.attacks.matching import Matcher, best_of
 from splitlab.federated.attacks.noisy_inputs import find_noisy
 from splitlab.federated.attacks.optimise import lbfgs
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
+from splitlab.federated.attacks.record import Attack
 from splitlab.federated.attacks.residual import solve_residual, tail
 from splitlab.federated.attacks.scale import Scaling, find_scale
 from splitlab.federated.attacks.timesteps import timesteps as read_timesteps
@@ -229,3 +230,6 @@ def _unit_noise(prediction: Tensor, residual: Tensor) -> Tensor:
     inside = inner.square() - size * (p.square().sum(1) - p.shape[1])
     root = (inner + inside.clamp_min(0.0).sqrt()) / size
     return torch.where((inside >= 0) & (root > 0), root, 1.0).float()
+
+
+ATTACKS = (Attack(unknown_noise, "patch test", rank=80, usual={"n_iterations": 1000, "thorough": True}),)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
-from splitlab.core.labels import UNSCORED, attack_label
+from splitlab.core.labels import UNSCORED
 from splitlab.core.tables import read_table, write_table
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion import metrics
@@ -26,22 +26,16 @@ from splitlab.report.figures.style import STYLE, fill, save_figure, subplots
 from splitlab.report.figures.survey_figures import draw_frontier, draw_matrix
 from splitlab.report.figures.tradeoff_figures import draw_tradeoff
 from splitlab.split.artefacts import Recorded, load_reconstruction, read_record, read_samples, read_scores
+from splitlab.split.attacks import ATTACKS, attack_label
 from splitlab.split.messages import stack
 from splitlab.split.wire import read_transcript, read_truth
 from splitlab.study.config import EvaluateConfig
 from splitlab.study.evaluate import buckets
 from splitlab.study.tradeoff import tradeoff
 
-_COLOURS = {
-    "mean_public": "#7f7f7f",
-    "random_public": "#a6761d",
-    "one_step": "#E69F00",
-    "inverse_network-without-noise": "#56B4E9",
-    "inverse_network": "#0072B2",
-    "closed_form": "#D55E00",
-}
-_MARKERS = dict(zip(_COLOURS, "vPsD^o", strict=True))
-_SPARE = ("#009E73", "#CC79A7", "#F0E442", "#000000")  # Okabe & Ito's palette, as above
+_PALETTE = ("#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#E69F00", "#0072B2", "#D55E00", "#000000")
+"""Okabe & Ito's, which people with any colour vision tell apart."""
+
 _RUN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 _GRID_COLUMNS = 10
 
@@ -218,14 +212,13 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfi
     left.plot(where, bounds["ceiling_psnr_db"], color="#222222", lw=6, alpha=0.22, label="VAE ceiling", zorder=1)
     left.plot(where, bounds["no_info_psnr_db"], color="#555555", ls=":", lw=2, label=attack_label("mean_public"))
     right.plot(where, bounds["id_chance"], color="#555555", ls="--", lw=1.5, label="chance")
-    spare = itertools.cycle(_SPARE)
+    looks = attack_looks(order)
     for attack in order:
         own = rows[rows["attack"] == attack].sort_values("t_low")
         if attack == "mean_public" or own["psnr_db"].isna().all():
             continue  # the first is the reference line, the others recover no image
         x = [place[low] for low in own["t_low"]]
-        look: dict[str, Any] = {"color": _COLOURS.get(attack) or next(spare), "marker": _MARKERS.get(attack, "X")}
-        look["zorder"] = 3 if attack == "closed_form" else 2
+        look = looks[attack]
         left.plot(x, own["psnr_db"], label=attack_label(attack), **look)
         spread = own["psnr_db_std"]
         left.fill_between(x, own["psnr_db"] - spread, own["psnr_db"] + spread, color=look["color"], alpha=0.12, lw=0)
@@ -236,6 +229,14 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfi
         _timestep_axis(axis, edges, set(rows["t_low"]))
     figure.legend(loc="outside lower center", ncols=3, fontsize=9.5)
     return figure
+
+
+def attack_looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return matplotlib's keywords for each attack's line: its own colour, or one that no other attack here has."""
+    own = {name: ATTACKS[name].colour for name in attacks if name in ATTACKS}
+    spare = itertools.cycle([colour for colour in _PALETTE if colour not in own.values()])
+    markers = itertools.cycle("oDs^vPX*")
+    return {name: {"color": own.get(name) or next(spare), "marker": next(markers), "zorder": 2} for name in attacks}
 
 
 def _timestep_axis(axis: Axes, edges: Sequence[tuple[int, int]], sent: set[int]) -> None:

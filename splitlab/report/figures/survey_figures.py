@@ -7,8 +7,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from splitlab.core.labels import attack_label
 from splitlab.report.figures.style import subplots
+from splitlab.split.attacks import attack_label
 from splitlab.study.verdicts import PAPER, STOPPED, SURVEY, pooled
 
 PAPER_COLOUR, ADAPTIVE_COLOUR, HINT_COLOUR = "#E69F00", "#D55E00", "#0072B2"

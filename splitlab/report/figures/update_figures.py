@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from splitlab.core.labels import inversion_label
-from splitlab.federated.saved import NO_INFORMATION, load_inversion
+from splitlab.federated.attacks import NO_INFORMATION, inversion_label
+from splitlab.federated.saved import load_inversion
 from splitlab.federated.update import read_update_truth
 from splitlab.report.figures.style import save_figure, show_images, subplots
 from splitlab.study.update_scores import matched, pictures

@@ -1,227 +1,26 @@
-"""What the other side can do with what it saw: one file per idea, one entry per attack.
+"""What the other side can do with what it saw: one file per idea, which says all there is to say of its attacks.
 
-Every attack is a function `(observations, knowledge, *, generator, callback=None, ...) -> Reconstruction`. It may read
-the observations, and through `knowledge` public models and public data; no truth can reach it.
+Every module here with `ATTACKS`, a tuple of `Attack` records, joins the catalogue: tables, report and explorer follow.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from splitlab.core.catalogue import catalogue
+from splitlab.core.labels import FIELD_WORDS
+from splitlab.split.attacks.record import Attack
 
-import torch
-from torch import Tensor
+ATTACKS: dict[str, Attack] = catalogue(__name__, __path__)
+"""By name, simplest first."""
 
-from splitlab.core.checkpoint import save_json
-from splitlab.core.errors import InputError
-from splitlab.core.parallel import abreast
-from splitlab.core.progress import Callback
-from splitlab.core.seeds import Key
-from splitlab.core.seeds import generator as splitlab_generator
-from splitlab.data.image_set import ImageSet
-from splitlab.diffusion.base import Base
-from splitlab.split.artefacts import SavedReconstruction, save_reconstruction
-from splitlab.split.attacks.accumulation import accumulation
-from splitlab.split.attacks.closed_form import closed_form
-from splitlab.split.attacks.hijacking import hijacking
-from splitlab.split.attacks.inverse_network import adaptive_network, inverse_network
-from splitlab.split.attacks.jigsaw import jigsaw
-from splitlab.split.attacks.likelihood import likelihood
-from splitlab.split.attacks.nearest_public import nearest_public
-from splitlab.split.attacks.no_information import mean_public, random_public
-from splitlab.split.attacks.one_step import one_step
-from splitlab.split.attacks.posterior import posterior
-from splitlab.split.attacks.prompts import prompt_guess, prompt_inversion
-from splitlab.split.attacks.surrogate_posterior import undisguise
-from splitlab.split.attacks.unmixing import unmixing
-from splitlab.split.attacks.unsplit import unsplit
-from splitlab.split.config import AttackSpec, Defences
-from splitlab.split.messages import Knowledge, Observation, Reconstruction
-from splitlab.split.surrogates import disguised
-from splitlab.split.wire import Transcript, read_transcript
-
-ATTACKS: dict[str, Callable[..., Reconstruction]] = {
-    "mean_public": mean_public,
-    "random_public": random_public,
-    "one_step": one_step,
-    "posterior": posterior,
-    "accumulation": accumulation,
-    "nearest_public": nearest_public,
-    "undisguise": undisguise,
-    "inverse_network": inverse_network,
-    "adaptive_network": adaptive_network,
-    "closed_form": closed_form,
-    "likelihood": likelihood,
-    "unsplit": unsplit,
-    "hijacking": hijacking,
-    "prompt_inversion": prompt_inversion,
-    "prompt_guess": prompt_guess,
-    "unmixing": unmixing,
-    "jigsaw": jigsaw,
-}
-
-FACTS = ("defences",)
-"""What an attacker can be denied besides the fields of a message: then it takes the client for undefended."""
-
-NO_INFORMATION = ("mean_public", "random_public")
+NO_INFORMATION = tuple(name for name, record in ATTACKS.items() if not record.informed)
 """The attacks that look at no message: what all others are measured against."""
 
-
-def run_attack(
-    attack: str,
-    observations: Sequence[Observation],
-    knowledge: Knowledge,
-    *,
-    generator: torch.Generator,
-    options: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-) -> Reconstruction:
-    """Run one attack by name on what it is allowed to see, and time it.
-
-    Raises:
-        InputError: no such attack, an option it does not take, or observations that lack what it needs.
-    """
-    if attack not in ATTACKS:
-        raise InputError(f"no attack is called {attack!r}; there are {', '.join(ATTACKS)}")
-    if attack != "undisguise":  # that one disguises the public data itself; all others imitate clients with them
-        knowledge = replace(
-            knowledge, public=disguised(knowledge.public, knowledge.defences, key=Key.published("attacker"))
-        )
-    denied = [name for name in knowledge.ignored if name not in FACTS]
-    seen = [observation.without(*denied) for observation in observations]
-    began, worked = time.perf_counter(), time.process_time()
-    try:
-        result = ATTACKS[attack](seen, knowledge, generator=generator, callback=callback, **(options or {}))
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise InputError(f"attack {attack}: {error}; see its docstring for the options it takes") from None
-        raise
-    return replace(result, wall_s=time.perf_counter() - began, cpu_s=time.process_time() - worked)
+FAMILIES = tuple(dict.fromkeys(record.family for record in ATTACKS.values() if record.family))
+"""The ideas, in the order of their simplest attacks."""
 
 
-def attack_transcript(
-    transcript: Transcript | str | Path,
-    *,
-    attack: str,
-    base: Base,
-    public: ImageSet,
-    ignore: tuple[str, ...] = (),
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    cache: Path | None = None,
-    server: Mapping[str, Tensor] | None = None,
-    callback: Callback | None = None,
-) -> Reconstruction:
-    """Attack a transcript, also one that somebody else recorded.
-
-    Args:
-        transcript: the transcript, or its file.
-        attack: name of the attack.
-        base: the public base model the run used.
-        public: auxiliary public data of the same image size.
-        ignore: observation fields or `FACTS` to deny the attacker.
-        seed: of the attack's draws.
-        options: keyword arguments of the attack.
-        cache: where encodings of the public data are kept.
-        server: what a malicious server trained during the run.
-        callback: told of progress.
-
-    Raises:
-        InputError: the transcript, the data and the base model do not belong together.
-    """
-    if not isinstance(transcript, Transcript):
-        transcript = read_transcript(transcript, base=base)
-    knowledge = make_knowledge(transcript, base, public, ignore=ignore, cache=cache, server=server)
-    draw = splitlab_generator("attack", attack, *ignore, seed)
-    return run_attack(attack, transcript.observations, knowledge, generator=draw, options=options, callback=callback)
-
-
-def make_knowledge(
-    transcript: Transcript,
-    base: Base,
-    public: ImageSet,
-    *,
-    ignore: tuple[str, ...] = (),
-    cache: Path | None = None,
-    server: Mapping[str, Tensor] | None = None,
-) -> Knowledge:
-    """Gather what the adversary knows about a recorded run: its public header, models and data.
-
-    Raises:
-        InputError: they do not belong together.
-    """
-    header = transcript.header
-    if public.size != header.size:
-        raise InputError(
-            f"run {header.run}: its images have {header.size} pixels, the public data {public.size}: give others"
-        )
-    if base.digest != header.base:
-        raise InputError(f"run {header.run}: recorded with base model {header.base[:12]}, not {base.digest[:12]}")
-    defences = Defences() if "defences" in ignore else header.defences
-    return Knowledge(base, header.scheme, defences, header.size, public, tuple(ignore), cache, dict(server or {}))
-
-
-def attack_and_save(
-    transcript: Transcript,
-    spec: AttackSpec,
-    seed: int,
-    base: Base,
-    public: ImageSet,
-    *,
-    out: Path,
-    cache: Path,
-    server: Mapping[str, Tensor] | None = None,
-) -> SavedReconstruction | None:
-    """Run one attack of a grid; write `<out>/<attack>-<seed>.safetensors`, and its CPU seconds beside it.
-
-    An ablated attack that cannot run without what it is denied leaves `<attack>.refused.json` with the reason
-    instead, and None is returned.
-    """
-    knowledge = make_knowledge(transcript, base, public, ignore=spec.ignore, cache=cache, server=server)
-    name = f"{spec.name}-{seed}"
-    try:
-        result = attack_transcript(
-            transcript,
-            attack=spec.attack,
-            base=base,
-            public=public,
-            ignore=spec.ignore,
-            seed=seed,
-            options=spec.options,
-            cache=cache,
-            server=server,
-        )
-    except InputError as error:
-        if not spec.ignore:
-            raise
-        save_json(out / f"{spec.name}.refused.json", {"reason": str(error)})
-        return None
-    rows = tuple(knowledge.describe(transcript.observations, result.used))
-    saved = SavedReconstruction(result, spec.name, seed, " + ".join(result.used) or "nothing", rows)
-    save_reconstruction(out / f"{name}.safetensors", saved)
-    save_json(out / f"{name}.timing.json", {"cpu_s": round(result.cpu_s, 3)})
-    return saved
-
-
-def attack_all(
-    transcript: Transcript,
-    specs: Sequence[AttackSpec],
-    base: Base,
-    public: ImageSet,
-    *,
-    out: Path,
-    cache: Path,
-    server: Mapping[str, Tensor] | None = None,
-    workers: int = 1,
-) -> dict[tuple[str, int], SavedReconstruction]:
-    """Run every attack of a grid with each of its seeds on one transcript: `attack_and_save`, `workers` abreast.
-
-    Returns (attack, seed) -> what was found, without the attacks that could not run.
-    """
-    tries = [(spec, seed) for spec in specs for seed in range(spec.seeds)]
-    work = partial(attack_and_save, out=out, cache=cache, server=server)
-    calls = [(transcript, spec, seed, base, public) for spec, seed in tries]
-    found = list(abreast(work, calls, desc="attacks", workers=workers))
-    return {(spec.name, seed): one for (spec, seed), one in zip(tries, found, strict=True) if one is not None}
+def attack_label(attack: str) -> str:
+    """Say in words which attack it is, and what it was denied."""
+    live = "live: " if attack.startswith("live: ") else ""
+    plain, _, denied = attack.removeprefix("live: ").partition("-without-")
+    words = ATTACKS[plain].label if plain in ATTACKS else plain.replace("_", " ")
+    facts = ", ".join(FIELD_WORDS.get(name, name) for name in denied.split("-")) if denied else ""
+    return f"{live}{words}" + (f" without {facts}" if facts else "")

@@ -13,6 +13,7 @@ from splitlab.core.progress import Callback
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import averaged, labelled, latent_view, summed
 from splitlab.split.attacks.posterior import Calibration, Rehearsal, denoise, principal, used_fields
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
 FLOOR = 0.03
@@ -227,3 +228,20 @@ def _merge(group: Features, sample: Features) -> Features:
         values.append((x / v[:, None] + y / w[:, None]) * joint[:, None])
         variances.append(joint)
     return Features(values, variances, group.spreads, group.caps)
+
+
+ACCUMULATION = Family(
+    "Accumulation over epochs",
+    "The same image is sent in every epoch. Messages of one image are found by their similarity, averaged with "
+    "the weights that their noise levels ask for, and denoised.",
+)
+
+ATTACKS = (
+    Attack(
+        accumulation,
+        "accumulation over epochs",
+        rank=70,
+        family=ACCUMULATION,
+        reason="repeated messages of one image average the noise out",
+    ),
+)

@@ -12,6 +12,7 @@ from splitlab.diffusion.base import encoded
 from splitlab.diffusion.controlnet import coarse_gain, coarsened, low_frequencies, symsigmoid_inverse
 from splitlab.diffusion.controlnet import symsigmoid as activation
 from splitlab.split.attacks.latent_view import labelled, latent_view
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
@@ -172,3 +173,21 @@ def _log_slope(x: Tensor) -> Tensor:
     """Return log of the activation's derivative, floored where rounding to fp16 hides it."""
     sigmoid = torch.sigmoid(x.abs())
     return (2 * sigmoid - 1 + 2 * x.abs() * sigmoid * (1 - sigmoid)).clamp_min(0.03).log()
+
+
+ALGEBRA = Family(
+    "Closed form, and the U-shaped split",
+    "What the server is sent determines the latents by algebra. In a U-shaped split the client keeps the loss "
+    "and the noise, but the gradient that it returns tells the noise: the server knows its own prediction.",
+)
+
+ATTACKS = (
+    Attack(
+        closed_form,
+        "closed form",
+        rank=10,
+        family=ALGEBRA,
+        reason="the label is sent and the message holds nothing else that hides the latents",
+        colour="#D55E00",
+    ),
+)

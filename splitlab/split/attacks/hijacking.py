@@ -12,6 +12,7 @@ from tqdm import tqdm
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.diffusion.base import Base
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.hijacker import HijackingNetworks, hijacking_networks
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
 
@@ -73,3 +74,12 @@ def restored_networks(base: Base, size: int, server: Mapping[str, Tensor]) -> Hi
             "give those of the attacked run"
         ) from None
     return networks.eval()
+
+
+HIJACKING = Family(
+    "Feature-space hijacking (FSHA)",
+    "A malicious server returns gradients that pull the client's part towards a feature space it can decode "
+    "(Pasquini et al. 2021). It needs the returned gradient: where nothing returns, as in S1, it has no lever.",
+)
+
+ATTACKS = (Attack(hijacking, "feature-space hijacking (FSHA)", rank=110, family=HIJACKING),)

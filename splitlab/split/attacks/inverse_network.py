@@ -21,6 +21,7 @@ from splitlab.diffusion.base import encoded
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
 from splitlab.split.attacks.posterior import Calibration, Rehearsal, denoise, used_fields
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.attacks.simulated_client import imitable, imitate
 from splitlab.split.defences import signal_level
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
@@ -403,3 +404,29 @@ def _apply(network: InverseNetwork, clues: Clues, gains: Sequence[float]) -> tup
     if clues.hints is None:
         return latents, None
     return latents, clues.hints + gains[1] * clues.hint_error.clamp_min(LEAST_ERROR) * found[1]
+
+
+NETWORK = Family(
+    "Inverse network",
+    "A network learns, on public images sent through an imitation of the client, to undo the client (He et al. "
+    "2019). The adaptive form is trained through the defence that is on, and starts from what algebra and the "
+    "public denoiser give.",
+)
+
+ATTACKS = (
+    Attack(
+        inverse_network,
+        "inverse network",
+        rank=60,
+        family=NETWORK,
+        reason="a network trained through the defence on public images undoes it",
+        colour="#0072B2",
+    ),
+    Attack(
+        adaptive_network,
+        "adaptive inverse network",
+        rank=61,
+        family=NETWORK,
+        reason="a network trained through the defence on public images, with the public denoiser, undoes it",
+    ),
+)

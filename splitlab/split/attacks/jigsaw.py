@@ -16,6 +16,7 @@ from splitlab.core.progress import Callback
 from splitlab.diffusion.base import encoded
 from splitlab.split.attacks.closed_form import closed_form, hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.defences import from_patches, to_patches
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
@@ -247,3 +248,20 @@ class _Solver:
         parts = [self.network((part - self.mean) / self.scale) for part in pieces.split(128)]
         costs = -torch.cat(parts).log_softmax(2).transpose(1, 2)
         return torch.stack([_assigned(cost) for cost in costs])
+
+
+JIGSAW = Family(
+    "Patch shuffling",
+    "Patches are permuted by a secret permutation. Subtracting the known noise leaves exact latents in the "
+    "wrong places; public statistics, or a network trained on public images, say where each patch belongs.",
+)
+
+ATTACKS = (
+    Attack(
+        jigsaw,
+        "jigsaw",
+        rank=90,
+        family=JIGSAW,
+        reason="shuffled latents are exact latents, and their patches tell where they belong",
+    ),
+)

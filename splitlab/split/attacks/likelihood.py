@@ -15,6 +15,7 @@ from splitlab.core.progress import Callback
 from splitlab.diffusion.base import Base, denoised
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
 
 CHOICES = {
@@ -294,3 +295,20 @@ def _passage(variable: Tensor, pixels: bool, base: Base) -> tuple[Tensor, Tensor
     if pixels:
         return variable, base.vae.encode(variable).latent_dist.mean * scale
     return base.vae.decode(variable / scale).sample, variable
+
+
+LIKELIHOOD = Family(
+    "Likelihood maximisation (rMLE)",
+    "The image is optimised until the client's public computation, run on it, gives what was sent, with total "
+    "variation as the prior (He et al. 2019). Given the noise, nothing is left unknown.",
+)
+
+ATTACKS = (
+    Attack(
+        likelihood,
+        "likelihood maximisation (rMLE)",
+        rank=20,
+        family=LIKELIHOOD,
+        reason="the label is sent, so the input that explains the message is the image",
+    ),
+)

@@ -13,6 +13,7 @@ from splitlab.split.attacks.accumulation import FLOOR
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
 from splitlab.split.attacks.posterior import Rehearsal, public_posterior, used_fields
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
@@ -93,3 +94,20 @@ def _weights(
         noise = torch.full((len(raw),), max(rehearsal.hint_std(), FLOOR))
         clues.append((raw, noise, rehearsal.public_hints))
     return public_posterior(clues, own=own, sharpness=sharpness)
+
+
+SAMPLES = Family(
+    "Nearest public samples",
+    "Public samples are sent by an imitation of the client; those that resemble a message most in image and "
+    "hint together stand for what was sent.",
+)
+
+ATTACKS = (
+    Attack(
+        nearest_public,
+        "nearest public samples",
+        rank=40,
+        family=SAMPLES,
+        reason="image and hint together still tell which public sample they resemble",
+    ),
+)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from splitlab.core.progress import Callback
+from splitlab.split.attacks.record import Attack
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
 
 
@@ -33,3 +34,9 @@ def random_public(
     n = sum(observation.batch_size for observation in observations)
     chosen = torch.randint(len(knowledge.public), (n,), generator=generator)
     return Reconstruction(knowledge.public.images[chosen], knowledge.public.need_hints()[chosen])
+
+
+ATTACKS = (
+    Attack(mean_public, "no information: mean public image", rank=0, informed=False, colour="#7f7f7f"),
+    Attack(random_public, "random public image", rank=1, informed=False, colour="#a6761d"),
+)

@@ -6,7 +6,8 @@ import torch
 
 from splitlab.core.progress import Callback
 from splitlab.split.attacks.latent_view import latent_view
-from splitlab.split.attacks.posterior import denoise, used_fields
+from splitlab.split.attacks.posterior import POSTERIOR, denoise, used_fields
+from splitlab.split.attacks.record import Attack
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
 
 
@@ -30,3 +31,15 @@ def one_step(
     view, std = latent_view(seen, knowledge)
     latents = denoise(view, std, knowledge, text=seen.encoder_hidden_states, batch=batch, callback=callback)
     return Reconstruction(knowledge.base.decode(latents), used=used_fields(seen), n_evals=1)
+
+
+ATTACKS = (
+    Attack(
+        one_step,
+        "one-step denoising",
+        rank=50,
+        family=POSTERIOR,
+        reason="the public denoiser removes the diffusion noise",
+        colour="#E69F00",
+    ),
+)

@@ -13,6 +13,7 @@ from splitlab.core.progress import Callback
 from splitlab.diffusion.base import Encoded, encoded
 from splitlab.split.attacks.closed_form import hint_latents, public_hints
 from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.attacks.simulated_client import imitate_known
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
@@ -364,3 +365,20 @@ def principal(public: Float[Tensor, "m c h w"], *, rank: int = 512) -> tuple[Ten
     mean = flat.mean(0)
     _, scales, rows = torch.linalg.svd(flat - mean, full_matrices=False)
     return mean, rows[:rank].T, scales[:rank].square() / max(len(flat) - 1, 1)
+
+
+POSTERIOR = Family(
+    "Diffusion posterior",
+    "What algebra leaves is latents plus Gaussian noise, a state of the public diffusion model at the timestep "
+    "of matching noise: its U-Net denoises it.",
+)
+
+ATTACKS = (
+    Attack(
+        posterior,
+        "diffusion posterior",
+        rank=30,
+        family=POSTERIOR,
+        reason="what the label does not cover is Gaussian noise, which the public denoiser removes",
+    ),
+)

@@ -17,6 +17,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.diffusion.base import Base, Encoded, encoded
 from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps
+from splitlab.split.attacks.record import Attack
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
 
 TOLERANCE = 2e-3
@@ -449,3 +450,9 @@ def _misfit(
         mean = states[own] - noise_pred * (q - std.square() / q)[own]
         misfits.append((view[own] - mean).square().flatten(1).sum(1) / r.square())
     return torch.cat(misfits).view(tokens.shape[:2])
+
+
+ATTACKS = (
+    Attack(prompt_inversion, "prompt inversion", rank=120),
+    Attack(prompt_guess, "prompt guess", rank=121),
+)

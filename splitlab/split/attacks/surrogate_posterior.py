@@ -16,7 +16,9 @@ from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base, encoded
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import averaged, labelled, latent_view
+from splitlab.split.attacks.nearest_public import SAMPLES
 from splitlab.split.attacks.posterior import used_fields
+from splitlab.split.attacks.record import Attack
 from splitlab.split.attacks.simulated_client import imitate
 from splitlab.split.identification import identified_as_sent
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
@@ -223,3 +225,6 @@ def in_every_turn(public: ImageSet) -> ImageSet:
 def plain_latents(base: Base, colours: Float[Tensor, "n 3 1 1"], size: int) -> Float[Tensor, "n c h w"]:
     """Encode plain pictures of these colours, in [-1, 1]."""
     return base.encode(colours.expand(-1, -1, size, size).contiguous())
+
+
+ATTACKS = (Attack(undisguise, "public samples in disguise", rank=95, family=SAMPLES, takes_surrogates=False),)

@@ -18,6 +18,7 @@ from splitlab.diffusion.base import Encoded, encoded, noised
 from splitlab.diffusion.controlnet import symsigmoid
 from splitlab.split.attacks.closed_form import closed_form
 from splitlab.split.attacks.latent_view import labelled, latent_view
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.defences import FEATURES, signal_level
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
@@ -282,3 +283,20 @@ def _unmixed(observations: Sequence[Observation], unmixers: Float[Tensor, "k g g
         fields: dict[str, Any] = {k: torch.einsum("ij,jchw->ichw", whole, v) for k, v in mixed.items()}
         undone.append(replace(message.float(), **fields))
     return undone
+
+
+UNMIXING = Family(
+    "Mixing by a secret key",
+    "Samples that share timestep and noise are mixed by a secret row-stochastic matrix. Subtracting the known "
+    "noise leaves linear mixtures of latents, which blind source separation takes apart.",
+)
+
+ATTACKS = (
+    Attack(
+        unmixing,
+        "unmixing",
+        rank=80,
+        family=UNMIXING,
+        reason="a linear key over many messages is undone by blind source separation",
+    ),
+)

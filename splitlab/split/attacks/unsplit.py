@@ -13,6 +13,7 @@ from tqdm import tqdm
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.diffusion.controlnet import image_hint_controlnet
+from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
 
 
@@ -172,3 +173,13 @@ def calibrated(hints: Float[Tensor, "n 3 s s"], public: Float[Tensor, "m 3 s s"]
     target = public.flatten().sort().values
     ranks = found.flatten().argsort(stable=True).argsort(stable=True).double() / max(1, found.numel() - 1)
     return target[(ranks * (len(target) - 1)).round().long()].view(found.shape).expand_as(hints).clone()
+
+
+CLONE = Family(
+    "UnSplit",
+    "Conventional split learning trains the client's part, so its weights are not public: input and a clone of "
+    "the client are optimised in turn until the clone's output is what was sent (Erdoğan et al. 2022). It is "
+    "after the hint, the input of that part.",
+)
+
+ATTACKS = (Attack(unsplit, "UnSplit", rank=100, family=CLONE),)

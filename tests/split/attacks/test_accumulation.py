@@ -6,12 +6,12 @@ import tiny
 import torch
 
 from splitlab.core.errors import InputError
-from splitlab.split.attacks import make_knowledge
 from splitlab.split.attacks.accumulation import Features, link, same_image
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
 from splitlab.split.attacks.posterior import Rehearsal
 from splitlab.split.config import Defences
+from splitlab.split.server import make_knowledge
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=0.3, hide_prompts=True)

@@ -14,21 +14,14 @@ from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base, encoded, load_base
 from splitlab.diffusion.controlnet import low_frequencies, symsigmoid
 from splitlab.split.artefacts import load_reconstruction
-from splitlab.split.attacks import (
-    ATTACKS,
-    NO_INFORMATION,
-    attack_all,
-    attack_and_save,
-    attack_transcript,
-    make_knowledge,
-    run_attack,
-)
+from splitlab.split.attacks import ATTACKS, NO_INFORMATION
 from splitlab.split.attacks.closed_form import estimate_fixed_noise, hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps
 from splitlab.split.client import client_send
 from splitlab.split.config import AttackSpec, Defences, TrainConfig
 from splitlab.split.messages import Truth
 from splitlab.split.schemes import make_scheme
+from splitlab.split.server import attack_all, attack_and_save, attack_transcript, make_knowledge, run_attack
 from splitlab.split.train import make_clients
 from splitlab.split.wire import Header, Transcript, from_bytes
 

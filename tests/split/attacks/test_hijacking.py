@@ -13,12 +13,12 @@ from splitlab.core.errors import InputError
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base
-from splitlab.split.attacks import attack_transcript
 from splitlab.split.attacks.hijacking import hijacking
 from splitlab.split.config import Defences, TrainConfig
 from splitlab.split.hijacker import FEATURE_STD, HijackingServer, Pilot, _statistics, hijacking_networks
 from splitlab.split.messages import Knowledge, Observation
 from splitlab.split.schemes import Scheme, make_scheme
+from splitlab.split.server import attack_transcript
 from splitlab.split.train import make_clients, train
 from splitlab.split.wire import from_bytes, read_transcript, to_bytes
 

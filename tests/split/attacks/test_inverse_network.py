@@ -10,10 +10,10 @@ import torch
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import encoded
-from splitlab.split.attacks import attack_transcript, make_knowledge
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.simulated_client import fixed_noise_error, imitate, imitate_known
 from splitlab.split.config import Defences
+from splitlab.split.server import attack_transcript, make_knowledge
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=1.0, hide_prompts=True)

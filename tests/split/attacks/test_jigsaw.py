@@ -13,12 +13,12 @@ from splitlab.core.paths import ROOT
 from splitlab.data.image_set import ImageSet, load
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base, encoded, load_base
-from splitlab.split.attacks import attack_transcript, make_knowledge, run_attack
 from splitlab.split.attacks.jigsaw import place_by_moments
 from splitlab.split.client import client_send
 from splitlab.split.config import Defences, TrainConfig
 from splitlab.split.defences import from_patches, to_patches
 from splitlab.split.messages import Truth
+from splitlab.split.server import attack_transcript, make_knowledge, run_attack
 from splitlab.split.train import make_clients
 from splitlab.split.wire import Header, Transcript, from_bytes
 

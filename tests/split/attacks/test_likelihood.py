@@ -13,7 +13,6 @@ from splitlab.core.seeds import Key
 from splitlab.data.image_set import ImageSet, load
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base, encoded, load_base
-from splitlab.split.attacks import run_attack
 from splitlab.split.attacks.likelihood import (
     ACCURACY,
     denoise,
@@ -25,6 +24,7 @@ from splitlab.split.attacks.likelihood import (
 from splitlab.split.client import Client, client_send, noise_loss
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
+from splitlab.split.server import run_attack
 from splitlab.split.wire import from_bytes
 
 S1 = Defences(symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)

@@ -9,10 +9,10 @@ import torch
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import encoded
-from splitlab.split.attacks import make_knowledge, run_attack
 from splitlab.split.attacks.posterior import Calibration, denoise, wiener
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge
+from splitlab.split.server import make_knowledge, run_attack
 
 pytestmark = attacked.needs_shipped
 NOISY = Defences(feature_noise=0.3, hide_prompts=True)

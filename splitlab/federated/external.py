@@ -16,32 +16,23 @@ from splitlab.core.progress import Callback
 from splitlab.core.seeds import generator
 from splitlab.diffusion.base import Base, load_base
 from splitlab.diffusion.denoisers import Call, argument, needs
-from splitlab.federated.attacks import INVERSIONS
+from splitlab.federated.attacks import INVERSIONS, ON_IMAGES
 from splitlab.federated.attacks.class_labels import label_options
-from splitlab.federated.attacks.external_model import check_called, external_model, plain_torch
-from splitlab.federated.attacks.facts import batch_of, checked_schedule, embedded, whole_numbers
-from splitlab.federated.attacks.gradient_files import by_parameter, read_gradient
 from splitlab.federated.attacks.scale import clipped_to
 from splitlab.federated.attacks.shapes import input_shape, input_size
 from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.external_model import check_called, external_model, plain_torch
+from splitlab.federated.facts import batch_of, checked_schedule, embedded, whole_numbers
+from splitlab.federated.gradient_files import by_parameter, read_gradient
 from splitlab.federated.update import Size, Update, check_update, with_header
 
 KINDS = {"gradient": "gradient", "weight_difference": "fedavg", "fedavg": "fedavg"}
-
-USUAL: dict[str, dict[str, Any]] = {"unknown_noise": {"n_iterations": 1000, "thorough": True}}
-"""Options that suit models of any make better than the attack's defaults."""
-
-AS_IT_IS = ("dlg", "gidm", "gidm_plus", "inverting_gradients")
-"""Attacks as published: they cannot find a scale or a sign, and take the gradient as it is unless they are told."""
 
 MAY_BE_0 = ("fit_evals", "latent_evals", "pixel_evals", "rounds", "from_block")
 """Counts among the attacks' options that may be 0; others are 1 or more."""
 
 EXPLAINED = 1e-6
 """Class labels that leave less of the gradient unexplained need no others beside them."""
-
-ON_IMAGES = tuple(name for name in INVERSIONS if name not in ("timesteps", "prompts"))
-"""Attacks that take several updates side by side, and whose objective tells how well labels fit."""
 
 
 @plain_torch()
@@ -114,7 +105,7 @@ def attack_gradient(
     _check_whole("seed", seed, 0)
     if call is not None and not callable(call):
         raise InputError(f"call: expected a function (model, noisy, timesteps) -> prediction, got {call!r:.80}")
-    options = USUAL.get(attack, {}) | options
+    options = dict(INVERSIONS[attack].usual) | options
     base = load_base(base) if isinstance(base, str | Path) else base
     module = external_model(model, base)
     told = {"kind": KINDS[kind], "objective": objective, "local_steps": steps, "lr": lr or 1.0}
@@ -131,9 +122,10 @@ def attack_gradient(
     if is_ours or (lr is not None and not is_clipped):
         scale = scale or 1.0
     sign = sign or (1 if is_ours else None)
-    if attack in AS_IT_IS and None in (scale, sign) and not is_clipped:
+    as_published = INVERSIONS[attack].as_published
+    if as_published and None in (scale, sign) and not is_clipped:
         words = (*words, f"{attack} finds no scale or sign: the gradient is taken to be that of the mean loss")
-    if attack in AS_IT_IS:
+    if as_published:
         scale, sign = scale or 1.0, sign or 1
     known = replace(known, scale=scale, sign=sign, batch_size=known.batch_size if len(updates) == 1 else 1)
     known, more_words = check_called(known, updates[0].size)
@@ -150,7 +142,7 @@ def attack_gradient(
 def _check_options(attack: str, options: Mapping[str, Any]) -> None:
     if attack not in INVERSIONS:
         raise InputError(f"attack {attack!r} is unknown; choose one of {', '.join(INVERSIONS)}")
-    own: dict[str, Any] = dict(list(inspect.signature(INVERSIONS[attack]).parameters.items())[2:])
+    own: dict[str, Any] = dict(list(inspect.signature(INVERSIONS[attack].function).parameters.items())[2:])
     own = {name: p.default for name, p in own.items() if name not in ("generator", "callback")}
     if unknown := [name for name in options if name not in own]:
         raise InputError(f"{attack} has no option {', '.join(unknown)}; it has {', '.join(own)}")
@@ -244,7 +236,7 @@ def _run(
 
     def run(target: Any, knowledge: InversionKnowledge) -> Any:
         draw = generator("attack_gradient", attack, seed)
-        return INVERSIONS[attack](target, knowledge, generator=draw, **options)
+        return INVERSIONS[attack].function(target, knowledge, generator=draw, **options)
 
     try:
         if attack not in ON_IMAGES:

@@ -14,7 +14,7 @@ from splitlab.core import checkpoint
 from splitlab.core.errors import InputError
 from splitlab.core.formats import file_kind
 from splitlab.diffusion.denoisers import ControlledUNet
-from splitlab.federated.attacks.parameter_names import match_names
+from splitlab.federated.parameter_names import match_names
 from splitlab.federated.update import some
 
 Gradients = dict[str, Tensor]
