@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from splitlab.data.image_set import ImageSet
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base, load_base
 from splitlab.params import load_split
+from splitlab.report.figures.overview import Sample, draw_overview
 from splitlab.report.figures.style import STYLE, fill, save_figure, subplots
 from splitlab.report.figures.survey_figures import draw_frontier, draw_matrix
 from splitlab.report.figures.tradeoff_figures import draw_tradeoff
@@ -70,7 +71,7 @@ def draw_figures(
 
     Returns the files: per attacked transcript `grid-<run>.png` and `leakage-<run>.png`, per data set `loss-`,
     `control-` and `samples-<dataset>.png`, `bytes.png`, per data set of the survey `frontier-` and
-    `matrix-<dataset>.png`, and `tradeoff.png`. What the last one shows is also written, to `tradeoff.csv`.
+    `matrix-<dataset>.png`, `overview.png` and `tradeoff.png`. What the last shows is also written, to `tradeoff.csv`.
 
     Raises:
         InputError: an artefact is missing or damaged.
@@ -90,6 +91,7 @@ def draw_figures(
         shown = _reconstructed(one, scores / f"{one.name}.safetensors", order, picked)
         drawn.append(save_figure(draw_grid(one, base, private, picked, shown), out / f"grid-{one.name}.png"))
         drawn.append(save_figure(draw_leakage(rows, order, config), out / f"leakage-{one.name}.png"))
+    drawn.append(save_figure(draw_overview(_defended(recorded, base, scores, params)), out / "overview.png"))
     for dataset in training["dataset"].unique():
         trained = training[(training["dataset"] == dataset) & training["steps"].notna()]
         folders = {name: runs / name for name in trained["run"]}
@@ -106,6 +108,38 @@ def draw_figures(
     points = tradeoff(metrics, alphas_cumprod=base.alphas_cumprod)
     write_table(points, out / "tradeoff.csv")
     return [*drawn, save_figure(draw_tradeoff(points), out / "tradeoff.png")]
+
+
+def _defended(recorded: Sequence[Recorded], base: Base, scores: Path, params: Mapping[str, Any]) -> Sample:
+    """Take one sample of the trained run with most defences: of those scored, the nearest to the schedule's middle.
+
+    What is shown is made of it by the attack that identifies most of that run's images.
+    """
+    runs = [one for one in recorded if one.name in params["attacks"]]
+    configs = [read_record(one.record)[1] for one in runs]
+    active = [sum(map(bool, asdict(config.defences).values())) for config in configs]
+    place = max(range(len(runs)), key=lambda i: (active[i], i))
+    run, seen = runs[place], stack(read_transcript(runs[place].transcript).observations)
+    truth, scored = read_truth(run.truth), read_scores(scores / f"{run.name}.safetensors")
+    attempts = [name.split("/")[0] for name in scored if name.endswith("/0/identified") and "-without-" not in name]
+    attack = max(attempts, key=lambda name: float(scored[f"{name}/0/identified"].nanmean()))
+    psnr_db = scored[f"{attack}/0/psnr_db"]
+    distance = (seen.need("timesteps") - len(base.alphas_cumprod) // 2).abs().float()
+    sample = int(distance.masked_fill(psnr_db.isnan(), torch.inf).argmin())
+    private = load_split(configs[place].dataset, "private", params)
+    original = int(truth.indices[sample])
+    rebuilt = load_reconstruction(run.reconstructions / f"{attack}-0.safetensors").result.images
+    if rebuilt is None:
+        raise InputError(f"{run.name}: {attack} identifies images and recovers none; attack again (`dvc repro`)")
+    return Sample(
+        private=private.images[original],
+        hint=private.need_hints()[original],
+        received=base.decode(seen.need("noisy_latents")[sample : sample + 1])[0],
+        rebuilt=rebuilt[sample],
+        fields=tuple(seen.tensors),
+        attack=attack_label(attack),
+        psnr_db=float(psnr_db[sample]),
+    )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from peft import LoraConfig
 from torch import nn
 
 from splitlab.core.errors import InputError
-from splitlab.federated.attacks.gradient_files import by_parameter
-from splitlab.federated.attacks.parameter_names import match_names
 from splitlab.federated.client import pixel_unet
+from splitlab.federated.gradient_files import by_parameter
+from splitlab.federated.parameter_names import match_names
 from splitlab.federated.update import Update, check_update
 
 
