@@ -118,6 +118,12 @@ def attack_gradient(
     if scale is None and not (is_ours or clipped) and (length := clipped_to(updates)):
         updates = [replace(update, defence="Clip") for update in updates]
         words = (*words, f"its length is {length:g}, as of a gradient clipped to it, and it is taken for one")
+    if updates[0].local_steps > 1:
+        words = (
+            *words,
+            f"what {updates[0].local_steps} local steps add up to is taken for one step's gradient, which it is only as "
+            "far as the weights hardly move between them: the larger lr, the worse what is found",
+        )
     is_clipped = updates[0].defence == "Clip"
     if is_ours or (lr is not None and not is_clipped):
         scale = scale or 1.0

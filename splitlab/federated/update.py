@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,9 @@ def checked_size(value: object, where: str) -> Size:
         InputError: it is neither.
     """
     sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
+    if len(sides) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in sides):
         raise InputError(f"{where}: expected a whole number, or [height, width], got {value!r}")
-    height, width = sides
+    height, width = map(int, sides)
     return height if height == width else (height, width)
 
 

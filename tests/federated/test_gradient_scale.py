@@ -55,8 +55,9 @@ def test_what_is_told_is_used(
     shared: dict[str, Tensor],  # noqa: F811
 ) -> None:
     kind = {} if "scale" in told else {"kind": "weight_difference"}
-    found, _ = attacked(times(shared, factor), model, **told, **kind)
+    found, words = attacked(times(shared, factor), model, **told, **kind)
     assert psnr_db(found.images, images(1)) > 60
+    assert ("what 5 local steps add up to is taken for one step's gradient" in words) == ("steps" in told)
 
 
 @pytest.mark.parametrize("told", [{}, {"clipped": True}])
