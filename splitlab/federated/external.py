@@ -121,8 +121,8 @@ def attack_gradient(
     if updates[0].local_steps > 1:
         words = (
             *words,
-            f"what {updates[0].local_steps} local steps add up to is taken for one step's gradient, which it is only as "
-            "far as the weights hardly move between them: the larger lr, the worse what is found",
+            f"what {updates[0].local_steps} local steps add up to is taken for one step's gradient, which it is only "
+            "as far as the weights hardly move between them: the larger lr, the worse what is found",
         )
     is_clipped = updates[0].defence == "Clip"
     if is_ours or (lr is not None and not is_clipped):
