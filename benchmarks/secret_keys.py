@@ -20,7 +20,7 @@ from splitlab.split.attacks import AttackSpec
 from splitlab.split.server import attack_and_save
 from splitlab.split.train import record
 from splitlab.study.config import EvaluateConfig
-from splitlab.study.evaluate import run_truth, score_samples
+from splitlab.study.scoring import run_truth, score_samples
 
 SETTINGS = {
     "16 mixed, one key": (Defences(key_mixing=16, hide_prompts=True), "unmixing"),

@@ -17,7 +17,8 @@ from splitlab.split.train import train
 from splitlab.split.wire import read_transcript
 from splitlab.study.config import EvaluateConfig
 from splitlab.study.evaluate import evaluate_run
-from splitlab.study.update_survey import UpdateConfig, attack_updates, record_updates
+from splitlab.study.update_grid import UpdateConfig
+from splitlab.study.update_survey import attack_updates, record_updates
 
 S1 = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
 FEW = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4, "published_key": 0}

@@ -28,8 +28,9 @@ from splitlab.study.dp_survey import DPCell, DPSurveyConfig, dp_survey
 from splitlab.study.evaluate import evaluate_all
 from splitlab.study.survey import UTILITY_COLUMNS, SurveyConfig, record_survey
 from splitlab.study.survey_attack import attack_survey
+from splitlab.study.update_grid import UpdateConfig
 from splitlab.study.update_scores import evaluate_updates
-from splitlab.study.update_survey import UpdateConfig, attack_updates, record_updates
+from splitlab.study.update_survey import attack_updates, record_updates
 
 _FEW = {"dataset": "tiny", "steps": 4, "batch_size": 3, "local_steps": 2, "record_messages": 4, "eval_samples": 3}
 _FEW |= {"published_key": 0}

@@ -27,7 +27,8 @@ from splitlab.split.attacks import ATTACKS
 from splitlab.split.config import TrainConfig
 from splitlab.split.train import train
 from splitlab.study.survey import SurveyConfig, record_survey
-from splitlab.study.update_survey import UpdateConfig, record_updates
+from splitlab.study.update_grid import UpdateConfig
+from splitlab.study.update_survey import record_updates
 
 FEW = {"dataset": "tiny", "steps": 2, "batch_size": 6, "record_messages": 2, "eval_samples": 2}
 NETWORK = {"steps": 2, "width": 8, "n_blocks": 1, "pool": 12}

@@ -36,7 +36,7 @@ from splitlab.split.messages import Observation, stack
 from splitlab.split.server import attack_transcript, make_knowledge
 from splitlab.split.wire import read_server, read_transcript, read_truth
 from splitlab.study.config import EvaluateConfig
-from splitlab.study.evaluate import RunTruth, score_samples
+from splitlab.study.scoring import RunTruth, score_samples
 
 
 class Artefacts:

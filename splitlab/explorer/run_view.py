@@ -15,7 +15,7 @@ from splitlab.core.labels import FIELD_WORDS
 from splitlab.split.attacks import NO_INFORMATION, attack_label
 from splitlab.split.messages import Observation
 from splitlab.split.wire import Transcript
-from splitlab.study.evaluate import RunTruth
+from splitlab.study.scoring import RunTruth
 
 IDENTIFIED = ("identified", "hint_identified", "both_identified")
 """The scores that say whether a sample is recognised: by image, by hint, by both together."""

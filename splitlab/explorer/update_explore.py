@@ -13,8 +13,8 @@ from splitlab.diffusion.metrics import ssim
 from splitlab.federated.attacks import ON_IMAGES, inversion_label
 from splitlab.federated.saved import SavedInversion, load_inversion
 from splitlab.federated.update import UpdateTruth, read_update_truth
+from splitlab.study.update_grid import Cell, UpdateConfig
 from splitlab.study.update_scores import matched, pictures
-from splitlab.study.update_survey import Cell, UpdateConfig
 
 
 @dataclass(frozen=True)

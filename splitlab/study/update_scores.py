@@ -19,7 +19,8 @@ from splitlab.diffusion.base import Base
 from splitlab.federated.attacks import NO_INFORMATION
 from splitlab.federated.saved import SavedInversion, load_inversion
 from splitlab.federated.update import UpdateTruth, read_update_truth
-from splitlab.study.update_survey import Cell, LoadSplit, UpdateConfig, resized
+from splitlab.study.update_grid import Cell, UpdateConfig
+from splitlab.study.update_survey import LoadSplit, resized
 
 COLUMNS = (
     *("model", "trained", "dataset", "size", "objective", "update", "defence", "level", "attack", "knowledge"),

@@ -19,7 +19,8 @@ from splitlab.split.config import Defences
 from splitlab.split.train import train
 from splitlab.study.dp_survey import DPSurveyConfig, dp_survey
 from splitlab.study.survey import SurveyConfig, record_survey
-from splitlab.study.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, record_updates
+from splitlab.study.update_grid import Case, InversionSpec, ModelSpec, UpdateConfig
+from splitlab.study.update_survey import record_updates
 
 ONE, OTHER = tiny.small_set(6), tiny.small_set(5, seed=1)
 

@@ -12,7 +12,7 @@ from splitlab.explorer.run_view import Attempt, RunView, comparison, sample_scor
 from splitlab.split.config import TrainConfig
 from splitlab.split.messages import Observation, Truth
 from splitlab.split.wire import Header, Transcript
-from splitlab.study.evaluate import RunTruth
+from splitlab.study.scoring import RunTruth
 
 N = 4
 

@@ -17,7 +17,7 @@ from splitlab.params import load_params
 from splitlab.split.config import TrainConfig
 from splitlab.study.dp_survey import DPSurveyConfig
 from splitlab.study.survey import SurveyConfig
-from splitlab.study.update_survey import UpdateConfig
+from splitlab.study.update_grid import UpdateConfig
 
 Run = Callable[..., int]
 

@@ -22,7 +22,7 @@ from splitlab.split.config import SENDING, AttackSpec, TrainConfig
 from splitlab.study.config import EvaluateConfig
 from splitlab.study.dp_survey import DPSurveyConfig
 from splitlab.study.survey import SurveyConfig
-from splitlab.study.update_survey import UpdateConfig
+from splitlab.study.update_grid import UpdateConfig
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

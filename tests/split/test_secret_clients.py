@@ -23,8 +23,9 @@ from splitlab.split.privacy import matched_message_event
 from splitlab.split.surrogates import disguised
 from splitlab.split.train import make_clients, record, train
 from splitlab.split.wire import from_bytes, read_truth
-from splitlab.study.evaluate import run_truth
-from splitlab.study.update_survey import Case, ModelSpec, UpdateConfig, record_updates
+from splitlab.study.scoring import run_truth
+from splitlab.study.update_grid import Case, ModelSpec, UpdateConfig
+from splitlab.study.update_survey import record_updates
 
 DEFENCES = (
     Defences(timestep_floor=200, symsigmoid=True, fixed_noise=0.1, half=True, hide_prompts=True),

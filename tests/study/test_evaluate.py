@@ -23,17 +23,14 @@ from splitlab.study.config import EvaluateConfig
 from splitlab.study.evaluate import (
     ATTACK_COLUMNS,
     TRAINING_COLUMNS,
-    best_order,
-    buckets,
     disjoint,
     evaluate_run,
-    run_truth,
-    score_samples,
     summary,
     table,
     training_row,
     yardsticks,
 )
+from splitlab.study.scoring import best_order, buckets, run_truth, score_samples
 
 CONFIG = EvaluateConfig(buckets=(0, 500, 1000), candidates=6, samples=5)
 

@@ -26,7 +26,8 @@ from splitlab.split.train import record, train
 from splitlab.split.wire import read_truth
 from splitlab.study.survey import UTILITY_COLUMNS, SurveyConfig, record_survey, utility
 from splitlab.study.survey_attack import attack_survey, catalogue
-from splitlab.study.update_survey import UpdateConfig, attack_updates, record_updates
+from splitlab.study.update_grid import UpdateConfig
+from splitlab.study.update_survey import attack_updates, record_updates
 
 SETTINGS = {"none": Defences(), "noise": Defences(feature_noise=0.3)}
 

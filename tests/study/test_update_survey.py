@@ -22,18 +22,9 @@ from splitlab.federated.external import attack_gradient
 from splitlab.federated.saved import SavedInversion, load_inversion, save_inversion
 from splitlab.federated.update import UpdateTruth, read_update, read_update_truth, write_update
 from splitlab.report import update_report
+from splitlab.study.update_grid import Case, Cell, InversionSpec, ModelSpec, UpdateConfig, make_defence
 from splitlab.study.update_scores import COLUMNS, _row, matched, score_inversion
-from splitlab.study.update_survey import (
-    Case,
-    Cell,
-    InversionSpec,
-    ModelSpec,
-    UpdateConfig,
-    attack_updates,
-    make_defence,
-    public_model,
-    record_updates,
-)
+from splitlab.study.update_survey import attack_updates, public_model, record_updates
 
 SIZE = 8
 PIXEL = ModelSpec("pixel", size=SIZE, channels=(32, 32))

@@ -18,7 +18,8 @@ from splitlab.split.config import Defences
 from splitlab.split.train import train
 from splitlab.study.dp_survey import DPCell, DPSurveyConfig, dp_survey
 from splitlab.study.survey import SurveyConfig, record_survey
-from splitlab.study.update_survey import Case, InversionSpec, ModelSpec, UpdateConfig, attack_updates, record_updates
+from splitlab.study.update_grid import Case, InversionSpec, ModelSpec, UpdateConfig
+from splitlab.study.update_survey import attack_updates, record_updates
 
 FEW = {"batch_size": 4, "steps": 2, "noise_multiplier": 1.0, "delta": 0.01, "from_block": 0}
 

@@ -31,7 +31,7 @@ from splitlab.split.attacks import ATTACKS, attack_label
 from splitlab.split.messages import stack
 from splitlab.split.wire import read_transcript, read_truth
 from splitlab.study.config import EvaluateConfig
-from splitlab.study.evaluate import buckets
+from splitlab.study.scoring import buckets
 from splitlab.study.tradeoff import tradeoff
 
 _PALETTE = ("#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#E69F00", "#0072B2", "#D55E00", "#000000")

@@ -12,8 +12,9 @@ from splitlab.federated.attacks import NO_INFORMATION, inversion_label
 from splitlab.federated.saved import load_inversion
 from splitlab.federated.update import read_update_truth
 from splitlab.report.figures.style import save_figure, show_images, subplots
+from splitlab.study.update_grid import Cell, UpdateConfig
 from splitlab.study.update_scores import matched, pictures
-from splitlab.study.update_survey import Cell, UpdateConfig, resized
+from splitlab.study.update_survey import resized
 
 COLUMNS = 9
 """Pictures in a strip."""

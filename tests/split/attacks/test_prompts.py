@@ -12,13 +12,8 @@ from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
 from splitlab.data.image_set import ImageSet, load
 from splitlab.diffusion.base import Base, load_base
-from splitlab.split.attacks.prompts import (
-    normalise_prompt,
-    prompt_guess,
-    prompt_inversion,
-    token_states,
-    word_accuracy,
-)
+from splitlab.split.attacks.prompt_guess import prompt_guess
+from splitlab.split.attacks.prompt_inversion import normalise_prompt, prompt_inversion, token_states, word_accuracy
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge, Observation
 

@@ -1,0 +1,261 @@
+"""The grid of shared updates: models, cases of them, and the attacks that each is given to."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from splitlab.core.errors import InputError
+from splitlab.federated.attacks import INVERSIONS
+from splitlab.federated.client import TRAINABLE
+from splitlab.federated.defences import (
+    Clip,
+    GaussianNoise,
+    PerExample,
+    Quantise,
+    SecureAggregation,
+    Sign,
+    Soteria,
+    TopK,
+    UpdateDefence,
+)
+from splitlab.study.config import GRIDS
+
+GRANTS = ("batch_size", "timesteps", "noise", "text", "hint_latents")
+
+KINDS = ("pixel", "latent", "controlnet", "lora")
+
+DEFENCES: dict[str, Callable[[float], UpdateDefence]] = {
+    "noise": lambda level: GaussianNoise(level),
+    "clip": lambda level: Clip(level),
+    "top_k": lambda level: TopK(level),
+    "bits": lambda level: Quantise(int(level)),
+    "sign": lambda level: Sign(),
+    "dp_sgd": lambda level: PerExample(1.0, level),
+    "soteria": lambda level: Soteria(level),
+    "aggregation": lambda level: SecureAggregation(int(level)),
+}
+"""Defences by the name that a parameter file gives them, `name=level`; see `splitlab.federated.defences`."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that clients train, as the server sends it to them: public.
+
+    Attributes:
+        kind: "pixel" (a UNet2DModel), "latent" (the base's U-Net), "controlnet" (in front of the base's U-Net), or
+            "lora" (adapters on the attention of the base's U-Net).
+        size: pixel models: height and width of their images.
+        channels: pixel models without `source`: their levels' channels; the weights are random, another draw per seed.
+        source: a trained pixel model's or ControlNet's directory.
+        rank: of LoRA adapters.
+    """
+
+    kind: str
+    size: int = 32
+    channels: tuple[int, ...] = (32, 64)
+    source: str = ""
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse kinds that do not exist."""
+        if self.kind not in KINDS:
+            raise InputError(f"model kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights were trained before (adapters: those they sit on)."""
+        return self.kind != "pixel" or bool(self.source)
+
+
+@dataclass(frozen=True)
+class InversionSpec:
+    """One attack on the updates of a case.
+
+    Attributes:
+        attack: its name in `splitlab.federated.attacks.INVERSIONS`.
+        grant: facts that the threat model gives the server besides the update: of `GRANTS`.
+        options: keyword arguments of the attack function.
+    """
+
+    attack: str
+    grant: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse attacks and grants that do not exist."""
+        if self.attack not in INVERSIONS:
+            raise InputError(f"attack {self.attack!r} is unknown; choose one of {', '.join(INVERSIONS)}")
+        if unknown := set(self.grant) - set(GRANTS):
+            raise InputError(f"{', '.join(sorted(unknown))} cannot be granted; choose of {', '.join(GRANTS)}")
+
+    @property
+    def name(self) -> str:
+        """A file-name-safe name: the attack, and what it is granted."""
+        return "-with-".join([self.attack, *(["-".join(self.grant)] if self.grant else [])])
+
+
+@dataclass(frozen=True)
+class Case:
+    """Cells that are alike but for timestep, batch, defence, objective and kind of update: all combinations.
+
+    Attributes:
+        model: a key of `UpdateConfig.models`.
+        attacks: on every cell.
+        dataset: whose private split the clients train on.
+        timesteps: of all images of an update; -1: drawn for each, distinct.
+        batches: images per update.
+        defences: "none" or `name=level` (see `DEFENCES`).
+        objectives: "epsilon", "v_prediction".
+        updates: "gradient", or "fedavg=4": the weight difference after 4 local steps.
+        trainable: which parameters are shared, of `splitlab.federated.client.TRAINABLE`.
+        dtype: what the update is cast to: "float32", "float16", "bfloat16".
+        images, seeds: of this case; 0: as everywhere.
+        grids: the grids it belongs to.
+    """
+
+    model: str
+    attacks: tuple[InversionSpec, ...]
+    dataset: str = "photos"
+    timesteps: tuple[int, ...] = (100,)
+    batches: tuple[int, ...] = (1,)
+    defences: tuple[str, ...] = ("none",)
+    objectives: tuple[str, ...] = ("epsilon",)
+    updates: tuple[str, ...] = ("gradient",)
+    trainable: str = "all"
+    dtype: str = "float32"
+    images: int = 0
+    seeds: int = 0
+    grids: tuple[str, ...] = GRIDS
+
+    def __post_init__(self) -> None:
+        """Refuse words that mean nothing."""
+        for defence in self.defences:
+            make_defence(defence)
+        if self.trainable not in TRAINABLE:
+            raise InputError(f"trainable {self.trainable!r} is unknown; choose one of {', '.join(TRAINABLE)}")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise InputError(f"dtype {self.dtype!r} is unknown; choose one of float32, float16, bfloat16")
+
+    def cells(self) -> Iterator["Cell"]:
+        """List the combinations."""
+        for t, batch, defence, objective, update in product(
+            self.timesteps, self.batches, self.defences, self.objectives, self.updates
+        ):
+            yield Cell(
+                self.model, self.dataset, t, batch, defence, objective, update, self.trainable, self.dtype, self.attacks
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of a `Case`: updates that differ in image, noise and seed only."""
+
+    model: str
+    dataset: str
+    timestep: int
+    batch: int
+    defence: str
+    objective: str
+    update: str
+    trainable: str
+    dtype: str
+    attacks: tuple[InversionSpec, ...]
+
+    @property
+    def clients(self) -> int:
+        """How many clients' updates are aggregated before the server sees one."""
+        defence = make_defence(self.defence)
+        return defence.n_clients if isinstance(defence, SecureAggregation) else 1
+
+    @property
+    def together(self) -> int:
+        """How many images are behind what the server sees as one update."""
+        return self.batch * self.clients
+
+    @property
+    def name(self) -> str:
+        """A file-name-safe name, without what is as by default."""
+        when = "drawn" if self.timestep < 0 else str(self.timestep)
+        parts = [self.model, self.dataset, f"t{when}", f"b{self.batch}"]
+        usual = {"defence": "none", "objective": "epsilon", "update": "gradient", "trainable": "all"}
+        usual |= {"dtype": "float32"}
+        parts += [str(getattr(self, key)) for key, value in usual.items() if getattr(self, key) != value]
+        return "-".join(parts).replace("=", "")
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """Which updates are recorded, and who attacks them with what knowledge.
+
+    Attributes:
+        grid: "default" or "full".
+        models: name -> model.
+        cases: the cells and their attacks.
+        images: private images per cell and seed at the default grid; `full_images` at the full one.
+        seeds: seeds per cell (of random weights, noise and attacker) at the default grid; `full_seeds` at the full one.
+        lr: of the local steps of FedAvg.
+        published_key: seed of a published key that the clients' timesteps, noise and defences follow from, so that
+            others can repeat the recording; None: a secret, as the system's entropy.
+    """
+
+    grid: str = "default"
+    models: dict[str, ModelSpec] = field(default_factory=dict)
+    cases: tuple[Case, ...] = ()
+    images: int = 3
+    seeds: int = 1
+    full_images: int = 5
+    full_seeds: int = 3
+    lr: float = 0.01
+    published_key: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse grids and models that do not exist, and cells that would share a file."""
+        if self.grid not in GRIDS:
+            raise InputError(f"updates.grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+        if unknown := sorted({case.model for case in self.cases} - set(self.models)):
+            raise InputError(f"updates: no model is called {', '.join(unknown)}; there: {', '.join(self.models)}")
+        seen: set[tuple[str, str]] = set()
+        for cell, _, _ in self.cells:
+            for spec in cell.attacks:
+                if (cell.name, spec.name) in seen:
+                    raise InputError(f"updates: {spec.name} on {cell.name} is asked for twice; ask once")
+                seen.add((cell.name, spec.name))
+
+    @property
+    def chosen(self) -> tuple[Case, ...]:
+        """The cases of the grid."""
+        return tuple(case for case in self.cases if self.grid in case.grids)
+
+    @property
+    def cells(self) -> list[tuple["Cell", int, int]]:
+        """The cells of the grid, those of one name merged, each with its numbers of updates and seeds."""
+        merged: dict[str, tuple[Cell, int, int]] = {}
+        full = self.grid == "full"
+        for case in self.chosen:
+            images = self.full_images if full else case.images or self.images
+            seeds = self.full_seeds if full else case.seeds or self.seeds
+            for cell in case.cells():
+                before, n, s = merged.get(cell.name, (replace(cell, attacks=()), 0, 0))
+                attacks = before.attacks + cell.attacks
+                merged[cell.name] = replace(before, attacks=attacks), max(n, images), max(s, seeds)
+        return list(merged.values())
+
+
+def make_defence(words: str) -> UpdateDefence | None:
+    """Return the defence that `name=level` means; None for "none".
+
+    Raises:
+        InputError: no such defence, or a level that is no number.
+    """
+    name, _, level = words.partition("=")
+    if words == "none":
+        return None
+    if name not in DEFENCES:
+        raise InputError(f"defence {words!r} is unknown; choose 'none' or <name>=<level>: {', '.join(DEFENCES)}")
+    try:
+        return DEFENCES[name](float(level or 0.0))
+    except ValueError:
+        raise InputError(f"defence {words!r}: {level!r} is no number; write {name}=<level>") from None
