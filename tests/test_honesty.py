@@ -344,7 +344,7 @@ def test_the_truth_is_read_on_the_evaluators_side_only() -> None:
         for name, _ in names.reached(path.read_text(), names.package_of(path, ROOT)):
             if (last := name.rpartition(".")[2]) in readers:
                 readers[last].add(path.name)
-    assert readers["read_truth"] - {"__init__.py"} == {"evaluate.py", "explore.py", "run_figures.py"}
+    assert readers["read_truth"] - {"__init__.py"} == {"explore.py", "run_figures.py", "scoring.py"}
     updates = {"client.py", "update_explore.py", "update_figures.py", "update_scores.py"}
     assert readers["read_update_truth"] - {"__init__.py"} == updates  # the client names it only
 

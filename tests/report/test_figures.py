@@ -31,7 +31,7 @@ def test_every_figure_is_drawn(drawn: list[Path]) -> None:
     surveyed = ["survey-tiny-none", "survey-tiny-mixing", "survey-tiny-matched", "epochs-tiny-none"]
     per_run = {f"{kind}-{run}.png" for kind in ("grid", "leakage") for run in ("split", "s1", *surveyed)}
     per_dataset = {f"{kind}-tiny.png" for kind in ("loss", "control", "samples", "frontier", "matrix")}
-    assert {path.name for path in drawn} == per_run | per_dataset | {"bytes.png", "tradeoff.png"}
+    assert {path.name for path in drawn} == per_run | per_dataset | {"bytes.png", "overview.png", "tradeoff.png"}
     for path in drawn:
         assert min(Image.open(path).size) > 150
 
