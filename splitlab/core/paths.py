@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-ROOT = Path(os.environ.get("SPLITLAB_ROOT", Path(__file__).resolve().parent.parent))
+ROOT = Path(os.environ.get("SPLITLAB_ROOT", Path(__file__).resolve().parents[2]))
 """The project root: the checkout this package was installed from (editable), or `$SPLITLAB_ROOT`."""
 
 CACHE = ROOT / ".cache"

@@ -174,7 +174,7 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, kind: str):
             archive.writestr("00000.png" if kind == "pictures" else "notes.txt", "work")
             archive.writestr("metadata.csv", "file_name,text\n00000.png,mine\n")
     before = path.read_bytes()
-    with pytest.raises(InputError, match=r"shapes\.zip: splitlab\.generate did not write this, and it stays"):
+    with pytest.raises(InputError, match=r"shapes\.zip: splitlab\.data\.generate did not write this, and it stays"):
         generate.write_split(path, generate.shapes(1, np.random.default_rng(0), "x"))
     assert generate.main([str(tmp_path)]) == 1  # at once, before the first split is drawn
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]

@@ -169,7 +169,7 @@ def test_shown_scores_are_those_of_the_evaluation(explorer: Explorer, project: P
 def test_the_comparison_holds_every_attack_and_every_seed(explorer: Explorer, project: Path):
     scores, _ = checkpoint.load(project / "scores" / "plain.safetensors")
     rows = {row["attack"]: row for row in comparison(explorer.view, 3)}
-    assert list(rows) == ["mean_public", "random_public", "inverse_network-without-noise", "closed_form"]
+    assert list(rows) == ["mean_public", "random_public", "closed_form", "inverse_network-without-noise"]
     assert rows["random_public"]["psnr_db"] == [float(scores[f"random_public/{seed}/psnr_db"][3]) for seed in (0, 1)]
     assert explorer.comparison.value.count('class="bar"') == len(rows)
     assert "noise label" in rows["closed_form"]["uses"]
