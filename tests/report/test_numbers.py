@@ -1,7 +1,13 @@
-"""The numbers that README and docs/measurements.md state are those of the tracked tables, to the last digit stated."""
+"""The numbers that README and docs/measurements.md state are those of the shipped tables, to the last digit stated.
+
+Shipped is what git tracks: a pipeline run on another processor may have changed last digits in the working copies.
+"""
 
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,7 +19,21 @@ from splitlab.split.attacks import NO_INFORMATION
 from splitlab.study.tradeoff import nominal
 from splitlab.study.verdicts import pooled
 
-METRICS = ROOT / "reports/metrics"
+SCRATCH = tempfile.TemporaryDirectory()  # removed at the end
+
+
+def shipped(folder: str) -> Path:
+    """Return a folder of tables as git tracks it; as it is where there is no git."""
+    out = Path(SCRATCH.name)
+    listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
+        return ROOT / folder
+    command = ["git", "checkout-index", f"--prefix={out}/", *listed.stdout.splitlines()]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return out / folder
+
+
+METRICS = shipped("reports/metrics")
 DOCUMENTS = {name: re.sub(r"\s+", " ", (ROOT / name).read_text()) for name in ("README.md", "docs/measurements.md")}
 TABLES = {path.stem: read_table(path) for path in METRICS.glob("*.csv")}
 DP = pd.concat([read_table(path) for path in sorted((METRICS / "dp").glob("*.csv"))])
