@@ -2,7 +2,7 @@
 
 Every case makes a small input of a kind that has been reported to go wrong, in a scratch folder, gives it to splitlab,
 and says whether what happened is right: loaded as it was meant, or refused in one `InputError` that says why. Exits
-with 1 if any case is wrong. `tests/test_cases.py` runs them as well.
+with 1 if any case is wrong. `tests/pipeline/test_cases.py` runs them as well.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Print what the attack catalogue reaches on the default grid, bar by bar, from the pipeline's tables and transcripts.
 
 `python benchmarks/split_bars.py` after `dvc repro`; exits 1 if a bar is missed. The bar on pure noise in place of the
-observation is a test (`tests/test_attacks.py` and the attacks' own).
+observation is a test (`tests/split/attacks/test_attacks.py` and the attacks' own).
 """
 
 import sys
