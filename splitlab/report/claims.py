@@ -35,6 +35,12 @@ class Claim:
     rule: str
 
 
+def judged(says: str, measured: Sequence[str], rule: str, held: Sequence[bool], partly: Sequence[bool] = ()) -> Claim:
+    """Judge a claim by its cases: it holds in all, some or none; `partly`: what counts as holding in part, too."""
+    verdict = UNMEASURED if not held else HOLDS if all(held) else PARTLY if any([*held, *partly]) else REFUTED
+    return Claim(says, tuple(measured), verdict, rule)
+
+
 def defended(training: pd.DataFrame) -> list[str]:
     """Return the runs of S1's split that have a defence on."""
     chosen = training[(training["scheme"] == "split") & (training["defences"] != "none")]

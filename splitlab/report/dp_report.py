@@ -1,6 +1,5 @@
 """The report's part on private fine-tuning (S3), from saved artefacts only."""
 
-import html
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,8 +13,8 @@ from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.core.seeds import SECRET
 from splitlab.core.tables import read_timed
 from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words, randomness_of
-from splitlab.report.cells import DASH, figure, lay_out, mean_of, number
-from splitlab.report.claims import HOLDS, PARTLY, REFUTED
+from splitlab.report import layout
+from splitlab.report.claims import Claim, judged
 from splitlab.study.dp_survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.study.tradeoff import nominal
 
@@ -58,6 +57,11 @@ class DPMaterial:
     def targets(self) -> list[float]:
         """The ε of the judged runs, as asked for, ascending."""
         return sorted({nominal(e) for e in self.runs["epsilon"]})
+
+    @property
+    def finite(self) -> list[float]:
+        """Those of them that promise anything."""
+        return [e for e in self.targets if not math.isinf(e)]
 
     def words(self, target: float) -> str:
         """Say an ε of the judged runs, and whether it is a simulation's."""
@@ -106,7 +110,7 @@ def conclusion(material: DPMaterial) -> Markdown:
     models = [name for name in (PUBLIC, START) if (material.judged["trainable"] == name).any()]
     public = ", ".join(f"the {name} {percent(material.contrast(name))}" for name in models)
     lines = [
-        f"- A classifier trained on generated images is right on real ones in {own} (attention only; mean over "
+        f"A classifier trained on generated images is right on real ones in {own} (attention only; mean over "
         f"{counted(int(material.runs['seed'].nunique()), 'seed')}). Without private data: {public}; the private images "
         f"themselves: {percent(material.contrast(REAL))}{_guessing(material.judged)}."
     ]
@@ -114,35 +118,26 @@ def conclusion(material: DPMaterial) -> Markdown:
     if len(bounds):
         worst = (bounds["audit_epsilon_lb"] / bounds["epsilon"]).max()
         lines.append(
-            f"- Audited with canaries: the lower bound on ε reaches at most {percent(float(worst))} of what is claimed "
+            f"Audited with canaries: the lower bound on ε reaches at most {percent(float(worst))} of what is claimed "
             f"({counted(len(bounds), 'run')})."
         )
-    return Markdown("\n".join(lines))
+    return layout.bullets(lines)
 
 
 def claims_table(material: DPMaterial) -> HTML:
     """Set S3's claims against the measurements."""
-    columns = {"S3 says": "says", "we measured": "", "verdict": ""}
-    finite = [e for e in material.targets if not math.isinf(e)]
-    rows = [
-        _attention_claim(material, finite),
-        _size_claim(material),
-        _utility_claim(material, finite),
-        _cost_claim(material),
-        _members_claim(material, finite),
-        _audit_claim(material),
-    ]
-    return lay_out(columns, {"": rows})
+    judges = (_attention_claim, _size_claim, _utility_claim, _cost_claim, _members_claim, _audit_claim)
+    return layout.claims("S3", (judge(material) for judge in judges))
 
 
-def _attention_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str, str]:
+def _attention_claim(material: DPMaterial) -> Claim:
     entries, wins = [], []
-    for e in finite:
+    for e in material.finite:
         one, other = (material.values(name, e) for name in ("attention", "unet"))
         if len(one) and len(other):
             wins.append(bool(one.mean() >= other.mean()))
             entries.append(f"{material.words(e)}: attention {_spread(one)}, full U-Net {_spread(other)}")
-    return _claim(
+    return judged(
         "Training only the attention modules is better than training everything, at the same ε.",
         entries,
         "By accuracy downstream, mean ± standard deviation over seeds. Holds if never worse, refuted if always.",
@@ -150,33 +145,35 @@ def _attention_claim(material: DPMaterial, finite: list[float]) -> tuple[str, st
     )
 
 
-def _size_claim(material: DPMaterial) -> tuple[str, str, str]:
+def _size_claim(material: DPMaterial) -> Claim:
     counts = {n: material.runs[material.runs["trainable"] == n]["n_trainable"].max() for n in ("attention", "unet")}
     share = counts["attention"] / counts["unet"]
     known = not pd.isna(share)
-    entries = [f"{number(counts['attention'])} of {number(counts['unet'])} weights, embedder included"] * known
+    entries = [
+        f"{layout.number(counts['attention'])} of {layout.number(counts['unet'])} weights, embedder included"
+    ] * known
     entries += [f"{100 * share:.1f}\u00a0% of the U-Net's"] * known
-    return _claim(
+    return judged(
         "About 90 % fewer parameters are trained.", entries, "Holds if at most 15 % are.", [bool(share <= 0.15)] * known
     )
 
 
-def _utility_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str, str]:
+def _utility_claim(material: DPMaterial) -> Claim:
     name, floor = material.floor
-    gains = {e: material.mean("attention", e) - floor for e in finite}
+    gains = {e: material.mean("attention", e) - floor for e in material.finite}
     gains = {e: gain for e, gain in gains.items() if not math.isnan(gain)}
     entries = [f"{material.words(e)}: {100 * gain:+.1f} points over the {name}" for e, gain in gains.items()]
     rule = "By accuracy downstream, attention only. Holds if higher at every ε, refuted if at none."
-    return _claim(
+    return judged(
         "What is fine-tuned privately is better than the public model.", entries, rule, [g > 0 for g in gains.values()]
     )
 
 
-def _cost_claim(material: DPMaterial) -> tuple[str, str, str]:
+def _cost_claim(material: DPMaterial) -> Claim:
     found = {e: material.values("attention", e) for e in material.targets}
     found = {e: values for e, values in found.items() if len(values)}
     means = [values.mean() for values in found.values()]
-    return _claim(
+    return judged(
         "A larger ε gives better samples (CelebA, 64 × 64: FID 21.1, 16.1, 14.3 at ε = 1, 5, 10).",
         [f"{material.words(e)}: {_spread(values)}" for e, values in found.items()],
         "Accuracy downstream, attention only. An independent benchmark (DPImageBench, 2025) has DP-LDM on MNIST at "
@@ -185,14 +182,14 @@ def _cost_claim(material: DPMaterial) -> tuple[str, str, str]:
     )
 
 
-def _members_claim(material: DPMaterial, finite: list[float]) -> tuple[str, str, str]:
+def _members_claim(material: DPMaterial) -> Claim:
     plain = material.values("attention", math.inf, "mia_auc")
-    found = {e: material.values("attention", e, "mia_auc") for e in finite}
+    found = {e: material.values("attention", e, "mia_auc") for e in material.finite}
     found = {e: values for e, values in found.items() if len(values) and len(plain)}
     entries = [
         f"{material.words(e)}: {_spread(values, 3)}" for e, values in (found | {math.inf: plain}).items() if len(values)
     ]
-    return _claim(
+    return judged(
         "The guarantee protects those whose images were used.",
         entries,
         "AUC of membership inference by calibrated loss; 0.5 is chance. Holds if at every ε it falls by more than one "
@@ -206,7 +203,7 @@ def _falls(values: pd.Series, plain: pd.Series) -> bool:
     return bool(plain.mean() - values.mean() > max(_std(values), _std(plain)))
 
 
-def _audit_claim(material: DPMaterial) -> tuple[str, str, str]:
+def _audit_claim(material: DPMaterial) -> Claim:
     bounds = _audited(material)
     groups = bounds.groupby(bounds["epsilon"].map(nominal))
     entries = [
@@ -217,7 +214,7 @@ def _audit_claim(material: DPMaterial) -> tuple[str, str, str]:
     private = material.table["epsilon"].between(0, math.inf, inclusive="neither")
     if absent := int((private & material.table["audit_epsilon_lb"].isna()).sum()):
         entries.append(f"{UNMEASURED}: {counted(absent, 'run')}")
-    return _claim(
+    return judged(
         "The ε that is stated is true.",
         entries,
         "A one-run audit bounds ε from below by canaries, at 95 % confidence; it can refute an ε, never prove it. "
@@ -229,16 +226,6 @@ def _audit_claim(material: DPMaterial) -> tuple[str, str, str]:
 def _audited(material: DPMaterial) -> pd.DataFrame:
     bounds = material.table.dropna(subset=["audit_epsilon_lb"])
     return bounds[bounds["epsilon"].between(0, math.inf, inclusive="neither")]
-
-
-def _claim(
-    says: str, entries: list[str], rule: str, held: list[bool], *, partly: list[bool] | None = None
-) -> tuple[str, str, str]:
-    """Return a row; `partly`: what also counts as holding in part, where nothing holds."""
-    some = any(held) or any(partly or [])
-    verdict = UNMEASURED if not held else HOLDS if all(held) else PARTLY if some else REFUTED
-    found = "".join(f"<li>{entry}</li>" for entry in entries)
-    return says, f"<ul>{found}</ul><small>{rule}</small>", _badge(verdict)
 
 
 def _std(values: pd.Series) -> float:
@@ -258,59 +245,48 @@ def _guessing(rows: pd.DataFrame) -> str:
     return f"; guessing: {percent(share)}" if share and rows["downstream_acc"].notna().any() else ""
 
 
-def _badge(verdict: str) -> str:
-    return f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>'
-
-
 def pictures(material: DPMaterial) -> HTML:
     """Show what each ε costs, and what the models draw."""
     costs = "mean over seeds, bars from the lowest to the highest. Grey: what needs no private fine-tuning."
     note = "" if randomness_of(material.runs) == SECRET else f" {SIMULATED_NOTE}"
-    shown = [figure(material.figures / "curve.png", f"What each ε costs: {costs}{note}")]
     drawn = "images of the real and the generated kind, one column per class; the first of each, none picked by hand"
-    for path in sorted(material.figures.glob("samples-*.png")):
-        shown.append(figure(path, f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0.{note}"))
-    return HTML("".join(shown))
+    samples = sorted(material.figures.glob("samples-*.png"))
+    return layout.shown(
+        layout.figure(material.figures / "curve.png", f"What each ε costs: {costs}{note}"),
+        *(layout.figure(path, f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0.{note}") for path in samples),
+    )
 
 
 def table(material: DPMaterial) -> HTML:
     """Show every setting of every data set, means over seeds."""
-    columns = {"trained": "name"} | dict.fromkeys(
-        ("weights", "ε", "σ", "accuracy", "± seeds", "Fréchet", "membership AUC", "audited ε ≥", "s per step", "seeds"),
-        "number",
-    )
     groups = {}
-    for dataset, own in material.table.groupby("dataset", sort=False):
-        first = own.iloc[0]
-        title = (
-            f"{html.escape(str(dataset))} <small>{html.escape(str(first['conditioning']))}-conditional; n = "
-            f"{number(own['n'].max())} private images, {number(own['n_test'].max())} to test on, "
-            f"{number(own['n_samples'].max())} generated{_guessing(own)}; Fréchet distance: "
-            f"{html.escape(str(first['features']))}</small>"
+    for dataset, own in layout.by_dataset(material.table):
+        first, most = own.iloc[0], layout.numbers(own[["n", "n_test", "n_samples"]].max(), "n n_test n_samples")
+        title = layout.aside(
+            dataset,
+            f"{first['conditioning']}-conditional; n = {most['n']} private images, {most['n_test']} to test on, "
+            f"{most['n_samples']} generated{_guessing(own)}; Fréchet distance: {first['features']}",
         )
-        targets = own["epsilon"].map(nominal)
-        kinds = own.assign(target=targets).groupby(["trainable", "target"], sort=False)
+        kinds = own.assign(target=own["epsilon"].map(nominal)).groupby(["trainable", "target"], sort=False)
         groups[title] = [_row(str(trainable), float(str(target)), rows) for (trainable, target), rows in kinds]
-    return HTML(f'{lay_out(columns, groups).data}<p class="note">{SIMULATED_NOTE}</p>')
+    return layout.shown(layout.table(groups, notes=[SIMULATED_NOTE]))
 
 
-def _row(trainable: str, target: float, own: pd.DataFrame) -> tuple[str, ...]:
+def _row(trainable: str, target: float, own: pd.DataFrame) -> dict[str, str]:
     mean = own.mean(numeric_only=True)
     tuned = trainable not in CONTRASTS
-
-    def measured(name: str, digits: int | None) -> str:
-        return mean_of(own[name], bool(own[name].notna().any()), digits, missing=UNMEASURED)
-
-    return (
-        html.escape(WORDS.get(trainable, trainable)),
-        number(mean["n_trainable"] if tuned else None),
-        DASH if trainable == REAL else epsilon_words(target, randomness_of(own), digits="g").replace("ε = ", ""),
-        number(mean["noise_multiplier"] if tuned else None, 2),
-        measured("downstream_acc", None),
-        number(own["downstream_acc"].std(skipna=False), 3),
-        measured("frechet", 2),
-        measured("mia_auc", 3),
-        measured("audit_epsilon_lb", 2),
-        number(mean["step_s"], 2),
-        str(len(own)),
-    )
+    return {
+        "trained": WORDS.get(trainable, trainable),
+        "weights": layout.number(mean["n_trainable"] if tuned else None),
+        "ε": layout.Number(
+            layout.DASH
+            if trainable == REAL
+            else epsilon_words(target, randomness_of(own), digits="g").replace("ε = ", "")
+        ),
+        "σ": layout.number(mean["noise_multiplier"] if tuned else None, 2),
+        **layout.means(own, "downstream_acc", missing=UNMEASURED),
+        "± seeds": layout.number(own["downstream_acc"].std(skipna=False), 3),
+        **layout.means(own, "frechet mia_auc audit_epsilon_lb", missing=UNMEASURED),
+        **layout.numbers(mean, "step_s"),
+        "seeds": layout.number(len(own)),
+    }

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import html
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,18 +12,19 @@ from typing import Any
 
 import pandas as pd
 from IPython.display import HTML, Markdown
+from markupsafe import Markup
 
 from splitlab.core.checkpoint import load_json
 from splitlab.core.errors import InputError
-from splitlab.core.labels import SCHEME_WORDS, counted, percent
+from splitlab.core.labels import counted, percent
 from splitlab.core.paths import ROOT, resolve
 from splitlab.core.seeds import PUBLISHED
 from splitlab.core.storage import write_text
 from splitlab.core.tables import read_table, read_timed
 from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words, recorded_epsilon
 from splitlab.report import html as pages
-from splitlab.report.cells import DASH, figure, in_words, lay_out, mean_of, number
-from splitlab.report.claims import Claim, Evidence, claims, message_sizes
+from splitlab.report import layout
+from splitlab.report.claims import Evidence, claims, message_sizes
 from splitlab.report.figures.run_figures import by_strength, control_per_image
 from splitlab.report.findings import findings
 from splitlab.split.artefacts import load_reconstruction
@@ -127,7 +127,7 @@ def _figure_names(material: Material) -> list[str]:
 
 def summary(material: Material) -> Markdown:
     """Say what was found, in a few sentences made from the tables."""
-    return Markdown("\n".join(f"- {sentence}" for sentence in findings(material.evidence)))
+    return layout.bullets(findings(material.evidence))
 
 
 # Tables
@@ -135,29 +135,26 @@ def summary(material: Material) -> Markdown:
 
 def runs_table(material: Material) -> HTML:
     """List the training runs."""
-    columns = {"run": "name", "data": "", "scheme": "", "defences": "", "clients": "number", "steps": "number", "ε": ""}
     rows = [
-        (
-            html.escape(row["run"]),
-            html.escape(row["dataset"]),
-            SCHEME_WORDS.get(row["scheme"], html.escape(row["scheme"])),
-            html.escape(in_words(row["defences"])),
-            number(row["n_clients"]),
-            number(row["steps"]),
-            _claimed(material.privacy[row["run"]]),
-        )
-        for _, row in material.trained.iterrows()
+        {
+            "run": row["run"],
+            "data": row["dataset"],
+            "scheme": layout.scheme_words(row["scheme"]),
+            "defences": layout.in_words(row["defences"]),
+            **layout.numbers(row, "n_clients steps"),
+            "ε": _claimed(material.privacy[row["run"]]),
+        }
+        for row in layout.records(material.trained)
     ]
     simulated = any("epsilon_simulated" in privacy for privacy in material.privacy.values())
-    note = f'<p class="note">{SIMULATED_NOTE}</p>' if simulated else ""
-    return HTML(f"{lay_out(columns, {'': rows}).data}{note}")
+    return layout.shown(layout.table(rows, notes=[SIMULATED_NOTE] if simulated else []))
 
 
 def _claimed(privacy: Mapping[str, Any]) -> str:
     """Print the ε that a run has earned over all its messages of an image, or why it has none."""
     value = recorded_epsilon(privacy)
     if value is None:
-        return f"none: {html.escape(privacy['why'])}"
+        return f"none: {privacy['why']}"
     return f"{epsilon_words(value, privacy.get('randomness', PUBLISHED), digits=',.1f')} at δ = {privacy['delta']:g}"
 
 
@@ -167,39 +164,23 @@ def threat_models(material: Material) -> HTML:
     names = list(dict.fromkeys(name for rows in every for name in rows))
     shared = [name for name in names if len({rows.get(name) for rows in every}) == 1]
     own = [name for name in names if name not in shared and name != "uses of it"]
-    common = [(html.escape(name), html.escape(every[0][name])) for name in shared]
+    common = [{"in every run": name, " ": every[0][name]} for name in shared]
     single = [
-        (html.escape(run), *(html.escape(_spelled(name, rows.get(name, DASH))) for name in own))
+        {"run": run} | {name: _spelled(name, rows.get(name, layout.DASH)) for name in own}
         for run, rows in material.threat_models.items()
     ]
-    tables = (
-        lay_out({"in every run": "name", " ": ""}, {"": common}),
-        lay_out({"run": "name"} | dict.fromkeys(own, ""), {"": single}),
-    )
-    return HTML("".join(table.data for table in tables))
+    return layout.shown(layout.table(common), layout.table(single))
 
 
 def _spelled(name: str, value: str) -> str:
     if name == "knows the defences":
-        return in_words(value)
-    return SCHEME_WORDS.get(value, value) if name == "scheme" else value
+        return layout.in_words(value)
+    return layout.scheme_words(value) if name == "scheme" else value
 
 
 def claims_table(material: Material) -> HTML:
     """Set S1's claims against the measurements, each with its verdict and the rule behind it."""
-    columns = {"S1 says": "says", "we measured": "", "verdict": ""}
-    return lay_out(columns, {"": map(_claim_row, claims(material.evidence))})
-
-
-def _claim_row(claim: Claim) -> tuple[str, str, str]:
-    entries = []
-    for one in claim.measured:
-        lead, colon, rest = one.partition(": ")
-        short = colon and len(lead) < 60
-        entries.append(f"<b>{html.escape(lead)}</b>: {html.escape(rest)}" if short else html.escape(one))
-    found = "".join(f"<li>{entry}</li>" for entry in entries)
-    verdict = f'<span class="verdict {claim.verdict.replace(" ", "-")}">{claim.verdict}</span>'
-    return html.escape(claim.says), f"<ul>{found}</ul><small>{html.escape(claim.rule)}</small>", verdict
+    return layout.claims("S1", claims(material.evidence))
 
 
 def attack_legend(material: Material) -> HTML:
@@ -208,115 +189,108 @@ def attack_legend(material: Material) -> HTML:
     for attack in by_strength(attacks)[::-1]:
         fields = min(attacks[attacks["attack"] == attack]["knowledge"].unique(), key=len)
         known = ATTACKS.get(attack.split("-")[0])
-        does = (known.function.__doc__ or "").partition("\n")[0] if known else DASH
-        reads = fields if fields == "nothing" else f"<code>{html.escape(fields.replace(' + ', ', '))}</code>"
-        rows.append((html.escape(attack_label(attack)), html.escape(does), reads))
-    return lay_out({"attack": "name", "what it does": "", "reads": ""}, {"": rows})
+        rows.append(
+            {
+                "attack": attack_label(attack),
+                "what it does": (known.function.__doc__ or "").partition("\n")[0] if known else layout.DASH,
+                "reads": fields if fields == "nothing" else layout.code(fields.replace(" + ", ", ")),
+            }
+        )
+    return layout.shown(layout.table(rows))
 
 
 def attack_table(material: Material) -> HTML:
     """Show every attack on every run, means over its timestep buckets, strongest first."""
     attacks = material.evidence.attacks.assign(share=shares(material.evidence.attacks))
-    columns = {"attack": "name"} | dict.fromkeys(
-        ("PSNR, dB", "± images", "± seeds", "way", "SSIM", "top-1", "hint, dB", "hint IoU", "seeds"), "number"
-    )
-    groups: dict[str, list[tuple[str, ...]]] = {}
+    groups = {}
     for run in material.attacked:
         of_run = attacks[attacks["run"] == run]
-        one = of_run.drop_duplicates("t_low")
-        title = (
-            f"{html.escape(run)} <small>VAE ceiling {number(one['ceiling_psnr_db'].mean(), 1)} dB, chance "
-            f"{percent(one['id_chance'].mean())}, n = {number(one['n'].sum())} in {counted(len(one), 'bucket')}</small>"
+        buckets = of_run.drop_duplicates("t_low")
+        title = layout.aside(
+            run,
+            f"VAE ceiling {layout.number(buckets['ceiling_psnr_db'].mean(), 1)} dB, chance "
+            f"{percent(buckets['id_chance'].mean())}, n = {layout.number(buckets['n'].sum())} in "
+            f"{counted(len(buckets), 'bucket')}",
         )
         tables = ((attack, of_run[of_run["attack"] == attack]) for attack in by_strength(attacks)[::-1])
         groups[title] = [_attack_row(attack, rows) for attack, rows in tables if len(rows)]
-    return lay_out(columns, groups)
+    return layout.shown(layout.table(groups))
 
 
-def _attack_row(attack: str, rows: pd.DataFrame) -> tuple[str, ...]:
+def _attack_row(attack: str, rows: pd.DataFrame) -> dict[str, str]:
     seeds, images = int(rows["n_seeds"].max()), bool(rows["psnr_db"].notna().any())
-    return (
-        html.escape(attack_label(attack)),
-        mean_of(rows["psnr_db"], images, 1),
-        mean_of(rows["psnr_db_std"], images, 1),
-        mean_of(rows["psnr_db_seed_std"], images and seeds > 1, 1),
-        mean_of(rows["share"], images and attack not in NO_INFORMATION),
-        mean_of(rows["ssim"], images, 2),
-        mean_of(rows["id_top1"], images),
-        mean_of(rows["hint_psnr_db"], bool(rows["hint_psnr_db"].notna().any()), 1),
-        mean_of(rows["hint_iou"], bool(rows["hint_iou"].notna().any()), 2),
-        str(seeds),
-    )
+    return {
+        "attack": attack_label(attack),
+        **layout.means(rows, "psnr_db psnr_db_std", images),
+        **layout.means(rows, "psnr_db_seed_std", images and seeds > 1),
+        **layout.means(rows, "share", images and attack not in NO_INFORMATION),
+        **layout.means(rows, "ssim id_top1", images),
+        **layout.means(rows, "hint_psnr_db hint_iou"),
+        "seeds": layout.number(seeds),
+    }
 
 
 def cost_table(material: Material) -> HTML:
     """Show what each scheme costs: bytes, seconds and memory, with the machine they were measured on."""
-    columns = {"run": "name", "scheme": ""} | dict.fromkeys(
-        (
-            "up, bytes per sample",
-            "down, bytes per sample",
-            "client, ms per sample",
-            "server, ms per sample",
-            "peak memory, MB",
-        ),
-        "number",
-    )
     rows = []
-    for _, row in material.trained.iterrows():
+    for row in layout.records(material.trained):
         timing = material.timings.get(row["run"], {})
         rows.append(
-            (
-                html.escape(row["run"]),
-                SCHEME_WORDS.get(row["scheme"], html.escape(row["scheme"])),
-                number(row["up_bytes_per_sample"]),
-                number(row["down_bytes_per_sample"]),
-                number(timing.get("client_s_per_sample") or None, 3, scale=1e3),
-                number(timing.get("server_s_per_sample") or None, 3, scale=1e3),
-                number(timing.get("peak_rss_mb")),
-            )
+            {
+                "run": row["run"],
+                "scheme": layout.scheme_words(row["scheme"]),
+                **layout.numbers(row, "up_bytes_per_sample down_bytes_per_sample"),
+                "client, ms per sample": layout.number(timing.get("client_s_per_sample") or None, 3, scale=1e3),
+                "server, ms per sample": layout.number(timing.get("server_s_per_sample") or None, 3, scale=1e3),
+                "peak memory, MB": layout.number(timing.get("peak_rss_mb")),
+            }
         )
     machines = dict.fromkeys(
-        f"{one['machine']}, {counted(one['threads'], 'thread')}" for one in material.timings.values()
+        f"{timing['machine']}, {counted(timing['threads'], 'thread')}" for timing in material.timings.values()
     )
     note = (
-        f"Measured on: {'; '.join(html.escape(machine) for machine in machines)}. Times are of one run each, with "
+        f"Measured on: {'; '.join(machines)}. Times are of one run each, with "
         "whatever else the machine was doing: read them as orders of magnitude. Encoding by the frozen VAE and text "
         "model, done once per data set, is not counted; in the central scheme all work is booked as the server's. "
         "Memory is of the whole process, clients and server."
     )
-    return HTML(f'{lay_out(columns, {"": rows}).data}<p class="note">{note}</p>')
+    return layout.shown(layout.table(rows, notes=[note]))
 
 
 def message_table() -> HTML:
     """Show what one training sample costs on the wire at Stable Diffusion 1.5's shapes, protocol by protocol."""
-    sizes = list(message_sizes())
-    first = sizes[0][1]
-    columns = {"latents 4×64×64, text 77×768": "", "bytes per sample": "number", "of S1's": "number"}
-    return lay_out(columns, {"": [(html.escape(what), f"{n:,}", f"{100 * n / first:.1f} %") for what, n in sizes]})
+    sizes = dict(message_sizes())
+    first = next(iter(sizes.values()))
+    rows = [
+        {
+            "latents 4×64×64, text 77×768": what,
+            "bytes per sample": layout.number(size),
+            "of S1's": layout.Number(f"{100 * size / first:.1f} %"),
+        }
+        for what, size in sizes.items()
+    ]
+    return layout.shown(layout.table(rows))
 
 
 def provenance(material: Material) -> HTML:
     """Show with which code, seeds, versions and base model each run was made."""
-    columns = {"run": "name"} | dict.fromkeys(("commit", "training seed", "base model", "Python", "packages"), "")
-    packages = {run: _packages(timing) for run, timing in material.timings.items()}
-    alike = len(set(packages.values())) == 1
+    packages = {
+        run: ", ".join(f"{name} {version}" for name, version in timing["versions"].items())
+        for run, timing in material.timings.items()
+    }
+    alike = set(packages.values()) if len(set(packages.values())) == 1 else set()
     rows = [
-        (
-            html.escape(run),
-            html.escape(str(timing["commit"] or "no checkout")),
-            str(timing["seed"]),
-            f"<code>{html.escape(material.bases[run][:12])}</code>",
-            html.escape(str(timing["python"])),
-            "as below" if alike else packages[run],
-        )
+        {
+            "run": run,
+            "commit": str(timing["commit"] or "no checkout"),
+            "training seed": str(timing["seed"]),
+            "base model": layout.code(material.bases[run][:12]),
+            "Python": str(timing["python"]),
+            "packages": "as below" if alike else packages[run],
+        }
         for run, timing in material.timings.items()
     ]
-    note = f'<p class="note">Packages of all runs: {next(iter(packages.values()))}.</p>' if alike and packages else ""
-    return HTML(lay_out(columns, {"": rows}).data + note)
-
-
-def _packages(timing: Mapping[str, Any]) -> str:
-    return html.escape(", ".join(f"{name} {version}" for name, version in timing["versions"].items()))
+    return layout.shown(layout.table(rows, notes=[f"Packages of all runs: {listed}." for listed in alike]))
 
 
 # Pictures
@@ -324,50 +298,40 @@ def _packages(timing: Mapping[str, Any]) -> str:
 
 def leakage(material: Material) -> HTML:
     """Show, run by run, how much leaks: the curves, then the reconstructions themselves."""
-    parts = []
     words = material.evidence.attacks.drop_duplicates("run").set_index("run")["defences"]
+    captions = {
+        "leakage": "reconstruction against timestep. Wide grey line: the VAE's own reconstruction, the ceiling.",
+        "grid": "the first samples of each timestep bucket, none picked by hand; attack seed 0; PSNR below each "
+        "reconstruction; weakest attack first.",
+    }
+    sections = []
     for run in material.attacked:
-        scheme = material.threat_models.get(run, {}).get("scheme", "")
-        title = f"{run}: {SCHEME_WORDS.get(scheme, scheme)}; defences: {in_words(str(words[run]))}"
-        parts.append(f'<h3 id="{html.escape(run, quote=True)}">{html.escape(title)}</h3>')
-        parts.append(
-            figure(
-                material.figures / f"leakage-{run}.png",
-                f"{run}: reconstruction against timestep. Wide grey line: the VAE's own reconstruction, the ceiling.",
-            )
-        )
-        parts.append(
-            figure(
-                material.figures / f"grid-{run}.png",
-                f"{run}: the first samples of each timestep bucket, none picked by hand; attack seed 0; PSNR below "
-                "each reconstruction; weakest attack first.",
-            )
-        )
-    return HTML("".join(parts))
+        scheme = layout.scheme_words(material.threat_models.get(run, {}).get("scheme", ""))
+        title = f"{run}: {scheme}; defences: {layout.in_words(str(words[run]))}"
+        sections.append(layout.section(title, *_pictures(material, run, captions), anchor=run))
+    return layout.shown(*sections)
+
+
+def _pictures(material: Material, of: str, captions: Mapping[str, str]) -> list[Markup]:
+    return [layout.figure(material.figures / f"{kind}-{of}.png", f"{of}: {words}") for kind, words in captions.items()]
 
 
 def utility(material: Material) -> HTML:
     """Show, data set by data set, what the trained ControlNets can do."""
-    parts = []
-    for data in material.trained["dataset"].unique():
-        parts.append(f"<h3>{html.escape(data)}</h3>")
-        for kind, caption in (
-            ("control", "how well generated images follow held-out hints, by run; one training seed each."),
-            ("samples", "generated images for the same held-out hints and prompts, by run."),
-            (
-                "loss",
-                "training loss. Its level cannot be compared between runs with different timestep floors, or with and "
-                "without prompts: both change how hard the noise is to predict.",
-            ),
-        ):
-            parts.append(figure(material.figures / f"{kind}-{data}.png", f"{data}: {caption}"))
-    return HTML("".join(parts))
+    captions = {
+        "control": "how well generated images follow held-out hints, by run; one training seed each.",
+        "samples": "generated images for the same held-out hints and prompts, by run.",
+        "loss": "training loss. Its level cannot be compared between runs with different timestep floors, or with and "
+        "without prompts: both change how hard the noise is to predict.",
+    }
+    datasets = material.trained["dataset"].unique()
+    return layout.shown(*(layout.section(data, *_pictures(material, data, captions)) for data in datasets))
 
 
 def traffic(material: Material) -> HTML:
     """Show the bytes per sample of all runs."""
     caption = "Bytes per training sample on the data used here; federated sends the whole ControlNet, per round."
-    return HTML(figure(material.figures / "bytes.png", caption))
+    return layout.shown(layout.figure(material.figures / "bytes.png", caption))
 
 
 # The page

@@ -13,7 +13,7 @@ import pytest
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
-from splitlab.report import cells, claims, html
+from splitlab.report import claims, html, layout
 from splitlab.report import page as report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -149,7 +149,7 @@ def test_defences_are_read_from_the_tables_words() -> None:
     assert claims.strength(words, "timestep_floor") == 600
     assert claims.strength(words, "symsigmoid") == 1
     assert claims.strength("none", "symsigmoid") == 0
-    assert cells.in_words(words) == "timestep floor 600, symsigmoid, fixed noise 0.5, 16 bits, hidden prompts"
+    assert layout.in_words(words) == "timestep floor 600, symsigmoid, fixed noise 0.5, 16 bits, hidden prompts"
 
 
 def test_the_page_loads_nothing(index: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from test_report import attack_at, evidence, verdicts
 
 from splitlab.core.labels import UNMEASURED, UNSCORED, percent
-from splitlab.report import cells, claims, survey_report, update_report
+from splitlab.report import claims, layout, survey_report, update_report
 from splitlab.report import dp_report as dp_report
 from splitlab.report import page as report
 from splitlab.report.figures import dp_figures as dp_figures
@@ -87,10 +87,15 @@ def test_the_attack_table_says_what_was_not_scored(material: report.Material, co
 
 
 def test_a_dash_is_what_an_attack_does_not_try() -> None:
-    assert cells.mean_of(pd.Series([math.nan, math.nan]), applies=False) == cells.DASH
-    assert cells.mean_of(pd.Series([0.5, math.nan]), applies=True) == UNSCORED
-    assert cells.mean_of(pd.Series([0.5, 1.0]), applies=True) == percent(0.75)
-    assert cells.mean_of(pd.Series([0.5, 1.0]), applies=True, digits=2) == "0.75"
+    table = pd.DataFrame({"none": [math.nan, math.nan], "id_top1": [0.5, math.nan], "ssim": [0.5, 1.0]})
+    assert layout.means(table, "none id_top1 ssim") == {"none": layout.DASH, "top-1": UNSCORED, "SSIM": "0.75"}
+    assert layout.means(table, "none ssim", False) == {"none": layout.DASH, "SSIM": layout.DASH}
+    assert layout.means(table, "none", True) == {"none": UNSCORED}
+    assert layout.numbers({"id_top1": 0.996, "n": None, "n_evals": 1234}, "id_top1 n n_evals") == {
+        "top-1": percent(0.996),
+        "n": layout.DASH,
+        "evaluations": "1,234",
+    }
 
 
 @pytest.mark.parametrize("column", ["up_bytes_per_sample", "down_bytes_per_sample"])
