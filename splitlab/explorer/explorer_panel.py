@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ipywidgets as widgets
+from markupsafe import Markup
 
 from splitlab.explorer import markup
 from splitlab.explorer.explore import Artefacts, attack_title, sample_groups
@@ -154,15 +155,14 @@ class Explorer(widgets.VBox):
             self.caption.value = self.scores.value = self.comparison.value = ""
             return
         place = f"{self.sample.value + 1} of {len(self._samples)}"
-        caption = f"<b>t = {int(view.timesteps[sample])}</b> · “{markup.escape(view.prompt(sample))}” · {place}"
-        self.caption.value = markup.block(caption)
+        self.caption.value = markup.caption(int(view.timesteps[sample]), view.prompt(sample), place)
         self.pictures.value = markup.groups(sample_groups(view, one, sample, self.artefacts.base))
         self.scores.value, self.comparison.value = self._numbers(view, one, sample)
 
     def _numbers(self, view: RunView, one: Attempt, sample: int) -> tuple[str, str]:
         if not one.scores:
             text = "There are no scores of this reconstruction yet."
-            return markup.message(text, hint="<code>dvc repro evaluate</code> makes them."), ""
+            return markup.message(text, hint=Markup("<code>dvc repro evaluate</code> makes them.")), ""
         scores = sample_scores(view, one, sample)
         candidates = min(self.artefacts.config.candidates, len(view.known.private))
         shown = {}

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ipywidgets as widgets
+from markupsafe import Markup
 
 from splitlab.core.errors import InputError
 from splitlab.explorer import markup
@@ -13,7 +14,7 @@ from splitlab.split.config import TrainConfig
 
 WIDE = widgets.Layout(width="min(640px, 100%)")
 DESCRIBED = {"description_width": "84px"}
-MAKE_IT = "<code>dvc repro</code> makes what is missing."
+MAKE_IT = Markup("<code>dvc repro</code> makes what is missing.")
 
 
 @contextmanager

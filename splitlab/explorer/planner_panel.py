@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import ipywidgets as widgets
+from markupsafe import Markup
 
 from splitlab.core.labels import UNMEASURED
 from splitlab.diffusion.base import encoded
@@ -21,7 +22,7 @@ TARGETS = (0.05, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0)
 DELTA = 1e-5
 """δ of the guarantee that is stated beside the measurements."""
 
-TABLES = (
+TABLES = Markup(
     "The shipped tables are in the repository: <code>git show HEAD:reports/metrics/matched_client.csv</code> "
     "prints one; "
     "<code>PlannerPanel(metrics=...)</code> reads those of another folder."
@@ -97,9 +98,7 @@ def proposal(found: Plan) -> str:
         "to nothing: below it, only the attacks measured speak for a setting. Public data alone may teach as much: see "
         "the report."
     )
-    return (
-        markup.chips(numbers) + markup.rows(setting) + markup.block(f"<span class='dim'>{markup.escape(note)}</span>")
-    )
+    return markup.chips(numbers) + markup.rows(setting) + markup.note(note)
 
 
 def epsilon(value: float) -> str:

@@ -84,4 +84,4 @@ class PlaygroundPanel(widgets.VBox):
                     "hint PSNR": markup.number(trial.hint_psnr_db, 1, " dB"),
                     "on the wire for this sample": f"{trial.size_bytes:,} bytes",
                 }
-            ) + markup.block(f"<span class='dim'>{markup.escape(trial.method)}</span>")
+            ) + markup.note(trial.method)
