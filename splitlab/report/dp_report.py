@@ -1,17 +1,14 @@
 """The report's part on private fine-tuning (S3), from saved artefacts only."""
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.core.errors import InputError
 from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.core.seeds import SECRET
-from splitlab.core.tables import read_timed
 from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words, randomness_of
 from splitlab.report import layout
 from splitlab.report.claims import Claim, judged
@@ -30,17 +27,8 @@ CHANCE = {"digits": 0.1}
 """Data set -> accuracy of guessing among its classes, which are equally many."""
 
 
-@dataclass(frozen=True)
-class DPMaterial:
-    """What this part is made of.
-
-    Attributes:
-        table: `reports/metrics/dp.csv`.
-        figures: folder of its pictures.
-    """
-
-    table: pd.DataFrame
-    figures: Path
+class DPMaterial(layout.Part):
+    """What this part is made of: `dp.csv` and its pictures."""
 
     @property
     def judged(self) -> pd.DataFrame:
@@ -76,9 +64,10 @@ class DPMaterial:
         values = own[own["epsilon"].map(nominal) == target][column]
         return values.iloc[:0] if values.isna().any() else values
 
-    def mean(self, trainable: str, target: float, column: str = "downstream_acc") -> float:
-        """Return their mean; NaN where there are none."""
-        return float(self.values(trainable, target, column).mean())
+    def measured(self, trainable: str, targets: list[float], column: str = "downstream_acc") -> dict[float, pd.Series]:
+        """Return target -> `values`, where there are any."""
+        values = {target: self.values(trainable, target, column) for target in targets}
+        return {target: own for target, own in values.items() if len(own)}
 
     def contrast(self, name: str) -> float:
         """Return the mean accuracy of a contrast row; NaN where it was not made, or not measured for every seed."""
@@ -92,21 +81,14 @@ class DPMaterial:
 
 
 def load_dp(metrics: Path, figures: Path) -> DPMaterial:
-    """Read what this part is made of.
-
-    Raises:
-        InputError: the table or the pictures are missing; the message says what makes them.
-    """
-    for path in (metrics / "dp.csv", figures):
-        if not path.exists():
-            raise InputError(f"{path}: missing; run `dvc repro` first, which makes it")
-    return DPMaterial(read_timed(metrics / "dp.csv"), figures)
+    """Read what this part is made of; see `layout.Part.load`."""
+    return DPMaterial.load(metrics / "dp.csv", figures)
 
 
 def conclusion(material: DPMaterial) -> Markdown:
     """Say what was found, from the table."""
-    shares = {e: material.mean("attention", e) for e in material.targets[::-1]}
-    own = ", ".join(f"{percent(share)} ({material.words(e)})" for e, share in shares.items())
+    shares = {e: percent(float(material.values("attention", e).mean())) for e in material.targets[::-1]}
+    own = ", ".join(f"{share} ({material.words(e)})" for e, share in shares.items())
     models = [name for name in (PUBLIC, START) if (material.judged["trainable"] == name).any()]
     public = ", ".join(f"the {name} {percent(material.contrast(name))}" for name in models)
     lines = [
@@ -131,17 +113,13 @@ def claims_table(material: DPMaterial) -> HTML:
 
 
 def _attention_claim(material: DPMaterial) -> Claim:
-    entries, wins = [], []
-    for e in material.finite:
-        one, other = (material.values(name, e) for name in ("attention", "unet"))
-        if len(one) and len(other):
-            wins.append(bool(one.mean() >= other.mean()))
-            entries.append(f"{material.words(e)}: attention {_spread(one)}, full U-Net {_spread(other)}")
+    ours, theirs = (material.measured(name, material.finite) for name in ("attention", "unet"))
+    both = [e for e in ours if e in theirs]
     return judged(
         "Training only the attention modules is better than training everything, at the same ε.",
-        entries,
+        [f"{material.words(e)}: attention {_spread(ours[e])}, full U-Net {_spread(theirs[e])}" for e in both],
         "By accuracy downstream, mean ± standard deviation over seeds. Holds if never worse, refuted if always.",
-        wins,
+        [bool(ours[e].mean() >= theirs[e].mean()) for e in both],
     )
 
 
@@ -160,8 +138,8 @@ def _size_claim(material: DPMaterial) -> Claim:
 
 def _utility_claim(material: DPMaterial) -> Claim:
     name, floor = material.floor
-    gains = {e: material.mean("attention", e) - floor for e in material.finite}
-    gains = {e: gain for e, gain in gains.items() if not math.isnan(gain)}
+    found = material.measured("attention", material.finite)
+    gains = {} if math.isnan(floor) else {e: float(values.mean()) - floor for e, values in found.items()}
     entries = [f"{material.words(e)}: {100 * gain:+.1f} points over the {name}" for e, gain in gains.items()]
     rule = "By accuracy downstream, attention only. Holds if higher at every ε, refuted if at none."
     return judged(
@@ -170,8 +148,7 @@ def _utility_claim(material: DPMaterial) -> Claim:
 
 
 def _cost_claim(material: DPMaterial) -> Claim:
-    found = {e: material.values("attention", e) for e in material.targets}
-    found = {e: values for e, values in found.items() if len(values)}
+    found = material.measured("attention", material.targets)
     means = [values.mean() for values in found.values()]
     return judged(
         "A larger ε gives better samples (CelebA, 64 × 64: FID 21.1, 16.1, 14.3 at ε = 1, 5, 10).",
@@ -184,23 +161,17 @@ def _cost_claim(material: DPMaterial) -> Claim:
 
 def _members_claim(material: DPMaterial) -> Claim:
     plain = material.values("attention", math.inf, "mia_auc")
-    found = {e: material.values("attention", e, "mia_auc") for e in material.finite}
-    found = {e: values for e, values in found.items() if len(values) and len(plain)}
-    entries = [
-        f"{material.words(e)}: {_spread(values, 3)}" for e, values in (found | {math.inf: plain}).items() if len(values)
-    ]
+    found = material.measured("attention", [*material.finite, math.inf], "mia_auc") if len(plain) else {}
+    entries = [f"{material.words(e)}: {_spread(values, 3)}" for e, values in found.items()]
+    private = [values for e, values in found.items() if not math.isinf(e)]
     return judged(
         "The guarantee protects those whose images were used.",
         entries,
         "AUC of membership inference by calibrated loss; 0.5 is chance. Holds if at every ε it falls by more than one "
         "standard deviation over seeds against ε = ∞, refuted if it falls at none.",
-        [_falls(values, plain) for values in found.values()],
-        partly=[bool(values.mean() < plain.mean()) for values in found.values()],
+        [bool(plain.mean() - values.mean() > max(_std(values), _std(plain))) for values in private],
+        partly=[bool(values.mean() < plain.mean()) for values in private],
     )
-
-
-def _falls(values: pd.Series, plain: pd.Series) -> bool:
-    return bool(plain.mean() - values.mean() > max(_std(values), _std(plain)))
 
 
 def _audit_claim(material: DPMaterial) -> Claim:
@@ -250,11 +221,10 @@ def pictures(material: DPMaterial) -> HTML:
     costs = "mean over seeds, bars from the lowest to the highest. Grey: what needs no private fine-tuning."
     note = "" if randomness_of(material.runs) == SECRET else f" {SIMULATED_NOTE}"
     drawn = "images of the real and the generated kind, one column per class; the first of each, none picked by hand"
-    samples = sorted(material.figures.glob("samples-*.png"))
-    return layout.shown(
-        layout.figure(material.figures / "curve.png", f"What each ε costs: {costs}{note}"),
-        *(layout.figure(path, f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0.{note}") for path in samples),
-    )
+    captions = {material.figures / "curve.png": f"What each ε costs: {costs}{note}"}
+    for path in sorted(material.figures.glob("samples-*.png")):
+        captions[path] = f"{path.stem.removeprefix('samples-')}: {drawn}, seed 0.{note}"
+    return layout.together(layout.figure(path, caption) for path, caption in captions.items())
 
 
 def table(material: DPMaterial) -> HTML:
@@ -269,7 +239,7 @@ def table(material: DPMaterial) -> HTML:
         )
         kinds = own.assign(target=own["epsilon"].map(nominal)).groupby(["trainable", "target"], sort=False)
         groups[title] = [_row(str(trainable), float(str(target)), rows) for (trainable, target), rows in kinds]
-    return layout.shown(layout.table(groups, notes=[SIMULATED_NOTE]))
+    return layout.table(groups, notes=[SIMULATED_NOTE])
 
 
 def _row(trainable: str, target: float, own: pd.DataFrame) -> dict[str, str]:

@@ -1,15 +1,18 @@
 """What the report's tables and pictures are laid out with; their HTML is in `templates/parts.html`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 from IPython.display import HTML, Markdown
 from markupsafe import Markup
 
+from splitlab.core.errors import InputError
 from splitlab.core.labels import SCHEME_WORDS, UNSCORED, percent
+from splitlab.core.tables import read_timed
 from splitlab.core.templates import macros
 from splitlab.report.claims import Claim
 
@@ -66,8 +69,25 @@ badge: Callable[..., Markup] = _PARTS.badge
 """A verdict in its colour, said in other `words` if there are any: `badge(verdict, words="")`."""
 
 code: Callable[[str], Markup] = _PARTS.code
-paragraph: Callable[[str], Markup] = _PARTS.paragraph
-small_print: Callable[[str], Markup] = _PARTS.small_print
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the report is made of: a result table, and the folder of the pictures drawn from it."""
+
+    table: pd.DataFrame
+    figures: Path
+
+    @classmethod
+    def load(cls, table: Path, figures: Path) -> Self:
+        """Read the table.
+
+        Raises:
+            InputError: it or the pictures are missing; the message says what makes them.
+        """
+        if not figures.exists():
+            raise InputError(f"{figures}: missing; run `dvc repro` first, which draws the pictures")
+        return cls(read_timed(table), figures)
 
 
 class Number(str):
@@ -83,9 +103,7 @@ Record = Mapping[str, Any] | pd.Series
 """A row of a result table."""
 
 
-def table(
-    rows: Sequence[Row] | Mapping[Any, Sequence[Row]], *, first: str = "name", notes: Iterable[str] = ()
-) -> Markup:
+def table(rows: Sequence[Row] | Mapping[Any, Sequence[Row]], *, first: str = "name", notes: Iterable[str] = ()) -> HTML:
     """Lay out a table.
 
     Args:
@@ -95,7 +113,7 @@ def table(
     """
     groups = rows if isinstance(rows, Mapping) else {"": rows}
     columns = next((row for group in groups.values() for row in group), {})
-    return _PARTS.table(columns, groups, first, list(notes))
+    return HTML(_PARTS.table(columns, groups, first, list(notes)))
 
 
 def claims(who: str, judged: Iterable[Claim]) -> HTML:
@@ -108,22 +126,32 @@ def claims(who: str, judged: Iterable[Claim]) -> HTML:
         }
         for claim in judged
     ]
-    return shown(table(rows, first="says"))
+    return table(rows, first="says")
 
 
-def figure(path: Path, caption: str) -> Markup:
+def figure(path: Path, caption: str) -> HTML:
     """Lay out a picture, embedded."""
-    return _PARTS.figure(path.read_bytes(), caption)
+    return HTML(_PARTS.figure(path.read_bytes(), caption))
 
 
-def section(title: str, *parts: str, anchor: str = "") -> Markup:
+def section(title: str, *parts: HTML, anchor: str = "") -> HTML:
     """Lay out parts below a heading of the third level."""
-    return _PARTS.section(title, anchor, *parts)
+    return HTML(_PARTS.section(title, anchor, *parts))
 
 
-def shown(*parts: str) -> HTML:
-    """Show parts one after the other."""
-    return HTML(Markup("").join(parts))
+def together(parts: Iterable[HTML]) -> HTML:
+    """Lay out parts one after the other."""
+    return HTML("".join(part.data for part in parts))
+
+
+def paragraph(text: str) -> HTML:
+    """Lay out a paragraph."""
+    return HTML(_PARTS.paragraph(text))
+
+
+def small_print(text: str) -> HTML:
+    """Lay out a paragraph in small type, *words* between asterisks emphasised."""
+    return HTML(_PARTS.small_print(text))
 
 
 def bullets(sentences: Iterable[str]) -> Markdown:

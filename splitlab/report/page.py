@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 from IPython.display import HTML, Markdown
-from markupsafe import Markup
 
 from splitlab.core.checkpoint import load_json
 from splitlab.core.errors import InputError
@@ -147,7 +146,7 @@ def runs_table(material: Material) -> HTML:
         for row in layout.records(material.trained)
     ]
     simulated = any("epsilon_simulated" in privacy for privacy in material.privacy.values())
-    return layout.shown(layout.table(rows, notes=[SIMULATED_NOTE] if simulated else []))
+    return layout.table(rows, notes=[SIMULATED_NOTE] if simulated else [])
 
 
 def _claimed(privacy: Mapping[str, Any]) -> str:
@@ -169,7 +168,7 @@ def threat_models(material: Material) -> HTML:
         {"run": run} | {name: _spelled(name, rows.get(name, layout.DASH)) for name in own}
         for run, rows in material.threat_models.items()
     ]
-    return layout.shown(layout.table(common), layout.table(single))
+    return layout.together([layout.table(common), layout.table(single)])
 
 
 def _spelled(name: str, value: str) -> str:
@@ -196,7 +195,7 @@ def attack_legend(material: Material) -> HTML:
                 "reads": fields if fields == "nothing" else layout.code(fields.replace(" + ", ", ")),
             }
         )
-    return layout.shown(layout.table(rows))
+    return layout.table(rows)
 
 
 def attack_table(material: Material) -> HTML:
@@ -214,7 +213,7 @@ def attack_table(material: Material) -> HTML:
         )
         tables = ((attack, of_run[of_run["attack"] == attack]) for attack in by_strength(attacks)[::-1])
         groups[title] = [_attack_row(attack, rows) for attack, rows in tables if len(rows)]
-    return layout.shown(layout.table(groups))
+    return layout.table(groups)
 
 
 def _attack_row(attack: str, rows: pd.DataFrame) -> dict[str, str]:
@@ -254,7 +253,7 @@ def cost_table(material: Material) -> HTML:
         "model, done once per data set, is not counted; in the central scheme all work is booked as the server's. "
         "Memory is of the whole process, clients and server."
     )
-    return layout.shown(layout.table(rows, notes=[note]))
+    return layout.table(rows, notes=[note])
 
 
 def message_table() -> HTML:
@@ -269,7 +268,7 @@ def message_table() -> HTML:
         }
         for what, size in sizes.items()
     ]
-    return layout.shown(layout.table(rows))
+    return layout.table(rows)
 
 
 def provenance(material: Material) -> HTML:
@@ -290,7 +289,7 @@ def provenance(material: Material) -> HTML:
         }
         for run, timing in material.timings.items()
     ]
-    return layout.shown(layout.table(rows, notes=[f"Packages of all runs: {listed}." for listed in alike]))
+    return layout.table(rows, notes=[f"Packages of all runs: {listed}." for listed in alike])
 
 
 # Pictures
@@ -309,10 +308,10 @@ def leakage(material: Material) -> HTML:
         scheme = layout.scheme_words(material.threat_models.get(run, {}).get("scheme", ""))
         title = f"{run}: {scheme}; defences: {layout.in_words(str(words[run]))}"
         sections.append(layout.section(title, *_pictures(material, run, captions), anchor=run))
-    return layout.shown(*sections)
+    return layout.together(sections)
 
 
-def _pictures(material: Material, of: str, captions: Mapping[str, str]) -> list[Markup]:
+def _pictures(material: Material, of: str, captions: Mapping[str, str]) -> list[HTML]:
     return [layout.figure(material.figures / f"{kind}-{of}.png", f"{of}: {words}") for kind, words in captions.items()]
 
 
@@ -325,13 +324,13 @@ def utility(material: Material) -> HTML:
         "without prompts: both change how hard the noise is to predict.",
     }
     datasets = material.trained["dataset"].unique()
-    return layout.shown(*(layout.section(data, *_pictures(material, data, captions)) for data in datasets))
+    return layout.together(layout.section(data, *_pictures(material, data, captions)) for data in datasets)
 
 
 def traffic(material: Material) -> HTML:
     """Show the bytes per sample of all runs."""
     caption = "Bytes per training sample on the data used here; federated sends the whole ControlNet, per round."
-    return layout.shown(layout.figure(material.figures / "bytes.png", caption))
+    return layout.figure(material.figures / "bytes.png", caption)
 
 
 # The page

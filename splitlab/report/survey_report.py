@@ -29,7 +29,7 @@ def verdict_table(material: Material) -> HTML:
         "defence owns both the bound and the noise; it is that of one message, and messages of later epochs compose. "
         f"{SIMULATED_NOTE}"
     )
-    return layout.shown(layout.table(groups, first="setting", notes=[rule]))
+    return layout.table(groups, first="setting", notes=[rule])
 
 
 def _verdict_row(row: pd.Series) -> dict[str, str]:
@@ -73,7 +73,7 @@ def frontier(material: Material) -> HTML:
         parts.append(
             layout.figure(material.figures / f"matrix-{data}.png", f"{data}: every attack against every defence.")
         )
-    return layout.shown(*parts)
+    return layout.together(parts)
 
 
 def families(material: Material) -> HTML:
@@ -96,7 +96,7 @@ def families(material: Material) -> HTML:
                 layout.figure(material.figures / f"grid-{run}.png", caption),
             ]
         sections.append(layout.section(family.title, layout.paragraph(family.says), *results))
-    return layout.shown(*sections)
+    return layout.together(sections)
 
 
 def _family_rows(rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -150,7 +150,7 @@ def prompts_table(material: Material) -> HTML:
                 "exact": layout.number(mean["prompt_exact"], layout.PERCENT),
             }
         )
-    return layout.shown(layout.table(rows))
+    return layout.table(rows)
 
 
 def ablation_table(material: Material) -> HTML:
@@ -168,7 +168,7 @@ def ablation_table(material: Material) -> HTML:
         }
         for row in layout.records(material.ablations)
     ]
-    return layout.shown(layout.table(rows))
+    return layout.table(rows)
 
 
 def _broken(row: pd.Series) -> str:

@@ -75,7 +75,7 @@ def picture(material: Material) -> HTML:
         "different kinds share the ends of the scale, not what lies between. Whiskers: ± 1 standard deviation over "
         f"training seeds, where there are several. {SIMULATED_NOTE}"
     )
-    return layout.shown(layout.figure(material.figures / "tradeoff.png", caption))
+    return layout.figure(material.figures / "tradeoff.png", caption)
 
 
 def table(points: pd.DataFrame) -> HTML:
@@ -96,7 +96,7 @@ def table(points: pd.DataFrame) -> HTML:
         f"many steps. *n*: attacked samples; *seeds*: of training. {SIMULATED_NOTE}"
     )
     left = f"Left out of the picture: {reasons}." if reasons else ""
-    return layout.shown(layout.table(groups, first="setting", notes=[note, left]))
+    return layout.table(groups, first="setting", notes=[note, left])
 
 
 def _row(row: pd.Series) -> dict[str, str]:

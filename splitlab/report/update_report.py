@@ -1,14 +1,11 @@
 """The report's part on federated learning: what a shared update gives away (S2), from saved artefacts only."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.core.errors import InputError
 from splitlab.core.labels import counted, percent
-from splitlab.core.tables import read_timed
 from splitlab.federated.attacks import NO_INFORMATION, ON_IMAGES, inversion_label
 from splitlab.report import layout
 from splitlab.report.claims import Claim, judged
@@ -25,17 +22,8 @@ def alike(rows: pd.DataFrame) -> "pd.Series[bool]":
     return rows["ssim"] >= (0.99 * rows["ceiling_ssim"]).fillna(1.0).clip(upper=ALIKE)
 
 
-@dataclass(frozen=True)
-class UpdateMaterial:
-    """What this part is made of.
-
-    Attributes:
-        table: `reports/metrics/gradient_attacks.csv`.
-        figures: folder of its pictures.
-    """
-
-    table: pd.DataFrame
-    figures: Path
+class UpdateMaterial(layout.Part):
+    """What this part is made of: `gradient_attacks.csv` and its pictures."""
 
     @property
     def images(self) -> pd.DataFrame:
@@ -54,15 +42,8 @@ class UpdateMaterial:
 
 
 def load_updates(metrics: Path, figures: Path) -> UpdateMaterial:
-    """Read what this part is made of.
-
-    Raises:
-        InputError: the table or the pictures are missing; the message says what makes them.
-    """
-    table = read_timed(metrics / "gradient_attacks.csv")
-    if not figures.exists():
-        raise InputError(f"{figures}: missing; run `dvc repro` first, which draws the pictures")
-    return UpdateMaterial(table, figures)
+    """Read what this part is made of; see `layout.Part.load`."""
+    return UpdateMaterial.load(metrics / "gradient_attacks.csv", figures)
 
 
 def conclusion(material: UpdateMaterial) -> Markdown:
@@ -191,12 +172,10 @@ def pictures(material: UpdateMaterial) -> HTML:
         "images": "private images (first row) and what each attack makes of their updates; one column per cell",
         "strip": "one update, iteration by iteration; the last column is the private image",
     }
-    return layout.shown(
-        *(
-            layout.figure(path, f"{path.stem.partition('-')[2]}: {text}")
-            for kind, text in captions.items()
-            for path in sorted(material.figures.glob(f"{kind}-*.png"))
-        )
+    return layout.together(
+        layout.figure(path, f"{path.stem.partition('-')[2]}: {text}")
+        for kind, text in captions.items()
+        for path in sorted(material.figures.glob(f"{kind}-*.png"))
     )
 
 
@@ -204,10 +183,8 @@ def curve(material: UpdateMaterial) -> HTML:
     """Show what noise on the update destroys."""
     path = material.figures / "curve.png"
     if not path.exists():
-        return layout.shown(layout.small_print("No defence was measured at several levels."))
-    return layout.shown(
-        layout.figure(path, "Gaussian noise on the update: what still comes back. Grey: without any information.")
-    )
+        return layout.small_print("No defence was measured at several levels.")
+    return layout.figure(path, "Gaussian noise on the update: what still comes back. Grey: without any information.")
 
 
 def table(material: UpdateMaterial) -> HTML:
@@ -219,7 +196,7 @@ def table(material: UpdateMaterial) -> HTML:
         groups[title] = [_row(row) for row in layout.records(rows)]
     chances = sorted(material.table["id_chance"].dropna().unique())
     among = ", ".join(f"{1 / chance:.0f} private images (chance {percent(chance)})" for chance in chances)
-    return layout.shown(layout.table(groups, notes=[f"*Top-1*: identification among {among}."] if among else []))
+    return layout.table(groups, notes=[f"*Top-1*: identification among {among}."] if among else [])
 
 
 def _row(row: pd.Series) -> dict[str, str]:
