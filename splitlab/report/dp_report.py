@@ -81,8 +81,8 @@ class DPMaterial(layout.Part):
 
 
 def load_dp(metrics: Path, figures: Path) -> DPMaterial:
-    """Read what this part is made of; see `layout.Part.load`."""
-    return DPMaterial.load(metrics / "dp.csv", figures)
+    """Read what this part is made of; see `layout.read_part`."""
+    return DPMaterial(*layout.read_part(metrics / "dp.csv", figures))
 
 
 def conclusion(material: DPMaterial) -> Markdown:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import pandas as pd
 from IPython.display import HTML, Markdown
@@ -78,16 +78,16 @@ class Part:
     table: pd.DataFrame
     figures: Path
 
-    @classmethod
-    def load(cls, table: Path, figures: Path) -> Self:
-        """Read the table.
 
-        Raises:
-            InputError: it or the pictures are missing; the message says what makes them.
-        """
-        if not figures.exists():
-            raise InputError(f"{figures}: missing; run `dvc repro` first, which draws the pictures")
-        return cls(read_timed(table), figures)
+def read_part(table: Path, figures: Path) -> tuple[pd.DataFrame, Path]:
+    """Read what a `Part` is made of.
+
+    Raises:
+        InputError: the table or the pictures are missing; the message says what makes them.
+    """
+    if not figures.exists():
+        raise InputError(f"{figures}: missing; run `dvc repro` first, which draws the pictures")
+    return read_timed(table), figures
 
 
 class Number(str):
@@ -104,7 +104,7 @@ Record = Mapping[str, Any] | pd.Series
 
 
 def table(rows: Sequence[Row] | Mapping[Any, Sequence[Row]], *, first: str = "name", notes: Iterable[str] = ()) -> HTML:
-    """Lay out a table.
+    """Lay out a table; of no rows, only the notes.
 
     Args:
         rows: the rows, or heading -> the rows below it.
@@ -134,24 +134,14 @@ def figure(path: Path, caption: str) -> HTML:
     return HTML(_PARTS.figure(path.read_bytes(), caption))
 
 
-def section(title: str, *parts: HTML, anchor: str = "") -> HTML:
-    """Lay out parts below a heading of the third level."""
-    return HTML(_PARTS.section(title, anchor, *parts))
+def section(title: str, *parts: HTML, anchor: str = "", says: str = "") -> HTML:
+    """Lay out a paragraph and parts below a heading of the third level."""
+    return HTML(_PARTS.section(title, anchor, says, *parts))
 
 
 def together(parts: Iterable[HTML]) -> HTML:
     """Lay out parts one after the other."""
     return HTML("".join(part.data for part in parts))
-
-
-def paragraph(text: str) -> HTML:
-    """Lay out a paragraph."""
-    return HTML(_PARTS.paragraph(text))
-
-
-def small_print(text: str) -> HTML:
-    """Lay out a paragraph in small type, *words* between asterisks emphasised."""
-    return HTML(_PARTS.small_print(text))
 
 
 def bullets(sentences: Iterable[str]) -> Markdown:

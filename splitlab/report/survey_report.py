@@ -84,7 +84,7 @@ def families(material: Material) -> HTML:
         names = [name for name, record in ATTACKS.items() if record.family == family]
         rows = every[every["attack"].str.partition("-without-")[0].isin(names)]
         if rows.empty:
-            results = [layout.small_print("Not run: see params.yaml.")]
+            results = [layout.table([], notes=["Not run: see params.yaml."])]
         else:
             furthest = rows[["id_top1", "hint_id_top1"]].max(axis=1).fillna(0.0).to_numpy().argmax()
             run = rows["run"].iloc[furthest]
@@ -95,7 +95,7 @@ def families(material: Material) -> HTML:
                 ),
                 layout.figure(material.figures / f"grid-{run}.png", caption),
             ]
-        sections.append(layout.section(family.title, layout.paragraph(family.says), *results))
+        sections.append(layout.section(family.title, *results, says=family.says))
     return layout.together(sections)
 
 

@@ -9,6 +9,7 @@ from splitlab.core.labels import counted, percent
 from splitlab.federated.attacks import NO_INFORMATION, ON_IMAGES, inversion_label
 from splitlab.report import layout
 from splitlab.report.claims import Claim, judged
+from splitlab.report.figures.update_figures import granted
 
 ALIKE = 0.9
 """SSIM from which a reconstruction is called near-identical."""
@@ -42,8 +43,8 @@ class UpdateMaterial(layout.Part):
 
 
 def load_updates(metrics: Path, figures: Path) -> UpdateMaterial:
-    """Read what this part is made of; see `layout.Part.load`."""
-    return UpdateMaterial.load(metrics / "gradient_attacks.csv", figures)
+    """Read what this part is made of; see `layout.read_part`."""
+    return UpdateMaterial(*layout.read_part(metrics / "gradient_attacks.csv", figures))
 
 
 def conclusion(material: UpdateMaterial) -> Markdown:
@@ -183,7 +184,7 @@ def curve(material: UpdateMaterial) -> HTML:
     """Show what noise on the update destroys."""
     path = material.figures / "curve.png"
     if not path.exists():
-        return layout.small_print("No defence was measured at several levels.")
+        return layout.table([], notes=["No defence was measured at several levels."])
     return layout.figure(path, "Gaussian noise on the update: what still comes back. Grey: without any information.")
 
 
@@ -200,9 +201,7 @@ def table(material: UpdateMaterial) -> HTML:
 
 
 def _row(row: pd.Series) -> dict[str, str]:
-    knowledge = row["knowledge"]
-    granted = () if knowledge in ("the update", "nothing") else tuple(knowledge.split(" + "))
-    label = inversion_label(row["attack"], granted)
+    label = inversion_label(row["attack"], granted(row["knowledge"]))
     return {
         "attack": label if pd.isna(row["refused"]) else layout.aside(label, f"refused: {row['refused']}"),
         **layout.numbers(row, "ssim ssim_std", digits={"ssim": 3, "ssim_std": 3}),

@@ -152,6 +152,43 @@ def test_defences_are_read_from_the_tables_words() -> None:
     assert layout.in_words(words) == "timestep floor 600, symsigmoid, fixed noise 0.5, 16 bits, hidden prompts"
 
 
+def test_text_from_data_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
+    evil = '<img src=x onerror="alert(1)">'
+    (tmp_path / "a.png").write_bytes(b"")
+    row = {"run": evil, evil: layout.aside(evil, evil), "reads": layout.code(evil), "stops": layout.badge(evil, evil)}
+    claim = claims.Claim(evil, (evil, f"{evil}: {evil}"), evil, evil)
+    shown = [
+        layout.table({evil: [row], layout.aside(evil, evil): [row]}, notes=[f"*{evil}*"]),
+        layout.claims(evil, [claim]),
+        layout.section(evil, layout.figure(tmp_path / "a.png", evil), anchor=evil, says=evil),
+    ]
+    text = layout.together(shown).data
+    assert "<img src=x" not in text
+    assert "&amp;lt;" not in text  # and none of it twice
+    assert text.count("&lt;img src=x") > 20
+
+
+def test_a_table_has_one_cell_per_title_numbers_to_the_right_and_none_without_rows() -> None:
+    rows = [{"run": "a", "words": "b"} | layout.numbers({"psnr_db": 30.04, "id_top1": 0.996}, "psnr_db id_top1")]
+    text = layout.table({"shapes": rows}, first="setting", notes=["", "*n*: images"]).data
+    assert re.findall(r'<th class="(\w+)" scope="col">(.*?)</th>', text) == [
+        ("text", "run"),
+        ("text", "words"),
+        ("number", "PSNR, dB"),
+        ("number", "top-1"),
+    ]
+    assert re.findall(r'<td class="(\w+)">(.*?)</td>', text) == [
+        ("setting", "a"),
+        ("text", "b"),
+        ("number", "30.0"),
+        ("number", "100\u00a0%"),
+    ]
+    assert '<th colspan="4" scope="rowgroup">shapes</th>' in text
+    assert text.count('class="note"') == 1
+    assert "<i>n</i>: images" in text
+    assert "<table" not in layout.table([], notes=["Not run."]).data
+
+
 def test_the_page_loads_nothing(index: Path) -> None:
     text = index.read_text()
     loads = re.findall(r'<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)="?([^">\s]*)', text)

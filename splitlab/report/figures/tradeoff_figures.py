@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 from splitlab.privacy.accounting import epsilon_words
 from splitlab.report.figures.style import subplots
@@ -179,14 +180,7 @@ def _epsilon(row: pd.Series) -> str:
 
 
 def spread_out(heights: np.ndarray, *, gap: float, lowest: float = -np.inf) -> np.ndarray:
-    """Move ascending heights apart to at least `gap`, as little as can be (least squares, pooling), and to `lowest`."""
-    blocks: list[tuple[float, int]] = []
-    for place, height in enumerate(heights):
-        mean, count = height - place * gap, 1
-        while blocks and blocks[-1][0] > mean:
-            before, size = blocks.pop()
-            mean, count = (before * size + mean * count) / (size + count), size + count
-        blocks.append((mean, count))
-    flat = [mean for mean, count in blocks for _ in range(count)]
-    steps = gap * np.arange(len(flat))
-    return np.maximum(np.array(flat), lowest) + steps
+    """Move ascending heights apart to at least `gap`, as little as can be (least squares), and to `lowest` or above."""
+    steps = gap * np.arange(len(heights))
+    apart = isotonic_regression(heights - steps).x if len(heights) else steps
+    return np.maximum(apart, lowest) + steps

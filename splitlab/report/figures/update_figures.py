@@ -125,7 +125,7 @@ def draw_curve(table: pd.DataFrame) -> Figure:
                 blind = attack == NO_INFORMATION and (column != "ssim" or model not in with_images)
                 if len(line) < 2 or blind:
                     continue
-                label = f"{model}: {inversion_label(str(attack), _granted(str(knowledge)))}"
+                label = f"{model}: {inversion_label(str(attack), granted(str(knowledge)))}"
                 grey = {"color": "#7f7f7f", "ls": "--"} if attack == NO_INFORMATION else {"marker": "o"}
                 axis.plot([places[level] for level in line["level"]], line[column], label=label, **grey)
         axis.set(title=title, ylim=(-0.05, 1.05), xlabel="noise std / RMS of each tensor of the update")
@@ -134,5 +134,6 @@ def draw_curve(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _granted(knowledge: str) -> tuple[str, ...]:
+def granted(knowledge: str) -> tuple[str, ...]:
+    """Return what an attack is granted by the table's `knowledge`."""
     return () if knowledge in ("the update", "nothing") else tuple(knowledge.split(" + "))

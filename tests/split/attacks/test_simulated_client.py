@@ -125,6 +125,6 @@ def test_the_table_of_runs():
         ({"randomness": "secret", "epsilon": 1234.5}, "ε = 1,234.5 at δ = 1e-05"),
         ({"randomness": "published", "epsilon_simulated": 1234.5}, "simulated ε = 1,234.5 at δ = 1e-05"),
         ({"epsilon": 1234.5}, "simulated ε = 1,234.5 at δ = 1e-05"),  # of a record that does not say
-        ({"randomness": "published", "epsilon": None, "why": "no <noise>"}, "none: no &lt;noise&gt;"),
+        ({"randomness": "published", "epsilon": None, "why": "no <noise>"}, "none: no <noise>"),
     ):
         assert report._claimed({"delta": 1e-5, **stated}) == words
