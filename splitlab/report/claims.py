@@ -11,7 +11,7 @@ from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.split.attacks import NO_INFORMATION, attack_label
 from splitlab.split.client import reference_message, sample_bytes
 from splitlab.split.config import Defences
-from splitlab.study.leaks import bucket, leaks, strongest
+from splitlab.study.leaks import Leak, bucket, leaks, strongest
 
 HOLDS, PARTLY, REFUTED = "holds", "holds in part", "refuted"
 
@@ -90,6 +90,21 @@ class Evidence:
         rows = every[every["steps"].notna() & every["control_iou"].notna() & (every["server"] == "honest")]
         return rows[rows["scheme"].isin(schemes)] if schemes else rows
 
+    @property
+    def defences(self) -> dict[str, str]:
+        """Attacked run -> its cell of defences."""
+        return dict(self.attacks.drop_duplicates("run").set_index("run")["defences"].astype(str))
+
+    def with_defence(self, name: str) -> set[str]:
+        """Return the attacked runs that have a defence on."""
+        return {run for run, defences in self.defences.items() if strength(defences, name)}
+
+    def ends(self, leak: Leak) -> tuple[pd.Series, pd.Series]:
+        """Return an attack's rows at the least and the most noisy timesteps that were scored."""
+        rows = self.attacks[(self.attacks["run"] == leak.run) & (self.attacks["attack"] == leak.attack)]
+        rows = rows.dropna(subset=["psnr_db"]).sort_values("t_low")
+        return rows.iloc[0], rows.iloc[-1]
+
     def iou(self, run: str) -> str:
         """Write a run's IoU with its standard error."""
         value = float(self.training.set_index("run")["control_iou"][run])
@@ -152,22 +167,17 @@ def _quality(evidence: Evidence) -> Claim:
 
 def _timestep_floor(evidence: Evidence) -> Claim:
     says = "The timestep floor protects the images: only strongly noised latents leave the client."
-    rows = evidence.attacks
-    floored = {r for r, d in zip(rows["run"], rows["defences"], strict=True) if strength(d, "timestep_floor")}
-    found = [leak for leak in leaks(rows) if leak.run in floored]
+    floored = evidence.with_defence("timestep_floor")
+    found = [leak for leak in leaks(evidence.attacks) if leak.run in floored]
     best = list(strongest(found).values())
     measured = [f"{leak.run}: {leak}" for leak in best] or ["No attacked run has a floor."]
     if absent := sorted(floored - {leak.run for leak in best}):
         measured.append(f"No attack on images was scored on {', '.join(absent)}.")
-    falls = []
-    for run, leak in strongest([leak for leak in found if not leak.uses_noise]).items():
-        own = rows[(rows["run"] == run) & (rows["attack"] == leak.attack)].dropna(subset=["psnr_db"])
-        own = own.sort_values("t_low")
-        first, last = own.iloc[0], own.iloc[-1]
-        falls.append(
-            f"{run}, {attack_label(leak.attack)}: {first['psnr_db']:.1f} dB at t {bucket(first)}, "
-            f"{last['psnr_db']:.1f} dB at t {bucket(last)}"
-        )
+    falls = [
+        f"{leak.run}, {attack_label(leak.attack)}: "
+        + ", ".join(f"{row['psnr_db']:.1f} dB at t {bucket(row)}" for row in evidence.ends(leak))
+        for leak in strongest([leak for leak in found if not leak.uses_noise]).values()
+    ]
     if falls:
         measured.append(f"For comparison, the best attacks that ignore the sent noise: {'; '.join(falls)}.")
     verdict = protection([leak.least for leak in best], [leak.most for leak in best])
@@ -213,7 +223,7 @@ def _prompt_hiding(evidence: Evidence) -> Claim:
         "as above; holds otherwise."
     )
     rows = evidence.attacks
-    hidden = {str(r) for r, d in zip(rows["run"], rows["defences"], strict=True) if strength(d, "hide_prompts")}
+    hidden = evidence.with_defence("hide_prompts")
     if not hidden:
         return Claim(says, ("No attacked run hides prompts.",), UNMEASURED, rule)
     shown = sorted(run for run in hidden if "encoder_hidden_states" in evidence.sent.get(run, ()))

@@ -69,11 +69,10 @@ def _picks(own: list[Leak], best: list[Leak]) -> str:
 
 def _floor(evidence: Evidence, found: list[Leak]) -> list[str]:
     """Say whether the timestep floor makes a difference, on the data whose runs have an IoU."""
-    words = evidence.attacks.drop_duplicates("run").set_index("run")["defences"]
     floors: dict[float, list[float]] = {}
     for run, leak in strongest(found).items():
         if run in evidence.control:
-            floors.setdefault(strength(str(words[run]), "timestep_floor"), []).append(leak.least)
+            floors.setdefault(strength(evidence.defences[run], "timestep_floor"), []).append(leak.least)
     if len(floors) < 2:
         return []
     reached = {floor: min(least) for floor, least in sorted(floors.items())}
@@ -85,16 +84,14 @@ def _floor(evidence: Evidence, found: list[Leak]) -> list[str]:
 
 def _without_noise(evidence: Evidence, own: list[Leak]) -> list[str]:
     """Say how the best attacker fares who does not use the noise, on the first defended run."""
-    blind = strongest([leak for leak in own if not leak.uses_noise])
-    for run, leak in list(blind.items())[:1]:
-        rows = evidence.attacks[(evidence.attacks["run"] == run) & (evidence.attacks["attack"] == leak.attack)]
-        psnr = rows.dropna(subset=["psnr_db"]).sort_values("t_low")["psnr_db"]
-        return [
-            f"**An attacker who ignores the sent noise** depends on the timestep: the best of them on {run}, "
-            f"{attack_label(leak.attack)}, reaches {psnr.iloc[0]:.1f} dB at the least noisy timesteps and "
-            f"{psnr.iloc[-1]:.1f} dB at the noisiest, where guessing reaches {leak.no_info_db:.1f} dB."
-        ]
-    return []
+    blind = list(strongest([leak for leak in own if not leak.uses_noise]).values())[:1]
+    return [
+        f"**An attacker who ignores the sent noise** depends on the timestep: the best of them on {leak.run}, "
+        f"{attack_label(leak.attack)}, reaches {first['psnr_db']:.1f} dB at the least noisy timesteps and "
+        f"{last['psnr_db']:.1f} dB at the noisiest, where guessing reaches {leak.no_info_db:.1f} dB."
+        for leak in blind
+        for first, last in [evidence.ends(leak)]
+    ]
 
 
 def _use(evidence: Evidence) -> list[str]:

@@ -297,7 +297,6 @@ def provenance(material: Material) -> HTML:
 
 def leakage(material: Material) -> HTML:
     """Show, run by run, how much leaks: the curves, then the reconstructions themselves."""
-    words = material.evidence.attacks.drop_duplicates("run").set_index("run")["defences"]
     captions = {
         "leakage": "reconstruction against timestep. Wide grey line: the VAE's own reconstruction, the ceiling.",
         "grid": "the first samples of each timestep bucket, none picked by hand; attack seed 0; PSNR below each "
@@ -306,7 +305,7 @@ def leakage(material: Material) -> HTML:
     sections = []
     for run in material.attacked:
         scheme = layout.scheme_words(material.threat_models.get(run, {}).get("scheme", ""))
-        title = f"{run}: {scheme}; defences: {layout.in_words(str(words[run]))}"
+        title = f"{run}: {scheme}; defences: {layout.in_words(material.evidence.defences[run])}"
         sections.append(layout.section(title, *_pictures(material, run, captions), anchor=run))
     return layout.together(sections)
 

@@ -210,9 +210,7 @@ def test_the_page_shows_results_and_no_code(index: Path) -> None:
     anchors = re.findall(r'<h2 id="([^"]*)"', text)
     assert len(anchors) > 8
     assert all(f'href="#{anchor}"' in text for anchor in anchors)
-    assert (
-        text.count("<figure>") == text.count("<figcaption>") == 18
-    )  # survey: 2, families: 3, updates: 3, private fine-tuning: 2
+    assert text.count("<figure>") == text.count("<figcaption>") == 18  # survey: 2, updates: 3, private fine-tuning: 2
 
 
 def test_interactive_cells_and_widgets_do_not_reach_the_page() -> None:
