@@ -10,6 +10,7 @@ import fabricated
 import nbformat
 import pandas as pd
 import pytest
+from jinja2 import UndefinedError
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
@@ -187,6 +188,8 @@ def test_a_table_has_one_cell_per_title_numbers_to_the_right_and_none_without_ro
     assert text.count('class="note"') == 1
     assert "<i>n</i>: images" in text
     assert "<table" not in layout.table([], notes=["Not run."]).data
+    with pytest.raises(UndefinedError, match="words"):
+        layout.table([*rows, {"run": "c"}])
 
 
 def test_the_page_loads_nothing(index: Path) -> None:
