@@ -26,7 +26,7 @@ SETTINGS = {
     "σ1 1, floor 0": {"feature_noise": 1.0, "hint_noise": 1.0},
     "σ1 1, floor 800": {"feature_noise": 1.0, "hint_noise": 4.0, "timestep_floor": 800},
     "σ1 3, floor 600": {"feature_noise": 3.0, "hint_noise": 8.0, "timestep_floor": 600},
-    "σ1 8, once": {"feature_noise": 8.0, "hint_noise": 8.0, "noise_once": True},
+    "σ1 8, once": {"feature_noise": 8.0, "hint_noise": 8.0, "per_image_noise": True},
 }
 
 

@@ -26,7 +26,7 @@ from splitlab.core.seeds import PUBLISHED, generator
 from splitlab.core.tables import read_timed, write_table
 from splitlab.data.image_set import digest
 from splitlab.diffusion.base import encoded
-from splitlab.diffusion.metrics import identified, line_ups, ssim
+from splitlab.diffusion.metrics import draw_galleries, identified, ssim
 from splitlab.federated.attacks import INVERSIONS
 from splitlab.federated.attacks.candidates import candidate_shares, flattened, likeliest, log_likelihoods
 from splitlab.federated.client import InversionKnowledge
@@ -108,15 +108,15 @@ def sent(base, latents, text, index, round_, *, sigma=0.0, trainable="attention"
     return share, truth
 
 
-def named(base, latents, text, line_up, index, rounds):
+def named(base, latents, text, gallery_indices, index, rounds):
     """Attack one client's shares of `rounds` rounds by likelihood; hits per setting, over draws of the noise."""
     scores = {}
     for round_ in range(rounds):
         share, truth = sent(base, latents, text, index, round_)
         rows = candidate_shares(
             base.unet,
-            latents[line_up],
-            text[line_up],
+            latents[gallery_indices],
+            text[gallery_indices],
             timestep=int(truth.timesteps),
             noise=truth.noise[0],
             alphas_cumprod=base.alphas_cumprod,
@@ -132,10 +132,10 @@ def named(base, latents, text, line_up, index, rounds):
     return [int((likeliest(values) == 0).sum()) for values in scores.values()]  # the own image is the first
 
 
-def candidates(base, latents, text, line_up, indices, *, rounds, name):
+def candidates(base, latents, text, gallery_indices, indices, *, rounds, name):
     """Yield rows of the ideal attacker: one share per client, or all of a run."""
     hits, key = [], digest({"facts": (settings(len(latents)), DRAWS, BOUND, FROM, base.digest)})[:12]
-    for line, index in zip(line_up, indices, strict=True):
+    for line, index in zip(gallery_indices, indices, strict=True):
         path = FOLDER / f"{name}-{index}-{key}.json"
         if not path.exists():
             began = time.process_time()
@@ -181,7 +181,7 @@ def row(setting, attack, knowledge, trainable, **found):
     }
 
 
-def images(base, data, latents, text, line_up, indices):
+def images(base, data, latents, text, gallery_indices, indices):
     """Yield rows of the catalogue's attacks, with the trained set of DP-LDM and with the whole U-Net."""
     chosen = {(s[0], s[1]): s for s in settings(len(latents))}
     for trainable, attack, grant, options in ATTACKS:
@@ -191,13 +191,13 @@ def images(base, data, latents, text, line_up, indices):
             path = FOLDER / f"{attack}-{trainable}-{key}.json"
             if not path.exists():
                 shares = [sent(base, latents, text, i, 0, sigma=setting[2], trainable=trainable) for i in few]
-                found = inverted(base, data, shares, line_up[: len(few)], attack, grant, options)
+                found = inverted(base, data, shares, gallery_indices[: len(few)], attack, grant, options)
                 save_json(path, found)
                 print(trainable, setting[:2], attack, found, flush=True)
             yield row(setting, attack, " + ".join(grant) or "the share", trainable, **load_json(path))
 
 
-def inverted(base, data, shares, line_up, attack, grant, options):
+def inverted(base, data, shares, gallery_indices, attack, grant, options):
     """Run one attack of the catalogue on all shares, some side by side; what it found, as `row` takes it."""
     result = {"shares": 1, "n": len(shares), "draws": 1, "hits": None}
     pictures, exact, began = [], 0, time.process_time()
@@ -220,8 +220,8 @@ def inverted(base, data, shares, line_up, attack, grant, options):
     result |= {"cpu_s": (time.process_time() - began) / len(shares)}
     if attack == "timesteps":
         return result | {"exact": exact / len(shares)}
-    reached, own = torch.cat(pictures), data.images[line_up[:, 0]]
-    hits = int(identified(reached, data.images, line_up).sum())
+    reached, own = torch.cat(pictures), data.images[gallery_indices[:, 0]]
+    hits = int(identified(reached, data.images, gallery_indices).sum())
     return result | {"hits": hits, "similarity": round(float(ssim(reached, own).mean()), 4)}
 
 
@@ -235,12 +235,12 @@ def main():
     base, data = load_base(params["base"]["source"]), load_split("digits", "private", params)
     latents, text = encoded(base, data, cache=CACHE).latents, base.encode_prompts(data.prompts)
     indices = list(range(given.targets))
-    line_up = line_ups(len(data), torch.tensor(indices), CANDIDATES, generator("dp shares line-up"))
+    gallery_indices = draw_galleries(len(data), torch.tensor(indices), CANDIDATES, generator("dp shares gallery"))
     rounds, few = settings(len(data))[-2][4], indices[:RUN_TARGETS]
     parts = {
-        "candidates": lambda: candidates(base, latents, text, line_up, indices, rounds=1, name="one"),
-        "run": lambda: candidates(base, latents, text, line_up[: len(few)], few, rounds=rounds, name="run"),
-        "images": lambda: images(base, data, latents, text, line_up, indices),
+        "candidates": lambda: candidates(base, latents, text, gallery_indices, indices, rounds=1, name="one"),
+        "run": lambda: candidates(base, latents, text, gallery_indices[: len(few)], few, rounds=rounds, name="run"),
+        "images": lambda: images(base, data, latents, text, gallery_indices, indices),
     }
     done = given.only or list(parts)
     table = pd.DataFrame([{"part": name} | found for name in done for found in parts[name]()])

@@ -16,7 +16,7 @@ from splitlab import ROOT, Defences, TrainConfig, load, load_base
 from splitlab.core.seeds import generator
 from splitlab.data.colours import are_shapes
 from splitlab.diffusion.base_files import load_model
-from splitlab.diffusion.metrics import identified, iou, line_ups, outline_mask, psnr_db
+from splitlab.diffusion.metrics import draw_galleries, identified, iou, outline_mask, psnr_db
 from splitlab.split.attacks import NO_INFORMATION
 from splitlab.split.attacks.unsplit import calibrated
 from splitlab.split.messages import Knowledge, Observation
@@ -30,9 +30,9 @@ SAMPLES = 512
 
 def scores(hints, indices, private):
     wanted = private.hints[indices]
-    line_up = line_ups(len(private), indices, 100, generator("line-up", 0))
+    gallery_indices = draw_galleries(len(private), indices, 100, generator("gallery", 0))
     found = {
-        "hint_id_top1": identified(hints, private.hints, line_up).float().mean().item(),
+        "hint_id_top1": identified(hints, private.hints, gallery_indices).float().mean().item(),
         "hint_psnr_db": psnr_db(hints, wanted).mean().item(),
     }
     if are_shapes(private.prompts):

@@ -28,7 +28,7 @@ from splitlab.split.train import make_clients
 from splitlab.split.wire import from_bytes
 
 ATTACKS = {"closed_form": {}, "posterior": {}, "nearest_public": {}, "adaptive_network": {}}
-AGAINST_DISGUISES = {"undisguise": {}}
+AGAINST_DISGUISES = {"surrogate_posterior": {}}
 TOGETHER = {"accumulation": {}}
 N, KEYS = 100, 3
 FOLDER = CACHE / "matched_client"
@@ -60,7 +60,7 @@ def attacked(name, client, dataset, base, messages=1):
     rows, named = [], tuple(prompts[owner] for owner in owners)
     for attack, options in attacks.items():
         found = run_attack(attack, sent, knowledge, generator=generator("attack", attack), options=options)
-        known = identified_as_sent(found.images, found.hints, private, named, line_ups()[owners], defences)
+        known = identified_as_sent(found.images, found.hints, private, named, draw_galleries()[owners], defences)
         row = {f"id_{way}": share.float().mean().item() for way, share in known.items()}
         psnr = psnr_db(found.images, private.images[owners % N]).mean().item()
         rows.append({"attack": attack, **row, "id_worst": max(row.values()), "psnr_db": psnr, **ideal, "n": KEYS * N})
@@ -97,7 +97,7 @@ def sent_by_clients(private, dataset, defences, hidden, base, messages):
     return sent, torch.cat(owners), prompts
 
 
-def line_ups():
+def draw_galleries():
     """The candidates for every owner, the own image first."""
     order = [torch.cat([torch.tensor([i]), torch.tensor([j for j in range(N) if j != i])]) for i in range(N)]
     return torch.stack(order * KEYS)
@@ -105,7 +105,7 @@ def line_ups():
 
 def ideal_shares(sent, knowledge, private, hidden, owners):
     """Identification by who holds the candidates and knows which messages show one image: by image, hint and both."""
-    seen, base, once = labelled(sent, knowledge), knowledge.base, knowledge.defences.noise_once
+    seen, base, once = labelled(sent, knowledge), knowledge.base, knowledge.defences.per_image_noise
     view, std = latent_view(seen, knowledge)
     data = encoded(base, private, cache=CACHE)
     variants = range(len(VARIANTS)) if hidden else (0,)
@@ -117,23 +117,25 @@ def ideal_shares(sent, knowledge, private, hidden, owners):
     image = (view, std.flatten(), gallery)
     hint = (hints, noise.flatten(), public_hints(data.hint_latents, knowledge)[:, None])
     ways = {"image": [image], "hint": [hint], "both": [image, hint]}
-    return {f"id_{k}_ideal": identified_by_likelihood(v, line_ups()).float().mean().item() for k, v in ways.items()}
+    return {
+        f"id_{k}_ideal": identified_by_likelihood(v, draw_galleries()).float().mean().item() for k, v in ways.items()
+    }
 
 
 def ideal_shares_disguised(sent, knowledge, private, prompts, owners):
     """The same where clients disguise themselves: every candidate in the colours that the messages' prompt names."""
-    seen, base, noise = labelled(sent, knowledge), knowledge.base, knowledge.defences.layout_noise
+    seen, base, noise = labelled(sent, knowledge), knowledge.base, knowledge.defences.hint_layout_noise
     view, std = latent_view(seen, knowledge)
     hints, _ = averaged(hint_latents(seen, sent, knowledge), torch.ones_like(std), owners, once=True)
-    view, std = averaged(view, std, owners, once=knowledge.defences.noise_once)
-    turned, line_up = knowledge.defences.turned, line_ups()
+    view, std = averaged(view, std, owners, once=knowledge.defences.per_image_noise)
+    turned, gallery_indices = knowledge.defences.random_symmetry, draw_galleries()
     layouts = layout(in_turns(private.hints, turned).flatten(0, 1)).double().unflatten(0, (-1, N))
     gallery = in_disguise(base, private, tuple(prompts), turned)
     errors = torch.stack([(one - could).square().sum((2, 3, 4)) for one, could in zip(view, gallery, strict=True)])
     image = -errors.double() / (2 * std.double().square().flatten(1)[..., None])
-    image = image.transpose(1, 2)[torch.arange(len(image))[:, None], line_up]
+    image = image.transpose(1, 2)[torch.arange(len(image))[:, None], gallery_indices]
     shown = sent_layout(base.decode(hints), noise).double()
-    hint = -(shown[:, None, None] - layouts.transpose(0, 1)[line_up]).square().sum(3) / (2 * noise**2)
+    hint = -(shown[:, None, None] - layouts.transpose(0, 1)[gallery_indices]).square().sum(3) / (2 * noise**2)
     ways = {way: v.logsumexp(2) for way, v in {"image": image, "hint": hint, "both": image + hint}.items()}
     return {f"id_{k}_ideal": (v[:, 0] > v[:, 1:].max(1).values).float().mean().item() for k, v in ways.items()}
 

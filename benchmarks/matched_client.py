@@ -39,7 +39,7 @@ from matched_settings import DATASETS, STEPS, read
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load_base, n_workers
 from splitlab.core.checkpoint import load_json, save_json
-from splitlab.core.parallel import abreast
+from splitlab.core.parallel import parallel
 from splitlab.core.seeds import Key, generator
 from splitlab.core.tables import read_table, write_table
 from splitlab.data.image_set import digest
@@ -128,7 +128,7 @@ def guided(out, config, base):
 
 def follows(model, asked, control, config, base):
     """Generate for hints under guidance: how well the whole hints are followed, and the colours that prompts name."""
-    hints = asked_layout(asked.hints, config.defences.layout_noise, control=control)
+    hints = asked_layout(asked.hints, config.defences.hint_layout_noise, control=control)
     draw = generator(config.seed, "generate")
     pictures = generate_guided(base, model, asked.prompts, hints, control=control, generator=draw)
     return score(pictures, asked, config.dataset)
@@ -227,7 +227,7 @@ def main():
             for name, client in clients.items()
             for seed in range(args.seeds)
         ]
-        for _ in abreast(trained, cells, desc="cells trained", workers=n_workers()):
+        for _ in parallel(trained, cells, desc="cells trained", workers=n_workers()):
             pass
         rows |= {name: {"setting": name} | utility_of(name, UNDEFENDED, base, args) for name in beside}
     rows |= {row["setting"]: row for row in yardsticks(args.dataset, base)}

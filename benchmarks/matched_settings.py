@@ -7,10 +7,10 @@ from splitlab import ROOT, Defences, load
 MATCHED = Defences(feature_noise=1.0, matched=True, hide_prompts=True)
 HIGH = replace(MATCHED, timestep_floor=800)
 COARSE = replace(HIGH, coarse_hints=3)
-DISGUISED = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, layout_noise=0.2)
-TURNED = replace(DISGUISED, timestep_floor=700, layout_noise=0.12, turned=True)
+DISGUISED = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, hint_layout_noise=0.2)
+TURNED = replace(DISGUISED, timestep_floor=700, hint_layout_noise=0.12, random_symmetry=True)
 TURNED_ONCE = replace(
-    TURNED, noise_once=True, feature_noise=6.0, timestep_floor=500, layout_noise=0.1, latent_norm=36.0
+    TURNED, per_image_noise=True, feature_noise=6.0, timestep_floor=500, hint_layout_noise=0.1, latent_norm=36.0
 )
 
 # name -> the client's defences, and whether it recolours its images in secret first
@@ -26,7 +26,7 @@ SETTINGS = {
     "coarse-1.8": (replace(COARSE, hint_noise=1.8), False),
     "coarse-2.5": (replace(COARSE, hint_noise=2.5), False),
     "coarse-1.8-once": (
-        replace(COARSE, hint_noise=1.8, feature_noise=7.0, noise_once=True, timestep_floor=600, latent_norm=36.0),
+        replace(COARSE, hint_noise=1.8, feature_noise=7.0, per_image_noise=True, timestep_floor=600, latent_norm=36.0),
         False,
     ),
     "strict": (replace(COARSE, hint_noise=2.5, feature_noise=2.0), False),

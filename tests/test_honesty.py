@@ -32,7 +32,7 @@ from splitlab.study.update_survey import record_updates
 
 FEW = {"dataset": "tiny", "steps": 2, "batch_size": 6, "record_messages": 2, "eval_samples": 2}
 NETWORK = {"steps": 2, "width": 8, "n_blocks": 1, "pool": 12}
-SHAPES = {"borrowed_colours": True, "layout_noise": 0.2, "feature_noise": 1.0, "matched": True}
+SHAPES = {"borrowed_colours": True, "hint_layout_noise": 0.2, "feature_noise": 1.0, "matched": True}
 GRANTED = ["timesteps", "noise"]
 PARAMS = {
     "runs": {
@@ -73,7 +73,7 @@ PARAMS = {
                 "when": "patch_shuffle",
                 "options": {"steps": 2, "width": 8, "n_layers": 1},
             },
-            {"attack": "undisguise", "seeds": 1, "when": "borrowed_colours"},
+            {"attack": "surrogate_posterior", "seeds": 1, "when": "borrowed_colours"},
         ],
         "messages": 2,
         "batch_size": 6,

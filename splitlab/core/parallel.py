@@ -1,4 +1,4 @@
-"""Independent calls abreast: as many processes as there are cores, one thread each."""
+"""Independent calls in parallel: as many processes as there are cores, one thread each."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -31,11 +31,11 @@ class Loadable(Protocol):
 
 
 def n_workers() -> int:
-    """Return how many processes may run abreast here: one per core that this process may use, as memory allows."""
+    """Return how many processes may run side by side here: one per core that this process may use, as memory allows."""
     return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // MEMORY_PER_PROCESS))
 
 
-def abreast(work: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, desc: str, workers: int = 1) -> Iterator[T]:
+def parallel(work: Callable[..., T], calls: Iterable[tuple[Any, ...]], *, desc: str, workers: int = 1) -> Iterator[T]:
     """Yield `work(*call)` for every call, in the order of the calls, and show progress.
 
     Args:

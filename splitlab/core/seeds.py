@@ -1,6 +1,6 @@
 """Randomness without state: a source of draws is a pure function of what it is for, so resuming needs no saved RNG.
 
-Public things (initial weights, samples, line-ups, attackers) draw from `generator`, whose purpose says all. What a
+Public things (initial weights, samples, galleries, attackers) draw from `generator`, whose purpose says all. What a
 guarantee or a client's secret rests on draws from `source`, whose purpose names a `Key` as well.
 """
 

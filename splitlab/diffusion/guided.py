@@ -39,7 +39,7 @@ def generate_guided(
         generator: of the initial latents.
         steps: denoising steps of the base's scheduler.
         guidance_scale: weight of the prompt.
-        batch: images abreast.
+        batch: images at a time.
 
     Returns images in [-1, 1].
     """

@@ -112,21 +112,23 @@ def edge_control(images: Float[Tensor, "n 3 s s"], hints: Float[Tensor, "n 3 s s
 
 
 def identified(
-    images: Float[Tensor, "n c h w"], gallery: Float[Tensor, "m c h w"], line_up: Int[Tensor, "n k"]
+    images: Float[Tensor, "n c h w"], gallery: Float[Tensor, "m c h w"], gallery_indices: Int[Tensor, "n k"]
 ) -> Bool[Tensor, " n"]:
-    """Say whether, of the gallery images in its line-up, the first is the one nearest to each image.
+    """Say whether, of the gallery images in its gallery, the first is the one nearest to each image.
 
     Nearest in mean squared error; a tie is a miss.
     """
     flat = images.flatten(1).double(), gallery.flatten(1).double()
-    distances = torch.cdist(*flat).gather(1, line_up)
+    distances = torch.cdist(*flat).gather(1, gallery_indices)
     return distances[:, 0] < distances[:, 1:].min(1).values
 
 
-def line_ups(n_private: int, indices: Int[Tensor, " n"], size: int, draw: torch.Generator) -> Int[Tensor, "n k"]:
-    """Draw, for each private index, a line-up of `size` distinct indices, the own one first."""
+def draw_galleries(
+    n_private: int, indices: Int[Tensor, " n"], size: int, generator: torch.Generator
+) -> Int[Tensor, "n k"]:
+    """Draw, for each private index, a gallery of `size` distinct indices, the own one first."""
     rows = []
     for index in indices.tolist():
-        others = torch.randperm(n_private - 1, generator=draw)[: size - 1]
+        others = torch.randperm(n_private - 1, generator=generator)[: size - 1]
         rows.append(torch.cat([torch.tensor([index]), others + (others >= index)]))
     return torch.stack(rows)

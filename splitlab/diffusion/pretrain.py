@@ -268,14 +268,14 @@ def _average(average: nn.Module, current: nn.Module, decay: float) -> None:
         kept.lerp_(new, 1 - decay)
 
 
-def _batch_shares(shares: dict[str, float], batch: int, draw: torch.Generator) -> dict[str, int]:
+def _batch_shares(shares: dict[str, float], batch: int, generator: torch.Generator) -> dict[str, int]:
     """Draw how many samples of each data set a batch holds."""
-    chosen = torch.multinomial(torch.tensor(list(shares.values())), batch, replacement=True, generator=draw)
+    chosen = torch.multinomial(torch.tensor(list(shares.values())), batch, replacement=True, generator=generator)
     return {name: int((chosen == index).sum()) for index, name in enumerate(shares)}
 
 
-def _flip(images: Tensor, draw: torch.Generator) -> Tensor:
-    return images.flip(-1) if torch.rand((), generator=draw) < 0.5 else images
+def _flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images.flip(-1) if torch.rand((), generator=generator) < 0.5 else images
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def _distinct(timesteps: Tensor) -> tuple[int, ...]:
 
 
 def guess(
-    public: ImageSet, n: int, *, size: int, batch: int, n_timesteps: int, draw: torch.Generator
+    public: ImageSet, n: int, *, size: int, batch: int, n_timesteps: int, generator: torch.Generator
 ) -> SavedInversion:
     """Answer without looking: the mean public image, random timesteps, the commonest public prompts.
 
@@ -102,10 +102,10 @@ def guess(
         size: height and width of the images.
         batch: samples per update.
         n_timesteps: T.
-        draw: of the timesteps.
+        generator: of the timesteps.
     """
     mean = F.interpolate(public.images, size=(size, size), mode="area").mean(0, keepdim=True)
-    steps = torch.randint(n_timesteps, (n,), generator=draw)
+    steps = torch.randint(n_timesteps, (n,), generator=generator)
     common = tuple(sorted(prompt for prompt, _ in Counter(public.prompts).most_common(batch)))
     times = tuple(_distinct(part) for part in steps.split(batch))
     return SavedInversion(

@@ -59,12 +59,12 @@ def _picks(own: list[Leak], best: list[Leak]) -> str:
     """Say how many private images are identified, in the run where it is fewest, by the attack that identifies most."""
     most = {leak.run: max(one.id_top1 for one in own if one.run == leak.run) for leak in best}
     if any(math.isnan(leak.id_top1) for leak in own):
-        return f"how many private images it picks out of a line-up was {UNMEASURED} in every run"
+        return f"how many private images it picks out of a gallery was {UNMEASURED} in every run"
     who = "it" if all(leak.id_top1 == most[leak.run] for leak in best) else "the attack that identifies most"
     least = percent(min(most.values()))
     picks = least if least == percent(1.0) else f"at least {least}"
     chance = percent(max(leak.id_chance for leak in best))
-    return f"{who} picks {picks} of the private images out of a line-up (chance {chance})"
+    return f"{who} picks {picks} of the private images out of a gallery (chance {chance})"
 
 
 def _floor(evidence: Evidence, found: list[Leak]) -> list[str]:

@@ -32,7 +32,7 @@ def audit_message(
 
     Args:
         base: the public models.
-        defences: the client's, with `feature_noise`; of the others only `matched`, `timestep_floor`, `noise_once`,
+        defences: the client's, with `feature_noise`; of the others only `matched`, `timestep_floor`, `per_image_noise`,
             `latent_norm`, `hint_noise`, `symsigmoid`, `half` and `hide_prompts` are undone here.
         neighbours: two encoded samples.
         n: messages of each.

@@ -21,7 +21,7 @@ from splitlab.split.defences import (
     draw_timesteps,
     fixed_noise_tensor,
     label_share,
-    noised_once,
+    noised_per_image,
     noisy_state,
     protect,
     sent_timesteps,
@@ -55,10 +55,10 @@ class Client:
 
     @cached_property
     def sent(self) -> Encoded:
-        """What messages are made of: the data under the defences that come before any message (`noised_once`)."""
-        keys = self.indices.tolist() if self.defences.noise_once else []
+        """What messages are made of: the data under the defences that come before any message (`noised_per_image`)."""
+        keys = self.indices.tolist() if self.defences.per_image_noise else []
         draws = [source("noise once", self.client_key, index) for index in keys]
-        latents, hint_latents = noised_once(self.defences, self.data.latents, self.data.hint_latents, draws)
+        latents, hint_latents = noised_per_image(self.defences, self.data.latents, self.data.hint_latents, draws)
         return replace(self.data, latents=latents, hint_latents=hint_latents)
 
     def draw(self, step: int) -> Source:

@@ -36,14 +36,14 @@ class Defences:
         coarse_hints: keep that many spatial frequencies per axis of the noised hint latents, without their mean and
             amplified so that white noise keeps its size (`splitlab.diffusion.controlnet.coarsened`): fewer numbers,
             which noise hides sooner, and a signal that is learned sooner. 2 or more; 0: all.
-        noise_once: draw feature and hint noise once per image, on its latents and hint latents, and use them in every
-            epoch; σ1 is then in units of the latents, and no repetition averages anything out.
+        per_image_noise: draw feature and hint noise once per image, on its latents and hint latents, and use them in
+            every epoch; σ1 is then in units of the latents, and no repetition averages anything out.
         borrowed_colours: shapes only: once per image, recolour it to two public colours drawn at random, and send the
             prompt that names those: image and prompt then say nothing of its colours (`splitlab.split.surrogates`).
-        layout_noise: once per image, replace its hint by a ring that shows the hint's layout, three numbers in [0, 1],
-            under Gaussian noise of that standard deviation (`splitlab.split.surrogates.laid_out`). 0: off.
-        turned: once per image, turn image and hint by one of the eight symmetries of the square, drawn at random: what
-            is sent says no more than up to eight places where something may have been
+        hint_layout_noise: once per image, replace its hint by a ring that shows the hint's layout, three numbers in
+            [0, 1], under Gaussian noise of that standard deviation (`splitlab.split.surrogates.laid_out`). 0: off.
+        random_symmetry: once per image, turn image and hint by one of the eight symmetries of the square, drawn at
+            random: what is sent says no more than up to eight places where something may have been
             (`splitlab.split.surrogates.turn`).
         symsigmoid: replace the cut-layer sum x by |x| (2 sigmoid(x) - 1) (S1's activation).
         fixed_noise: standard deviation of one Gaussian tensor per client, added to every cut-layer activation; 0: off.
@@ -62,10 +62,10 @@ class Defences:
     matched: bool = False
     hint_noise: float = 0.0
     coarse_hints: int = 0
-    noise_once: bool = False
+    per_image_noise: bool = False
     borrowed_colours: bool = False
-    layout_noise: float = 0.0
-    turned: bool = False
+    hint_layout_noise: float = 0.0
+    random_symmetry: bool = False
     symsigmoid: bool = False
     fixed_noise: float = 0.0
     key_mixing: int = 0
@@ -80,7 +80,7 @@ class Defences:
             raise InputError(f"timestep_floor must be 0 or more, got {self.timestep_floor}")
         if not 0 <= self.latent_norm < math.inf:
             raise InputError(f"latent_norm is a norm and must be 0 or more (0: off), got {self.latent_norm}")
-        for name in ("fixed_noise", "feature_noise", "hint_noise", "layout_noise"):
+        for name in ("fixed_noise", "feature_noise", "hint_noise", "hint_layout_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is a standard deviation and must be 0 or more, got {getattr(self, name)}")
         if self.coarse_hints < 0 or self.coarse_hints == 1:
@@ -93,12 +93,16 @@ class Defences:
             raise InputError("independent_draws and matched say how feature_noise is added: give it, or leave them out")
         if self.independent_draws and self.matched:
             raise InputError("matched needs one draw over all fields: leave out independent_draws")
-        if self.noise_once and not (self.feature_noise or self.hint_noise):
-            raise InputError("noise_once says how noise is drawn: give feature_noise or hint_noise, or leave it out")
-        if self.noise_once and self.independent_draws:
-            raise InputError("noise_once is one draw on the latents: leave out independent_draws")
-        if self.layout_noise and (self.hint_noise or self.coarse_hints):
-            raise InputError("layout_noise protects the hint by itself: leave out hint_noise and coarse_hints, or it")
+        if self.per_image_noise and not (self.feature_noise or self.hint_noise):
+            raise InputError(
+                "per_image_noise says how noise is drawn: give feature_noise or hint_noise, or leave it out"
+            )
+        if self.per_image_noise and self.independent_draws:
+            raise InputError("per_image_noise is one draw on the latents: leave out independent_draws")
+        if self.hint_layout_noise and (self.hint_noise or self.coarse_hints):
+            raise InputError(
+                "hint_layout_noise protects the hint by itself: leave out hint_noise and coarse_hints, or it"
+            )
         if self.borrowed_colours and self.hide_prompts:
             raise InputError(
                 "borrowed_colours sends prompts that say nothing of the image: leave hide_prompts or it out"
@@ -172,8 +176,10 @@ class TrainConfig:
                 "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: give neither"
             )
         own = self.defences
-        if self.scheme == "split_gradients" and (own.layout_noise or own.borrowed_colours or own.turned):
-            raise InputError("layout_noise, borrowed_colours, turned are for schemes 'split', 'u_shaped': give none")
+        if self.scheme == "split_gradients" and (own.hint_layout_noise or own.borrowed_colours or own.random_symmetry):
+            raise InputError(
+                "hint_layout_noise, borrowed_colours, random_symmetry are for schemes 'split', 'u_shaped': give none"
+            )
         if self.defences.key_mixing and self.batch_size % self.defences.key_mixing:
             raise InputError(
                 f"batch_size {self.batch_size} is no multiple of key_mixing {self.defences.key_mixing}: change either"

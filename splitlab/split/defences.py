@@ -62,7 +62,7 @@ def noise_variance(defences: Defences, alphas: Tensor) -> Tensor | float:
 
     What is drawn once per image is added to its latents and so is scaled with them.
     """
-    return alphas * defences.feature_noise**2 if defences.noise_once else defences.feature_noise**2
+    return alphas * defences.feature_noise**2 if defences.per_image_noise else defences.feature_noise**2
 
 
 def bounded(defences: Defences, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -73,18 +73,18 @@ def bounded(defences: Defences, latents: Float[Tensor, "b c h w"]) -> Float[Tens
     return latents * (defences.latent_norm / norms).clamp_max(1.0)[:, None, None, None]
 
 
-def noised_once(
+def noised_per_image(
     defences: Defences,
     latents: Float[Tensor, "b c h w"],
     hint_latents: Float[Tensor, "b c h w"],
     draws: Sequence[Source],
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-    """Bound latents and hint latents; with `noise_once`, noise them by one generator per image.
+    """Bound latents and hint latents; with `per_image_noise`, noise them by one generator per image.
 
     All that the server will ever be sent of an image and its hint is computed from what this returns.
     """
     latents, hint_latents = bounded(defences, latents), bounded(defences, hint_latents)
-    if not defences.noise_once:
+    if not defences.per_image_noise:
         return latents, hint_latents
     std = torch.tensor([defences.feature_noise, defences.hint_noise])[:, None, None, None]
     pairs = zip(torch.stack([latents, hint_latents], 1), draws, strict=True)
@@ -101,7 +101,7 @@ def noisy_state(
     """
     alphas = signal_level(defences, sent, alphas_cumprod)
     state = diffused(latents, noise, alphas)
-    return state * feature_scale(defences, alphas) if defences.noise_once else state
+    return state * feature_scale(defences, alphas) if defences.per_image_noise else state
 
 
 def draw_noise(defences: Defences, shape: tuple[int, ...], draw: Source) -> Float[Tensor, "b c h w"]:
@@ -131,11 +131,11 @@ def signal_level(
     """Return ᾱ of the noised latents before feature noise, from the timestep that the message names; public.
 
     The matched client sends (noisy_latents + σ1 n) / sqrt(1 + σ1²), n ~ N(0, 1), and the timestep s of the noise
-    level that this has: ᾱ_s = ᾱ / (1 + σ1²). With `noise_once` it is (sqrt(ᾱ) (latents + σ1 n) + sqrt(1 - ᾱ) noise) /
-    sqrt(1 + ᾱ σ1²), and ᾱ_s = ᾱ / (1 + ᾱ σ1²).
+    level that this has: ᾱ_s = ᾱ / (1 + σ1²). With `per_image_noise` it is (sqrt(ᾱ) (latents + σ1 n) + sqrt(1 - ᾱ)
+    noise) / sqrt(1 + ᾱ σ1²), and ᾱ_s = ᾱ / (1 + ᾱ σ1²).
     """
     alphas = alphas_cumprod[sent]
-    if defences.matched and defences.noise_once:
+    if defences.matched and defences.per_image_noise:
         alphas = (alphas / (1 - alphas * defences.feature_noise**2).clamp_min(1e-6)).clamp_max(1.0)
     elif defences.matched:
         alphas = (alphas * (1 + defences.feature_noise**2)).clamp_max(1.0)
@@ -161,11 +161,12 @@ def feature_scale(
 ) -> Float[Tensor, "b 1 1 1"] | float:
     """Return what the noised features are multiplied by: 1 / sqrt(1 + σ1²) for the matched client, else 1.
 
-    `alphas`: ᾱ before feature noise (`signal_level`); needed with `noise_once` only, where it is 1 / sqrt(1 + ᾱ σ1²).
+    `alphas`: ᾱ before feature noise (`signal_level`); needed with `per_image_noise` only, where it is 1 / sqrt(1 + ᾱ
+    σ1²).
     """
     if not defences.matched:
         return 1.0
-    if defences.noise_once:
+    if defences.per_image_noise:
         return 1 / (1 + torch.as_tensor(alphas) * defences.feature_noise**2).sqrt()
     return 1 / math.sqrt(1 + defences.feature_noise**2)
 
@@ -184,7 +185,7 @@ def mixing_key(n: int, draw: Source) -> Float[Tensor, "n n"]:
 def transforms(defences: Defences, *, client_key: Key) -> tuple[Defence, ...]:
     """Return the transforms that `defences` switches on, in the order in which a client applies them."""
     floats = (*FEATURES, "noise", "encoder_hidden_states")
-    anew = not defences.noise_once
+    anew = not defences.per_image_noise
     shared = defences.feature_noise and anew and not defences.independent_draws
     chain: list[tuple[object, str, tuple[str, ...], Transform]] = [
         (defences.hint_noise and anew, "hint_noise", ("smashed",), _hint_noise(defences)),

@@ -14,7 +14,7 @@ from splitlab.split.privacy import message_events
 DELTA = 1e-5
 """The δ at which a run's ε is stated."""
 
-NOISES = ("feature_noise", "hint_noise", "layout_noise", "fixed_noise")
+NOISES = ("feature_noise", "hint_noise", "hint_layout_noise", "fixed_noise")
 """The defences that add noise."""
 
 

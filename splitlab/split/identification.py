@@ -16,11 +16,11 @@ def identified_by_both(
     hints: Float[Tensor, "n d h w"],
     image_gallery: Float[Tensor, "m c h w"],
     hint_gallery: Float[Tensor, "m d h w"],
-    line_up: Int[Tensor, "n k"],
+    gallery_indices: Int[Tensor, "n k"],
     *,
-    turned: bool = False,
+    random_symmetry: bool = False,
 ) -> Bool[Tensor, " n"]:
-    """Say whether the first of each line-up is the one nearest to what was found, in image and hint together.
+    """Say whether the first of each gallery is the one nearest to what was found, in image and hint together.
 
     Nearest in the sum of the two squared errors, each over the mean that it has for the sample's own image or hint: the
     one that was found more exactly decides (errors Gaussian, of that size; an attacker measures it on public data). A
@@ -29,23 +29,28 @@ def identified_by_both(
     Args:
         images, hints: what an attack found.
         image_gallery, hint_gallery: the private images and hints.
-        line_up: positions in the galleries, the own one first (`splitlab.diffusion.metrics.line_ups`).
-        turned: samples were sent turned, nobody knows how: a candidate is compared in all turns; the nearest counts.
+        gallery_indices: positions in the galleries, the own one first (`splitlab.diffusion.metrics.draw_galleries`).
+        random_symmetry: samples were sent turned, nobody knows how: a candidate is compared in all turns; the nearest
+            counts.
     """
     total: Tensor | float = 0.0
     for found, gallery in ((images, image_gallery), (hints, hint_gallery)):
-        errors = line_up_errors(found, gallery, line_up, turned=turned)
+        errors = gallery_errors(found, gallery, gallery_indices, random_symmetry=random_symmetry)
         total = total + errors / errors[:, :, 0].min(0).values.mean().clamp_min(1e-12)
     return _first_is_nearest(torch.as_tensor(total))
 
 
-def line_up_errors(
-    found: Float[Tensor, "n c h w"], gallery: Float[Tensor, "m c h w"], line_up: Int[Tensor, "n k"], *, turned: bool
+def gallery_errors(
+    found: Float[Tensor, "n c h w"],
+    gallery: Float[Tensor, "m c h w"],
+    gallery_indices: Int[Tensor, "n k"],
+    *,
+    random_symmetry: bool,
 ) -> Float[Tensor, "r n k"]:
-    """Return the squared error of what was found to every candidate of its line-up, in r turns of it (else r = 1)."""
-    flat, variants = found.flatten(1).double(), every_turn(gallery) if turned else gallery[None]
+    """Return the squared error of what was found to every candidate of its gallery, in r turns of it (else r = 1)."""
+    flat, variants = found.flatten(1).double(), every_turn(gallery) if random_symmetry else gallery[None]
     squares = (torch.cdist(flat, variant.flatten(1).double()).square() for variant in variants)
-    return torch.stack([square.gather(1, line_up) for square in squares])
+    return torch.stack([square.gather(1, gallery_indices) for square in squares])
 
 
 def _first_is_nearest(errors: Float[Tensor, "r n k"]) -> Bool[Tensor, " n"]:
@@ -58,7 +63,7 @@ def identified_as_sent(
     hints: Float[Tensor, "n 3 h w"] | None,
     private: ImageSet,
     prompts: Sequence[str],
-    line_up: Int[Tensor, "n k"],
+    gallery_indices: Int[Tensor, "n k"],
     defences: Defences,
 ) -> dict[str, Bool[Tensor, " n"]]:
     """Say who is recognised, every candidate compared as its client could have sent it (`splitlab.split.surrogates`).
@@ -68,44 +73,50 @@ def identified_as_sent(
         private: the clients' data.
         prompts: what each message's prompt named. Where colours were borrowed, what was found and every candidate are
             compared as places between ground and disc (`splitlab.split.surrogates.discs`).
-        line_up: positions in `private`, the own one first.
+        gallery_indices: positions in `private`, the own one first.
         defences: where they turn, a candidate is compared in all turns.
 
     Returns `image`, `hint` and `both`, as far as they were found.
     """
-    gallery, turned = private.images, defences.turned
+    gallery, random_symmetry = private.images, defences.random_symmetry
     if images is not None and defences.borrowed_colours:
         images, gallery = discs(images, prompts), discs(gallery, private.prompts)
     known = {}
     if images is not None:
-        known["image"] = _first_is_nearest(line_up_errors(images, gallery, line_up, turned=turned))
+        known["image"] = _first_is_nearest(
+            gallery_errors(images, gallery, gallery_indices, random_symmetry=random_symmetry)
+        )
     if hints is not None:
-        known["hint"] = _first_is_nearest(line_up_errors(hints, private.need_hints(), line_up, turned=turned))
+        known["hint"] = _first_is_nearest(
+            gallery_errors(hints, private.need_hints(), gallery_indices, random_symmetry=random_symmetry)
+        )
     if images is not None and hints is not None:
-        known["both"] = identified_by_both(images, hints, gallery, private.need_hints(), line_up, turned=turned)
+        known["both"] = identified_by_both(
+            images, hints, gallery, private.need_hints(), gallery_indices, random_symmetry=random_symmetry
+        )
     return known
 
 
 def identified_by_likelihood(
     views: Sequence[tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"], Float[Tensor, "m _ c h w"]]],
-    line_up: Int[Tensor, "n k"],
+    gallery_indices: Int[Tensor, "n k"],
 ) -> Bool[Tensor, " n"]:
-    """Say whether the first of each line-up is the likeliest source of what was sent: the ceiling for every attack.
+    """Say whether the first of each gallery is the likeliest source of what was sent: the ceiling for every attack.
 
-    Nobody who has to choose among a line-up, all as likely before, can be right more often (Bayes' rule errs least).
+    Nobody who has to choose among a gallery, all as likely before, can be right more often (Bayes' rule errs least).
     It is the attacker who holds the private candidates themselves, so it bounds the catalogue from above.
 
     Args:
         views: (what is left of the messages, the standard deviations of its white noise, what every private sample
             would leave without noise, `[m, r, c, h, w]`), for image and hint. With r > 1, a sample leaves one of r
             variants, as likely each, the same for all views (or r = 1 where a view does not depend on it).
-        line_up: positions of private samples, the own one first.
+        gallery_indices: positions of private samples, the own one first.
     """
-    total = torch.zeros(*line_up.shape, 1, dtype=torch.float64)
+    total = torch.zeros(*gallery_indices.shape, 1, dtype=torch.float64)
     for view, std, private in views:
         flat = private.flatten(0, 1).flatten(1).double()
         squares = torch.cdist(view.flatten(1).double(), flat).square().unflatten(1, private.shape[:2])
-        chosen = squares.gather(1, line_up[..., None].expand(-1, -1, private.shape[1]))
+        chosen = squares.gather(1, gallery_indices[..., None].expand(-1, -1, private.shape[1]))
         total = total - chosen / (2 * std.double().square()[:, None, None])
     likelihood = total.logsumexp(2)
     return likelihood[:, 0] > likelihood[:, 1:].max(1).values

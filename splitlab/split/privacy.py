@@ -64,9 +64,9 @@ def message_events(
     """
     norm = defences.latent_norm
     image = matched_message_event(defences, alphas_cumprod, norm=norm, messages=messages, adjacency=adjacency)
-    if defences.layout_noise:  # drawn once per image, and bounded by what a layout can be
-        return image, hint_event(defences.layout_noise, norm=LAYOUT_SENSITIVITY / 2, adjacency=adjacency)
-    repeats = 1 if defences.noise_once else messages
+    if defences.hint_layout_noise:  # drawn once per image, and bounded by what a layout can be
+        return image, hint_event(defences.hint_layout_noise, norm=LAYOUT_SENSITIVITY / 2, adjacency=adjacency)
+    repeats = 1 if defences.per_image_noise else messages
     return image, hint_event(defences.hint_noise, norm=norm, messages=repeats, adjacency=adjacency)
 
 
@@ -81,7 +81,8 @@ def matched_message_event(
     """Return the event of sending one image `messages` times with feature noise, matched or not: its `message_mu`.
 
     Each message draws its noise anew, so that messages of later epochs compose. Timesteps are sent and do not depend
-    on the image; the floor's has the largest ᾱ and bounds all others. With `noise_once` all messages are computed from
+    on the image; the floor's has the largest ᾱ and bounds all others. With `per_image_noise` all messages are computed
+    from
     one noised copy of the latents: one event, ᾱ = 1, however often they are sent.
 
     Args:
@@ -97,7 +98,7 @@ def matched_message_event(
     if defences.independent_draws:
         raise InputError("independent_draws sends the image twice, through an activation: no ε; switch it off")
     alpha_bar, repeats = 1.0, 1
-    if not defences.noise_once:
+    if not defences.per_image_noise:
         floor = alphas_cumprod.new_tensor([defences.timestep_floor]).long()
         named = sent_timesteps(defences, floor, alphas_cumprod)
         alpha_bar, repeats = float(signal_level(defences, named, alphas_cumprod)), messages

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitlab.core.checkpoint import save_json
 from splitlab.core.errors import InputError
-from splitlab.core.parallel import abreast
+from splitlab.core.parallel import parallel
 from splitlab.core.progress import Callback
 from splitlab.core.seeds import Key
 from splitlab.core.seeds import generator as splitlab_generator
@@ -176,12 +176,12 @@ def attack_all(
     server: Mapping[str, Tensor] | None = None,
     workers: int = 1,
 ) -> dict[tuple[str, int], SavedReconstruction]:
-    """Run every attack of a grid with each of its seeds on one transcript: `attack_and_save`, `workers` abreast.
+    """Run every attack of a grid with each of its seeds on one transcript: `attack_and_save`, `workers` at a time.
 
     Returns (attack, seed) -> what was found, without the attacks that could not run.
     """
     tries = [(spec, seed) for spec in specs for seed in range(spec.seeds)]
     work = partial(attack_and_save, out=out, cache=cache, server=server)
     calls = [(transcript, spec, seed, base, public) for spec, seed in tries]
-    found = list(abreast(work, calls, desc="attacks", workers=workers))
+    found = list(parallel(work, calls, desc="attacks", workers=workers))
     return {(spec.name, seed): one for (spec, seed), one in zip(tries, found, strict=True) if one is not None}

@@ -32,7 +32,7 @@ SYMMETRIES = 8
 
 def disguises(defences: Defences) -> bool:
     """Say whether these defences change images or hints before they are encoded."""
-    return defences.borrowed_colours or defences.turned or defences.layout_noise > 0
+    return defences.borrowed_colours or defences.random_symmetry or defences.hint_layout_noise > 0
 
 
 def disguised(data: ImageSet, defences: Defences, *, key: Key) -> ImageSet:
@@ -40,7 +40,7 @@ def disguised(data: ImageSet, defences: Defences, *, key: Key) -> ImageSet:
 
     Args:
         data: the client's own images, hints and prompts.
-        defences: `borrowed_colours`, `layout_noise` and `turned` count; without any, `data` is returned.
+        defences: `borrowed_colours`, `hint_layout_noise` and `random_symmetry` count; without any, `data` is returned.
         key: what the draws follow from.
 
     Raises:
@@ -59,13 +59,13 @@ def disguised(data: ImageSet, defences: Defences, *, key: Key) -> ImageSet:
             )
         prompts = tuple(borrowed_prompt(draw) for draw in draws)
         new |= {"images": in_colours(data.images, data.prompts, prompts), "prompts": prompts}
-    if defences.turned:
+    if defences.random_symmetry:
         turns = [int(integers(0, SYMMETRIES, (1,), draw)) for draw in draws]
         images = new.get("images", data.images)
         new["images"] = torch.stack([turn(one, by) for one, by in zip(images, turns, strict=True)])
         new["hints"] = hints = torch.stack([turn(one, by) for one, by in zip(hints, turns, strict=True)])
-    if defences.layout_noise:
-        new["hints"] = laid_out(hints, defences.layout_noise, draws)
+    if defences.hint_layout_noise:
+        new["hints"] = laid_out(hints, defences.hint_layout_noise, draws)
     return changed(data, **new)
 
 

@@ -12,9 +12,9 @@ class EvaluateConfig:
 
     Attributes:
         buckets: edges of the timestep buckets.
-        candidates: size of the line-up for identification (chance: 1 / candidates).
+        candidates: size of the gallery for identification (chance: 1 / candidates).
         samples: images scored per bucket.
-        seed: of the line-ups.
+        seed: of the galleries.
     """
 
     buckets: tuple[int, ...] = (0, 200, 400, 600, 800, 1000)

@@ -104,18 +104,18 @@ def _network(size: int, n_classes: int, seed: int) -> tuple[nn.Module, nn.Module
         return body, nn.Linear(WIDTH, n_classes)
 
 
-def _varied(images: Tensor, draw: torch.Generator) -> Tensor:
-    n, images = len(images), warped(images, std=WARP, generator=draw)
-    scale, angle = (1 + 0.15 * _uniform(n, draw)), 0.2 * _uniform(n, draw)
+def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    n, images = len(images), warped(images, std=WARP, generator=generator)
+    scale, angle = (1 + 0.15 * _uniform(n, generator)), 0.2 * _uniform(n, generator)
     turn = torch.stack([scale * angle.cos(), -angle.sin(), angle.sin(), scale * angle.cos()], 1).view(n, 2, 2)
-    shift = 0.12 * torch.stack([_uniform(n, draw), _uniform(n, draw)], 1)[..., None]
+    shift = 0.12 * torch.stack([_uniform(n, generator), _uniform(n, generator)], 1)[..., None]
     grid = F.affine_grid(torch.cat([turn, shift], 2), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved + 0.05 * torch.randn(images.shape, generator=draw)
+    return moved + 0.05 * torch.randn(images.shape, generator=generator)
 
 
-def _uniform(n: int, draw: torch.Generator) -> Tensor:
-    return torch.rand(n, generator=draw) * 2 - 1
+def _uniform(n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator) * 2 - 1
 
 
 def frechet_distance(first: Float[Tensor, "n d"], second: Float[Tensor, "m d"]) -> float:

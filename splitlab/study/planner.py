@@ -240,7 +240,7 @@ def _plan(one: Setting, alphas_cumprod: Tensor, norm: float, delta: float, messa
 
 def _mu(defences: Defences, alphas_cumprod: Tensor, messages: int) -> float:
     """Return μ of image and hint together; infinite where either is sent without noise, or the image twice."""
-    hint = defences.hint_noise or defences.layout_noise
+    hint = defences.hint_noise or defences.hint_layout_noise
     if not defences.feature_noise or not hint or defences.independent_draws:
         return math.inf
     return composed_mu(message_events(defences, alphas_cumprod, messages=messages))

@@ -113,13 +113,13 @@ def score_samples(
 def _identified(
     result: Reconstruction, known: RunTruth, chosen: Tensor, judged: Tensor, config: EvaluateConfig
 ) -> dict[str, Tensor]:
-    """Pick each sample's nearest among a line-up of private ones as its client could have sent them."""
+    """Pick each sample's nearest among a gallery of private ones as its client could have sent them."""
     defences, private, own = known.config.defences, known.private, known.truth.indices[chosen]
     images, hints = (None if found is None else found[judged] for found in (result.images, result.hints))
     sent = known.truth.prompts
     prompts = [sent[i] for i in chosen.tolist()] if sent else [private.prompts[i] for i in own.tolist()]
-    line_up = _line_up(own, len(private), config)
-    found = identified_as_sent(images, hints, private, prompts, line_up, defences)
+    gallery_indices = _gallery_indices(own, len(private), config)
+    found = identified_as_sent(images, hints, private, prompts, gallery_indices, defences)
     columns = {"image": "identified", "hint": "hint_identified", "both": "both_identified"}
     return {columns[way]: share for way, share in found.items()}
 
@@ -149,6 +149,6 @@ def best_order(saved: SavedReconstruction, known: RunTruth) -> Tensor:
     return order
 
 
-def _line_up(indices: Tensor, n: int, config: EvaluateConfig) -> Tensor:
-    """Draw the same line-ups for every attack."""
-    return metrics.line_ups(n, indices, min(config.candidates, n), generator("line-up", config.seed))
+def _gallery_indices(indices: Tensor, n: int, config: EvaluateConfig) -> Tensor:
+    """Draw the same galleries for every attack."""
+    return metrics.draw_galleries(n, indices, min(config.candidates, n), generator("gallery", config.seed))

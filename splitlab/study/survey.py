@@ -11,7 +11,7 @@ from tqdm import tqdm
 from splitlab.core import checkpoint
 from splitlab.core.config import reseeded
 from splitlab.core.errors import InputError
-from splitlab.core.parallel import abreast
+from splitlab.core.parallel import parallel
 from splitlab.data.image_set import ImageSet, digest
 from splitlab.data.overlap import refuse_overlaps
 from splitlab.diffusion.base import Base
@@ -141,7 +141,7 @@ def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path, w
         {"dataset": dataset, "setting": name, "defences": str(one.defences), "steps": one.steps, "seed": one.seed}
         | {key: found[key] for key in ("eval_loss", "control_iou", "control_edges")}
         for (dataset, name, one), found in zip(
-            tries, abreast(_trained, calls, desc="utility", workers=workers), strict=True
+            tries, parallel(_trained, calls, desc="utility", workers=workers), strict=True
         )
     ]
     return pd.DataFrame(rows, columns=list(UTILITY_COLUMNS)).round(4)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from splitlab.core.parallel import abreast
+from splitlab.core.parallel import parallel
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
 from splitlab.split.config import AttackSpec, Defences
@@ -24,7 +24,7 @@ def attack_survey(
         for spec in catalogue(config, run, transcript.header.defences)
         for seed in range(spec.seeds)
     ]
-    for _ in abreast(_attack, calls, desc="attack", workers=workers):
+    for _ in parallel(_attack, calls, desc="attack", workers=workers):
         pass
 
 

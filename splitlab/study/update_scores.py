@@ -146,13 +146,13 @@ def _image_scores(images: Tensor, truth: UpdateTruth, cell: Cell, private: Tenso
     found, size = matched(images, wanted, cell.together), images.shape[-1]
     gallery = resized(private, size)
     own = torch.cdist(wanted.flatten(1), gallery.flatten(1)).argmin(1)
-    draw = generator("update line-up", cell.dataset, seed)
-    line_up = metrics.line_ups(len(gallery), own, min(CANDIDATES, len(gallery)), draw)
+    draw = generator("update gallery", cell.dataset, seed)
+    gallery_indices = metrics.draw_galleries(len(gallery), own, min(CANDIDATES, len(gallery)), draw)
     return {
         "ssim": metrics.ssim(found, wanted),
         "psnr_db": metrics.psnr_db(found, wanted),
         "mse": metrics.mse(found, wanted),
-        "identified": metrics.identified(found, gallery, line_up).float(),
+        "identified": metrics.identified(found, gallery, gallery_indices).float(),
     }
 
 

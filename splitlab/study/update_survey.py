@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError
-from splitlab.core.parallel import abreast
+from splitlab.core.parallel import parallel
 from splitlab.core.paths import resolve
 from splitlab.core.seeds import Key, generator, source
 from splitlab.data.image_set import ImageSet
@@ -151,7 +151,7 @@ def attack_updates(
         for cell, _, seeds in config.cells
         for seed in range(seeds)
     ]
-    for _ in abreast(_attack_cell, calls, desc="attack", workers=workers):
+    for _ in parallel(_attack_cell, calls, desc="attack", workers=workers):
         pass
 
 
@@ -166,7 +166,7 @@ def _attack_cell(
     folder, n = out / cell.name, len(updates) * cell.together
     size = spec.size if spec.kind == "pixel" else public.images.shape[-1]
     draw = generator("no information", cell.name, seed)
-    blind = guess(public, n, size=size, batch=cell.together, n_timesteps=base.n_timesteps, draw=draw)
+    blind = guess(public, n, size=size, batch=cell.together, n_timesteps=base.n_timesteps, generator=draw)
     save_inversion(folder / f"no_information-{seed}.safetensors", blind)
     for attack in cell.attacks:
         path = folder / f"{attack.name}-{seed}.safetensors"

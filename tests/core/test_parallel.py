@@ -1,4 +1,4 @@
-"""Calls abreast: in order, one thread each; errors come through, and base models arrive as they are."""
+"""Calls in parallel: in order, one thread each; errors come through, and base models arrive as they are."""
 
 import os
 import time
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from splitlab.core.errors import InputError
-from splitlab.core.parallel import abreast, n_workers
+from splitlab.core.parallel import n_workers, parallel
 from splitlab.diffusion.base import Base, load_base
 
 
@@ -25,14 +25,14 @@ def refuse(number: int) -> int:
 
 
 def test_results_come_in_order_from_other_processes_of_one_thread() -> None:
-    found = list(abreast(where, [(n,) for n in range(6)], desc="test", workers=2))
+    found = list(parallel(where, [(n,) for n in range(6)], desc="test", workers=2))
     assert [number for number, _, _ in found] == list(range(6))
     assert os.getpid() not in {process for _, process, _ in found}
     assert {threads for _, _, threads in found} == {1}
 
 
 def test_one_worker_is_this_process_with_its_threads() -> None:
-    found = list(abreast(where, [(n,) for n in range(3)], desc="test"))
+    found = list(parallel(where, [(n,) for n in range(3)], desc="test"))
     assert found == [(n, os.getpid(), torch.get_num_threads()) for n in range(3)]
 
 
@@ -44,7 +44,7 @@ def test_a_base_model_is_the_same_over_there_to_its_tokenizer_and_loaded_once(ba
     base = load_base(base_path)
     ids = base.tokenizer("a red circle").input_ids
     here = base.tokenizer.decode(ids, skip_special_tokens=True)
-    found = list(abreast(words, [(base, ids)] * 6, desc="test", workers=2))
+    found = list(parallel(words, [(base, ids)] * 6, desc="test", workers=2))
     assert {said for said, _ in found} == {here}
     assert len({where for _, where in found}) <= 2
 
@@ -52,13 +52,13 @@ def test_a_base_model_is_the_same_over_there_to_its_tokenizer_and_loaded_once(ba
 def test_a_base_model_that_changed_is_refused(base_path: Path) -> None:
     other = replace(load_base(base_path), digest="of other weights")
     with pytest.raises(InputError, match="it changed after it was loaded"):
-        list(abreast(words, [(other, [1])], desc="test", workers=2))
+        list(parallel(words, [(other, [1])], desc="test", workers=2))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_comes_through_as_it_was_raised(workers: int) -> None:
     with pytest.raises(InputError, match="call 1 cannot be: give another"):
-        list(abreast(refuse, [(n,) for n in range(3)], desc="test", workers=workers))
+        list(parallel(refuse, [(n,) for n in range(3)], desc="test", workers=workers))
 
 
 def test_there_is_always_a_worker_and_never_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,17 +133,17 @@ def test_the_truth_identifies_itself_and_noise_is_at_chance():
     n, k = 1000, 10
     private = torch.rand(50, 3, 4, 4, generator=draw) * 2 - 1
     own = torch.randint(50, (n,), generator=draw)
-    line_up = metrics.line_ups(50, own, k, draw)
-    assert metrics.identified(private[own], private, line_up).all()
-    assert not metrics.identified(private[own], private, line_up.roll(1, 1)).any()
+    gallery_indices = metrics.draw_galleries(50, own, k, draw)
+    assert metrics.identified(private[own], private, gallery_indices).all()
+    assert not metrics.identified(private[own], private, gallery_indices.roll(1, 1)).any()
     guesses = torch.rand(n, 3, 4, 4, generator=draw) * 2 - 1
-    hits = metrics.identified(guesses, private, line_up).float().mean().item()
+    hits = metrics.identified(guesses, private, gallery_indices).float().mean().item()
     # some private images are nearer to everything than others, which widens the binomial's 0.0095 a little
     assert hits == pytest.approx(1 / k, abs=4 * math.sqrt(0.1 * 0.9 / n))
 
 
 def test_a_tie_is_a_miss():
-    # a picture that occurs twice in a line-up identifies nobody
+    # a picture that occurs twice in a gallery identifies nobody
     image = torch.rand(1, 3, 4, 4, generator=tiny.draw())
     gallery = torch.stack([image[0], image[0], image[0] + 1])
     assert not metrics.identified(image, gallery, torch.tensor([[0, 1, 2]])).any()
@@ -151,9 +151,9 @@ def test_a_tie_is_a_miss():
 
 
 @pytest.mark.parametrize("size", [2, 10, 50])
-def test_line_ups_hold_distinct_indices_with_the_own_one_first(size: int):
+def test_galleries_hold_distinct_indices_with_the_own_one_first(size: int):
     own = torch.arange(50).repeat(4)
-    rows = metrics.line_ups(50, own, size, tiny.draw())
+    rows = metrics.draw_galleries(50, own, size, tiny.draw())
     assert rows.shape == (200, size)
     assert torch.equal(rows[:, 0], own)
     assert all(len(set(row)) == size for row in rows.tolist())
@@ -161,8 +161,8 @@ def test_line_ups_hold_distinct_indices_with_the_own_one_first(size: int):
     assert rows.max() <= 49
 
 
-def test_every_other_index_is_equally_likely_in_a_line_up():
-    rows = metrics.line_ups(10, torch.full((9000,), 4), 2, tiny.draw())
+def test_every_other_index_is_equally_likely_in_a_gallery():
+    rows = metrics.draw_galleries(10, torch.full((9000,), 4), 2, tiny.draw())
     counts = torch.bincount(rows[:, 1], minlength=10)
     assert counts[4] == 0
     others = counts[[0, 1, 2, 3, 5, 6, 7, 8, 9]]

@@ -380,7 +380,7 @@ def test_the_planner_proposes_for_one_message_what_it_does_not_for_a_run(project
     assert panel.message.value == ""
     assert "secretly turned" in panel.proposal.value
     assert "noise drawn once" not in panel.proposal.value
-    assert "turned: true" in panel.proposal.value
+    assert "random_symmetry: true" in panel.proposal.value
     panel.messages.value = 29
     assert "noise drawn once" in panel.proposal.value
     assert panel.settings.value.count('<tr class="chosen">') == 1

@@ -190,7 +190,7 @@ def test_epochs_and_the_hint_compose():
 
 
 def test_noise_drawn_once_is_charged_once_however_often_it_is_sent():
-    defences = Defences(latent_norm=16.0, feature_noise=4.0, hint_noise=8.0, matched=True, noise_once=True)
+    defences = Defences(latent_norm=16.0, feature_noise=4.0, hint_noise=8.0, matched=True, per_image_noise=True)
     once, often = (message_events(defences, tiny.ALPHAS, messages=n) for n in (1, 30))
     assert once == often
     assert composed_mu(once) == pytest.approx(math.hypot(32 / 4, 32 / 8))

@@ -117,7 +117,7 @@ LATE = {"latent_norm": 4.0, "timestep_floor": 700, "feature_noise": 1.0, "hint_n
 CLIENTS = {
     "matched": Defences(**{**LATE, "timestep_floor": 650}, matched=True, symsigmoid=True, half=True, hide_prompts=True),
     "naive": Defences(**{**LATE, "timestep_floor": 990}),
-    "once": Defences(**LATE | {"feature_noise": 4.0, "hint_noise": 6.0}, matched=True, noise_once=True),
+    "once": Defences(**LATE | {"feature_noise": 4.0, "hint_noise": 6.0}, matched=True, per_image_noise=True),
 }
 
 
@@ -134,13 +134,13 @@ def test_messages_leak_no_more_than_claimed(base: Base, client: str, same_hint: 
 
 def test_a_client_that_adds_half_the_noise_is_caught(base: Base):
     claimed = composed_mu(message_events(CLIENTS["once"], base.alphas_cumprod))
-    real = Defences(**LATE | {"feature_noise": 2.0, "hint_noise": 3.0}, matched=True, noise_once=True)
+    real = Defences(**LATE | {"feature_noise": 2.0, "hint_noise": 3.0}, matched=True, per_image_noise=True)
     assert audit_message(base, real, neighbours(base, 4.0)) > claimed
 
 
 def test_a_client_that_forgets_the_bound_is_caught(base: Base):
     claimed = composed_mu(message_events(CLIENTS["once"], base.alphas_cumprod))
-    real = Defences(feature_noise=4.0, hint_noise=6.0, matched=True, noise_once=True, timestep_floor=700)
+    real = Defences(feature_noise=4.0, hint_noise=6.0, matched=True, per_image_noise=True, timestep_floor=700)
     assert audit_message(base, real, neighbours(base, 12.0)) > claimed
 
 

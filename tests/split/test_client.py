@@ -98,7 +98,7 @@ def test_fixed_noise_stays_between_messages_and_differs_between_clients(base: Ba
 
 
 def test_noise_drawn_once_does_not_average_out(base: Base, private: ImageSet):
-    defences = Defences(feature_noise=2.0, matched=True, hint_noise=1.0, noise_once=True)
+    defences = Defences(feature_noise=2.0, matched=True, hint_noise=1.0, per_image_noise=True)
     owner = client(base, private, defences)
     knowledge = Knowledge(base, "split", defences, private.size, private)
     found: list[list[torch.Tensor]] = [[], []]

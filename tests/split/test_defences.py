@@ -14,7 +14,7 @@ from splitlab.split.defences import (
     from_patches,
     label_share,
     mixing_key,
-    noised_once,
+    noised_per_image,
     noisy_state,
     protect,
     sent_timesteps,
@@ -80,7 +80,7 @@ def test_no_defence_is_no_transform():
     assert transforms(Defences(timestep_floor=600, latent_norm=9.0), client_key=Key.published(0)) == ()
     assert (
         transforms(
-            Defences(feature_noise=1.0, matched=True, hint_noise=1.0, noise_once=True), client_key=Key.published(0)
+            Defences(feature_noise=1.0, matched=True, hint_noise=1.0, per_image_noise=True), client_key=Key.published(0)
         )
         == ()
     )
@@ -208,10 +208,10 @@ def test_coarse_hints_keep_few_numbers_and_white_noise_its_size():
 
 
 def test_noise_drawn_once_is_the_same_in_every_message_and_matched():
-    defences = Defences(feature_noise=6.0, matched=True, hint_noise=2.0, noise_once=True)
+    defences = Defences(feature_noise=6.0, matched=True, hint_noise=2.0, per_image_noise=True)
     latents, hints = (torch.randn(500, 4, 4, 4, generator=tiny.draw(i)) for i in (1, 2))
-    found, found_hints = noised_once(defences, latents, hints, [tiny.draw(i) for i in range(500)])
-    again, _ = noised_once(defences, latents[7:8], hints[7:8], [tiny.draw(7)])
+    found, found_hints = noised_per_image(defences, latents, hints, [tiny.draw(i) for i in range(500)])
+    again, _ = noised_per_image(defences, latents[7:8], hints[7:8], [tiny.draw(7)])
     assert torch.equal(found[7:8], again)  # whoever else is in the batch
     assert (found - latents).std().item() == pytest.approx(6.0, rel=0.03)
     assert (found_hints - hints).std().item() == pytest.approx(2.0, rel=0.03)
@@ -303,8 +303,8 @@ def test_defences_that_do_not_fit_a_message_say_so(defences: Defences, reason: s
      ({"hint_noise": -1.0}, "hint_noise is a standard deviation"),
      ({"latent_norm": -1.0}, "latent_norm is a norm"),
      ({"coarse_hints": 1}, "number of frequencies, 2 or more"),
-     ({"noise_once": True}, "give feature_noise or hint_noise"),
-     ({"feature_noise": 1.0, "noise_once": True, "independent_draws": True}, "leave out independent_draws")],
+     ({"per_image_noise": True}, "give feature_noise or hint_noise"),
+     ({"feature_noise": 1.0, "per_image_noise": True, "independent_draws": True}, "leave out independent_draws")],
 )  # fmt: skip
 def test_contradictory_defences_are_refused(values: dict, reason: str):
     with pytest.raises(InputError, match=reason):

@@ -20,23 +20,24 @@ def everybody(n: int) -> torch.Tensor:
 
 
 def test_the_one_that_was_found_exactly_decides():
-    images, hints, line_up = gallery(20, 0), gallery(20, 1), everybody(20)
+    images, hints, gallery_indices = gallery(20, 0), gallery(20, 1), everybody(20)
     wrong = images.roll(1, 0)
     near = hints + 0.1 * gallery(20, 2)
-    assert identified_by_both(images, hints, images, hints, line_up).all()
-    assert identified_by_both(wrong, near, images, hints, line_up).all()
-    assert identified_by_both(near, wrong, hints, images, line_up).all()
-    assert not identified_by_both(wrong, hints.roll(1, 0), images, hints, line_up).any()
+    assert identified_by_both(images, hints, images, hints, gallery_indices).all()
+    assert identified_by_both(wrong, near, images, hints, gallery_indices).all()
+    assert identified_by_both(near, wrong, hints, images, gallery_indices).all()
+    assert not identified_by_both(wrong, hints.roll(1, 0), images, hints, gallery_indices).any()
     alike = torch.zeros(20, 3, 8, 8)
-    assert not identified_by_both(alike, alike, alike, alike, line_up).any()  # a tie is a miss
+    assert not identified_by_both(alike, alike, alike, alike, gallery_indices).any()  # a tie is a miss
 
 
 def test_two_weak_clues_are_stronger_together():
-    images, hints, line_up = gallery(200, 0), gallery(200, 1), everybody(200)
+    images, hints, gallery_indices = gallery(200, 0), gallery(200, 1), everybody(200)
     found = images + 6 * gallery(200, 2), hints + 6 * gallery(200, 3)
-    both = identified_by_both(*found, images, hints, line_up).float().mean()
+    both = identified_by_both(*found, images, hints, gallery_indices).float().mean()
     alone = [
-        identified_by_both(f, f, g, g, line_up).float().mean() for f, g in zip(found, (images, hints), strict=True)
+        identified_by_both(f, f, g, g, gallery_indices).float().mean()
+        for f, g in zip(found, (images, hints), strict=True)
     ]
     assert both > max(alone) + 0.1
     assert min(alone) > 0.02
@@ -47,10 +48,17 @@ def test_the_ideal_attacker_is_right_as_often_as_theory_says():
     private = torch.stack([torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0)])
     own = torch.arange(20_000) % 2
     view = private[own, 0] + 2.0 * torch.randn(20_000, 1, 1, 1, generator=tiny.draw())
-    line_up = torch.stack([own, 1 - own], 1)
-    right = identified_by_likelihood([(view, torch.full((20_000,), 2.0), private)], line_up).float().mean().item()
+    gallery_indices = torch.stack([own, 1 - own], 1)
+    right = (
+        identified_by_likelihood([(view, torch.full((20_000,), 2.0), private)], gallery_indices).float().mean().item()
+    )
     assert right == pytest.approx(norm.cdf(3.0 / 4.0), abs=0.012)  # four standard errors
-    twice = identified_by_likelihood([(view, torch.full((20_000,), 2.0), private)] * 2, line_up).float().mean().item()
+    twice = (
+        identified_by_likelihood([(view, torch.full((20_000,), 2.0), private)] * 2, gallery_indices)
+        .float()
+        .mean()
+        .item()
+    )
     assert twice == right  # the same view again says nothing new
 
 
@@ -58,12 +66,12 @@ def test_the_ideal_attacker_does_not_know_which_variant_was_sent():
     # candidates -1 and +1 whose signs are flipped in secret leave the same views: a coin decides
     private = torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).view(2, 2, 1, 1, 1)
     view = torch.randn(5000, 1, 1, 1, generator=tiny.draw())
-    line_up = torch.tensor([[0, 1]]).expand(5000, 2)
-    assert not identified_by_likelihood([(view, torch.ones(5000), private)], line_up).any()
+    gallery_indices = torch.tensor([[0, 1]]).expand(5000, 2)
+    assert not identified_by_likelihood([(view, torch.ones(5000), private)], gallery_indices).any()
     hint = torch.tensor([0.0, 50.0]).view(2, 1, 1, 1, 1)
     seen = torch.zeros(5000, 1, 1, 1)
     views = [(view, torch.ones(5000), private), (seen, torch.ones(5000), hint)]
-    assert identified_by_likelihood(views, line_up).all()  # another view tells them apart
+    assert identified_by_likelihood(views, gallery_indices).all()  # another view tells them apart
 
 
 def test_the_public_posterior_is_bayes_rule_and_knows_no_sample_that_is_ruled_out():

@@ -36,7 +36,14 @@ DEFENCES = (
     Defences(key_mixing=3, hide_prompts=True),
     Defences(patch_shuffle=2, fresh_keys=True),
     Defences(patch_shuffle=2, feature_noise=0.1, symsigmoid=True),
-    Defences(borrowed_colours=True, turned=True, layout_noise=0.3, feature_noise=1.0, matched=True, noise_once=True),
+    Defences(
+        borrowed_colours=True,
+        random_symmetry=True,
+        hint_layout_noise=0.3,
+        feature_noise=1.0,
+        matched=True,
+        per_image_noise=True,
+    ),
 )
 
 
@@ -145,7 +152,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     monkeypatch.setattr(draws.secrets, "token_bytes", lambda n: ENTROPY[:n])
     config = secret(scheme=scheme, n_clients=2, steps=8)
     if scheme == "split":
-        config = replace(config, defences=Defences(borrowed_colours=True, turned=True, feature_noise=0.1))
+        config = replace(config, defences=Defences(borrowed_colours=True, random_symmetry=True, feature_noise=0.1))
     given = ("mine", config, base, private, heldout)
     whole = train(*given, out=tmp_path / "whole/out", cache=tmp_path / "whole/cache")
     folders = {"out": tmp_path / "parts/out", "cache": tmp_path / "parts/cache"}

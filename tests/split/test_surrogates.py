@@ -11,7 +11,7 @@ from splitlab.data.colours import are_shapes
 from splitlab.diffusion.base import encoded
 from splitlab.diffusion.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
 from splitlab.diffusion.guided import generate_guided
-from splitlab.diffusion.metrics import iou, line_ups, outline_mask
+from splitlab.diffusion.metrics import draw_galleries, iou, outline_mask
 from splitlab.split.attacks.surrogate_posterior import same_image
 from splitlab.split.client import client_send
 from splitlab.split.identification import identified_as_sent, identified_by_both
@@ -35,7 +35,7 @@ from splitlab.split.surrogates import (
 from splitlab.split.train import make_clients
 from splitlab.split.wire import from_bytes
 
-DISGUISE = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, layout_noise=0.2)
+DISGUISE = Defences(feature_noise=1.0, matched=True, timestep_floor=800, borrowed_colours=True, hint_layout_noise=0.2)
 DATA = tiny.small_set(40, size=32)
 
 
@@ -103,7 +103,7 @@ def test_the_eight_turns_of_a_picture_are_all_there_are():
 
 
 def test_image_and_hint_are_turned_alike_once_and_by_a_secret():
-    defences = Defences(turned=True)
+    defences = Defences(random_symmetry=True)
     sent, again, other = (disguised(DATA, defences, key=Key.published(seed)) for seed in (1, 1, 2))
     assert sent.prompts == DATA.prompts
     assert torch.equal(sent.images, again.images)
@@ -122,16 +122,19 @@ def test_image_and_hint_are_turned_alike_once_and_by_a_secret():
 
 
 def test_turned_samples_are_recognised_in_whatever_turn():
-    defences = Defences(borrowed_colours=True, turned=True)
+    defences = Defences(borrowed_colours=True, random_symmetry=True)
     sent = disguised(DATA, defences, key=Key.published(1))
-    line_up = line_ups(len(DATA), torch.arange(len(DATA)), 20, tiny.draw())
-    known = identified_as_sent(sent.images, sent.hints, DATA, sent.prompts, line_up, defences)
+    gallery_indices = draw_galleries(len(DATA), torch.arange(len(DATA)), 20, tiny.draw())
+    known = identified_as_sent(sent.images, sent.hints, DATA, sent.prompts, gallery_indices, defences)
     assert set(known) == {"image", "hint", "both"}
     assert all(share.float().mean() > 0.9 for share in known.values())
-    still = replace(defences, turned=False)
-    assert identified_as_sent(None, sent.hints, DATA, sent.prompts, line_up, still)["hint"].float().mean() < 0.5
+    still = replace(defences, random_symmetry=False)
+    assert identified_as_sent(None, sent.hints, DATA, sent.prompts, gallery_indices, still)["hint"].float().mean() < 0.5
     noise = torch.rand(DATA.images.shape, generator=tiny.draw()) * 2 - 1
-    assert identified_by_both(noise, noise, DATA.images, DATA.hints, line_up, turned=True).float().mean() < 0.3
+    assert (
+        identified_by_both(noise, noise, DATA.images, DATA.hints, gallery_indices, random_symmetry=True).float().mean()
+        < 0.3
+    )
 
 
 def test_without_these_defences_nothing_changes():
@@ -153,8 +156,8 @@ def test_one_image_sent_twice_shows_the_same_layout(base):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layout_noise": -0.1}, "layout_noise is a standard deviation"),
-     ({"layout_noise": 0.1, "hint_noise": 1.0}, "protects the hint by itself"),
+    [({"hint_layout_noise": -0.1}, "hint_layout_noise is a standard deviation"),
+     ({"hint_layout_noise": 0.1, "hint_noise": 1.0}, "protects the hint by itself"),
      ({"borrowed_colours": True, "hide_prompts": True}, "say nothing of the image")],
 )  # fmt: skip
 def test_contradictions_are_refused(options, message):
@@ -164,9 +167,9 @@ def test_contradictions_are_refused(options, message):
 
 def test_conventional_split_learning_is_refused():
     with pytest.raises(InputError, match="for schemes 'split', 'u_shaped'"):
-        TrainConfig(scheme="split_gradients", defences=Defences(layout_noise=0.1))
-    with pytest.raises(InputError, match="turned"):
-        TrainConfig(scheme="split_gradients", defences=Defences(turned=True))
+        TrainConfig(scheme="split_gradients", defences=Defences(hint_layout_noise=0.1))
+    with pytest.raises(InputError, match="random_symmetry"):
+        TrainConfig(scheme="split_gradients", defences=Defences(random_symmetry=True))
 
 
 def test_prompts_without_colours_are_refused():
@@ -217,16 +220,16 @@ needs_data = pytest.mark.skipif(
 @pytest.mark.parametrize("noise", [0.02, 5.0])
 def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned):
     shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
-    defences = replace(DISGUISE, layout_noise=noise, turned=turned)
+    defences = replace(DISGUISE, hint_layout_noise=noise, random_symmetry=turned)
     public = load(ROOT / "data/public/shapes.zip", limit=600)
     (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=64, published_key=0))
     message, truth = client_send(client, 0, 64)
     knowledge = Knowledge(shipped, "split", defences, private.size, public)
-    found = run_attack("undisguise", [from_bytes(message)], knowledge, generator=tiny.draw())
-    line_up = line_ups(64, truth.indices, 64, tiny.draw())
+    found = run_attack("surrogate_posterior", [from_bytes(message)], knowledge, generator=tiny.draw())
+    gallery_indices = draw_galleries(64, truth.indices, 64, tiny.draw())
     prompts = disguised(private, defences, key=Key.published(0)).prompts
     sent = tuple(prompts[i] for i in truth.indices)
-    known = identified_as_sent(found.images, found.hints, private, sent, line_up, defences)
+    known = identified_as_sent(found.images, found.hints, private, sent, gallery_indices, defences)
     share = known["hint"].float().mean()
     assert (share > (0.25 if turned else 0.5)) if noise < 1 else (share < 0.15)
     disc, ground = colours_of([prompts[i] for i in truth.indices])
@@ -238,13 +241,15 @@ def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned
 @pytest.mark.parametrize("once", [False, True])
 def test_messages_of_one_disguise_are_put_together(once):
     shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
-    defences = replace(DISGUISE, turned=True, feature_noise=3.0, timestep_floor=600, noise_once=once)
+    defences = replace(DISGUISE, random_symmetry=True, feature_noise=3.0, timestep_floor=600, per_image_noise=once)
     (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=32, published_key=0))
     sent = [client_send(client, step, 32) for step in range(24)]
     messages, truth = [from_bytes(message) for message, _ in sent], torch.cat([told.indices for _, told in sent])
     knowledge = Knowledge(shipped, "split", defences, 32, load(ROOT / "data/public/shapes.zip", limit=600))
-    every = run_attack("undisguise", messages, knowledge, generator=tiny.draw(), options={"sharpness": 1.0})
-    first = run_attack("undisguise", messages[:2], knowledge, generator=tiny.draw(), options={"sharpness": 1.0})
+    every = run_attack("surrogate_posterior", messages, knowledge, generator=tiny.draw(), options={"sharpness": 1.0})
+    first = run_attack(
+        "surrogate_posterior", messages[:2], knowledge, generator=tiny.draw(), options={"sharpness": 1.0}
+    )
     images, alone = torch.as_tensor(every.images), torch.as_tensor(first.images)
     for index in range(64):
         assert torch.equal(*images[(truth == index).nonzero()[:2, 0]])
@@ -271,26 +276,26 @@ def test_messages_are_of_one_image_if_client_prompt_and_layout_are():
 
 
 @needs_data
-def test_turned_photographs_are_undisguised_also_where_their_plain_encodings_are_cached(tmp_path):
+def test_turned_photographs_are_recovered_also_where_their_plain_encodings_are_cached(tmp_path):
     shipped, public = load_base(ROOT / "models/base"), load(ROOT / "data/public/photos.zip", limit=64)
     private = public.subset(range(16))  # so that somebody who weighs them in the right turn knows them
     encoded(shipped, public, cache=tmp_path)
-    defences = Defences(feature_noise=0.1, matched=True, turned=True)
+    defences = Defences(feature_noise=0.1, matched=True, random_symmetry=True)
     (client,) = make_clients(
         shipped, private, TrainConfig(dataset="photos", defences=defences, batch_size=16, published_key=0)
     )
     message, truth = client_send(client, 0, 16)
     knowledge = Knowledge(shipped, "split", defences, private.size, public, cache=tmp_path)
-    found = run_attack("undisguise", [from_bytes(message)], knowledge, generator=tiny.draw())
+    found = run_attack("surrogate_posterior", [from_bytes(message)], knowledge, generator=tiny.draw())
     assert found.images.shape == found.hints.shape == (16, 3, 32, 32)
-    line_up = line_ups(16, truth.indices, 16, tiny.draw())
-    known = identified_as_sent(found.images, found.hints, private, (), line_up, defences)
+    gallery_indices = draw_galleries(16, truth.indices, 16, tiny.draw())
+    known = identified_as_sent(found.images, found.hints, private, (), gallery_indices, defences)
     assert known["image"].float().mean() > 0.8
 
 
 @needs_data
-def test_only_disguised_clients_are_undisguised():
+def test_the_attack_on_surrogates_is_for_clients_that_send_them():
     shipped, public = load_base(ROOT / "models/base"), load(ROOT / "data/public/shapes.zip", limit=8)
     knowledge = Knowledge(shipped, "split", Defences(), 32, public)
     with pytest.raises(InputError, match="take nearest_public instead"):
-        run_attack("undisguise", [], knowledge, generator=tiny.draw())
+        run_attack("surrogate_posterior", [], knowledge, generator=tiny.draw())

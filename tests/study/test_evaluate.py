@@ -200,7 +200,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 def test_disguised_samples_are_recognised_as_they_were_sent(run: Path, base: Base, private: ImageSet) -> None:
     known = run_truth(run, base, private)
-    defences = Defences(borrowed_colours=True, turned=True)
+    defences = Defences(borrowed_colours=True, random_symmetry=True)
     sent, own = disguised(private, defences, key=Key.published(0)), known.truth.indices
     truth = replace(known.truth, prompts=tuple(sent.prompts[i] for i in own.tolist()))
     hidden = replace(known, config=replace(known.config, defences=defences), truth=truth)

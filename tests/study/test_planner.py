@@ -82,14 +82,16 @@ def test_the_guarantee_is_that_of_image_and_hint_together_composed_over_the_run(
 
 
 def test_noise_drawn_once_does_not_compose():
-    once = Setting(Defences(feature_noise=7.0, matched=True, hint_noise=2.0, noise_once=True), 0.1, "a", 1.0, 0.5)
+    once = Setting(Defences(feature_noise=7.0, matched=True, hint_noise=2.0, per_image_noise=True), 0.1, "a", 1.0, 0.5)
     found = plan([once], tiny.ALPHAS, identification=0.1, **ASKED)
     assert found.mu_run == found.mu_message == pytest.approx(math.hypot(60 / 7, 60 / 2), rel=1e-6)
     assert "The prompt is sent as it is" in str(found)
 
 
 def test_a_noised_layout_is_bounded_by_itself_and_sent_once():
-    defences = Defences(timestep_floor=800, feature_noise=1.0, matched=True, borrowed_colours=True, layout_noise=0.2)
+    defences = Defences(
+        timestep_floor=800, feature_noise=1.0, matched=True, borrowed_colours=True, hint_layout_noise=0.2
+    )
     found = plan([Setting(defences, 0.1, "a", 1.0, 0.5)], tiny.ALPHAS, identification=0.1, **ASKED)
     # 2 R sqrt(ᾱ_800) / σ1 for the image; the diagonal of the unit cube over the noise, sqrt(3) / 0.2, for the layout
     image, hint = 60.0 * math.sqrt(float(tiny.ALPHAS[800])), math.sqrt(3) / 0.2
@@ -176,8 +178,8 @@ def test_what_is_private_for_one_message_need_not_be_for_a_run():
     one, run = (
         plan(shipped(messages=n), tiny.ALPHAS, norm=36.0, delta=1e-5, messages=n, identification=0.1) for n in (1, 29)
     )
-    assert not one.setting.defences.noise_once
-    assert run.setting.defences.noise_once
+    assert not one.setting.defences.per_image_noise
+    assert run.setting.defences.per_image_noise
     assert "from one message" in str(one)
     assert "from up to 29 messages per image, somebody who holds the candidates" in str(run)
     assert one.setting.control_iou > run.setting.control_iou > 0.5

@@ -73,7 +73,7 @@ def test_identification_that_was_not_scored_is_not_told_as_a_number(material: re
 
     found = evidence(material, change)
     assert (
-        "how many private images it picks out of a line-up was not measured"
+        "how many private images it picks out of a gallery was not measured"
         in report.summary(replace(material, evidence=found)).data
     )
     assert f"identifies {UNMEASURED}" in str(strongest(leaks(found.attacks))["s1"])
@@ -213,6 +213,6 @@ def test_timesteps_that_never_come_back_refute_and_unscored_ones_do_not(tmp_path
     assert f"from random starts, in {UNMEASURED}" in update_report.claims_table(updates(tmp_path, good, times)).data
 
 
-def test_the_line_up_of_updates_is_that_of_the_table(tmp_path: Path) -> None:
+def test_the_gallery_of_updates_is_that_of_the_table(tmp_path: Path) -> None:
     found = updates(tmp_path, {"cell": "a", "attack": "unknown_noise", "ssim": 0.9, "id_chance": 0.125})
     assert "among 8 private images" in update_report.table(found).data

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from splitlab.core.progress import Callback
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import averaged, labelled, latent_view, summed
-from splitlab.split.attacks.posterior import Calibration, Rehearsal, denoise, principal, used_fields
+from splitlab.split.attacks.posterior import Calibration, CalibrationSet, denoise, principal, used_fields
 from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
@@ -51,24 +51,24 @@ def accumulation(
     """
     seen, base = labelled(observations, knowledge), knowledge.base
     view, std = latent_view(seen, knowledge)
-    rehearsal = Rehearsal(seen, observations, knowledge, generator)
-    raw_hints = rehearsal.clamp(hint_latents(seen, observations, knowledge))
-    features = Features.of(view, std, raw_hints, rehearsal)
-    labels, found = link(features, senders(observations), threshold(rehearsal), callback=callback)
+    calibration_set = CalibrationSet(seen, observations, knowledge, generator)
+    raw_hints = calibration_set.clamp(hint_latents(seen, observations, knowledge))
+    features = Features.of(view, std, raw_hints, calibration_set)
+    labels, found = link(features, senders(observations), threshold(calibration_set), callback=callback)
 
     counts = summed(torch.ones(len(labels)), labels)
-    once = knowledge.defences.noise_once
+    once = knowledge.defences.per_image_noise
     merged, merged_std = averaged(view, std.clamp_min(FLOOR), labels, once=once)
     merged_std = torch.where(merged_std > FLOOR, merged_std, 0.0)  # exact ones stay exact
     text = seen.encoder_hidden_states
     text = None if text is None else summed(text, labels) / counts[:, None, None]
     latents = denoise(merged, merged_std, knowledge, text=text, batch=batch)
-    latents = _calibrated(latents, merged_std, rehearsal, knowledge, text is not None, generator)
+    latents = _calibrated(latents, merged_std, calibration_set, knowledge, text is not None, generator)
 
     hints, used = None, used_fields(seen)
     if raw_hints is not None:
         mean_hints = summed(raw_hints, labels) / counts[:, None, None, None]
-        merged_hints = rehearsal.hints(mean_hints, None if once else counts)
+        merged_hints = calibration_set.hints(mean_hints, None if once else counts)
         hints, used = base.decode(torch.as_tensor(merged_hints))[labels], (*used, "smashed")
     return Reconstruction(base.decode(latents)[labels], hints, used=used, objective=tuple(found), n_evals=1)
 
@@ -76,16 +76,16 @@ def accumulation(
 def _calibrated(
     latents: Tensor,
     std: Tensor,
-    rehearsal: Rehearsal,
+    calibration_set: CalibrationSet,
     knowledge: Knowledge,
     prompted: bool,
     generator: torch.Generator,
 ) -> Tensor:
     """Shrink as `posterior` does, by what denoising achieves on public latents at the averages' noise levels."""
-    truth = rehearsal.latents
+    truth = calibration_set.latents
     levels = std[torch.randint(len(std), (len(truth),), generator=generator)]
     views = truth + levels * torch.randn(truth.shape, generator=generator)
-    text = rehearsal.text if prompted else None
+    text = calibration_set.text if prompted else None
     return Calibration(levels, denoise(views, levels, knowledge, text=text), truth)(std, latents)
 
 
@@ -95,7 +95,7 @@ class Features:
 
     Attributes:
         values: list of `[n, r]` coordinates, one tensor for the views and one for the hints where there are any;
-            those of hints in units of the noise that rehearsed ones have there, which need not be white.
+            those of hints in units of the noise that simulated ones have there, which need not be white.
         variances: list of `[n]` noise variances per coordinate.
         spreads: list of `[r]` variances of the public data.
         caps: how much a likeness may count for at most, in nats. Outlines of different images can be alike, as
@@ -108,19 +108,19 @@ class Features:
     caps: tuple[float, ...] = (math.inf, math.inf)
 
     @classmethod
-    def of(cls, view: Tensor, std: Tensor, hints: Tensor | None, rehearsal: Rehearsal) -> "Features":
+    def of(cls, view: Tensor, std: Tensor, hints: Tensor | None, calibration_set: CalibrationSet) -> "Features":
         """Project views, and hints where they were recovered."""
-        mean, directions, spread = principal(rehearsal.data.latents)
+        mean, directions, spread = principal(calibration_set.data.latents)
         values, spreads = [(view.flatten(1) - mean) @ directions], [spread]
         variances = [std.flatten().clamp_min(FLOOR).square()]
         if hints is not None:
-            mean, directions, spread = principal(rehearsal.public_hints)
-            errors = torch.as_tensor(rehearsal.raw_hints) - rehearsal.public_hints[rehearsal.chosen]
+            mean, directions, spread = principal(calibration_set.public_hints)
+            errors = torch.as_tensor(calibration_set.raw_hints) - calibration_set.public_hints[calibration_set.chosen]
             noise = (errors.flatten(1) @ directions).square().mean(0).clamp_min(FLOOR**2)
             values.append((hints.flatten(1) - mean) @ directions / noise.sqrt())
             variances.append(torch.ones(len(hints)))
             spreads.append(spread / noise)
-        return cls(values, variances, spreads, (math.inf, math.log(len(rehearsal.data))))
+        return cls(values, variances, spreads, (math.inf, math.log(len(calibration_set.data))))
 
     def __len__(self) -> int:
         return len(self.variances[0])
@@ -147,17 +147,17 @@ def same_image(first: Features, second: Features) -> Float[Tensor, "n m"]:
     return total
 
 
-def threshold(rehearsal: Rehearsal) -> float:
+def threshold(calibration_set: CalibrationSet) -> float:
     """Choose the log-likelihood ratio above which to link, on public samples sent twice.
 
     Chosen so that missed links of one image and links of two different ones are, as shares, least in sum; where a
     whole interval does, its value nearest 0, the threshold of equal odds.
     """
-    n = len(rehearsal.chosen) // 2
-    both, _ = rehearsal.send(rehearsal.chosen[:n].repeat(2))
-    hints = rehearsal.clamp(hint_latents(both, [both], rehearsal.known))
-    view, std = latent_view(both, rehearsal.known)
-    features = Features.of(view, std, hints, rehearsal)
+    n = len(calibration_set.chosen) // 2
+    both, _ = calibration_set.send(calibration_set.chosen[:n].repeat(2))
+    hints = calibration_set.clamp(hint_latents(both, [both], calibration_set.known))
+    view, std = latent_view(both, calibration_set.known)
+    features = Features.of(view, std, hints, calibration_set)
     ratios = same_image(features[torch.arange(n)], features[torch.arange(n, 2 * n)])
     equal = ratios.diagonal().sort().values
     different = ratios[~torch.eye(n, dtype=torch.bool)].sort().values

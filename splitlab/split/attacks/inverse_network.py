@@ -20,7 +20,7 @@ from splitlab.diffusion.base import encoded
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
 from splitlab.split.attacks.networks import InverseNetwork
-from splitlab.split.attacks.posterior import Calibration, Rehearsal, denoise, used_fields
+from splitlab.split.attacks.posterior import Calibration, CalibrationSet, denoise, used_fields
 from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.attacks.simulated_client import imitable, imitate
 from splitlab.split.defences import signal_level
@@ -106,14 +106,16 @@ class _Options:
     weight_decay: float = 1e-4
 
 
-def _network(n_inputs: int, n_outputs: int, options: _Options, draw: torch.Generator, **more: int) -> InverseNetwork:
+def _network(
+    n_inputs: int, n_outputs: int, options: _Options, generator: torch.Generator, **more: int
+) -> InverseNetwork:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=draw)))
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         return InverseNetwork(n_inputs, n_outputs, options.width, options.n_blocks, **more)
 
 
 def _plain(
-    seen: Observation, knowledge: Knowledge, draw: torch.Generator, callback: Callback | None, options: _Options
+    seen: Observation, knowledge: Knowledge, generator: torch.Generator, callback: Callback | None, options: _Options
 ) -> Reconstruction:
     """He et al.: from the sent maps to image and hint, everything learned."""
     base = knowledge.base
@@ -123,11 +125,11 @@ def _plain(
     timesteps = seen.need("timesteps")
     data = encoded(base, knowledge.public, cache=knowledge.cache)
     channels = data.latents.shape[1]
-    kept = _kept(knowledge, inputs, options, draw)
-    network = _network(channels * len(inputs), 2 * channels, options, draw)
+    kept = _kept(knowledge, inputs, options, generator)
+    network = _network(channels * len(inputs), 2 * channels, options, generator)
 
     def loss() -> Tensor:
-        message, chosen = imitate(data, knowledge, options.batch, draw)
+        message, chosen = imitate(data, knowledge, options.batch, generator)
         maps = torch.cat([message.need(name) for name in inputs], 1)
         found = network(maps, message.need("timesteps") / base.n_timesteps)
         return F.mse_loss(found, torch.cat([data.latents[chosen], data.hint_latents[chosen]], 1))
@@ -174,7 +176,7 @@ def _fit(
     return losses
 
 
-def _kept(knowledge: Knowledge, inputs: Sequence[str], options: _Options, draw: torch.Generator) -> Path | None:
+def _kept(knowledge: Knowledge, inputs: Sequence[str], options: _Options, generator: torch.Generator) -> Path | None:
     """Name the file of a network that does not depend on the defences, by all that determines it; else None.
 
     Only an attacker who was denied them trains the same network again for every defence.
@@ -188,7 +190,7 @@ def _kept(knowledge: Knowledge, inputs: Sequence[str], options: _Options, draw: 
         "scheme": knowledge.scheme,
         "inputs": sorted(inputs),
         "options": options,
-        "draw": hashlib.sha256(draw.get_state().numpy().tobytes()).hexdigest(),
+        "draw": hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest(),
         "torch": torch.__version__,
     }
     return knowledge.cache / f"inverse-{digest(facts)[:16]}.safetensors"
@@ -222,15 +224,15 @@ class Clues:
 class _Detective:
     """Finds clues in messages; what it needs to know of the estimates' errors it learns on imitated ones."""
 
-    def __init__(self, rehearsal: Rehearsal, knowledge: Knowledge):
-        self.rehearsal, self.knowledge = rehearsal, knowledge
-        self.estimate = denoise(rehearsal.view, rehearsal.std, knowledge, text=rehearsal.text)
-        self.calibration = Calibration(rehearsal.std, self.estimate, rehearsal.latents)
-        self.hint_truth = rehearsal.data.hint_latents[rehearsal.chosen]
+    def __init__(self, calibration_set: CalibrationSet, knowledge: Knowledge):
+        self.calibration_set, self.knowledge = calibration_set, knowledge
+        self.estimate = denoise(calibration_set.view, calibration_set.std, knowledge, text=calibration_set.text)
+        self.calibration = Calibration(calibration_set.std, self.estimate, calibration_set.latents)
+        self.hint_truth = calibration_set.data.hint_latents[calibration_set.chosen]
 
-    def rehearsed(self) -> Clues:
+    def simulated(self) -> Clues:
         """Return the clues in the imitated messages."""
-        r = self.rehearsal
+        r = self.calibration_set
         raw = hint_latents(r.message, [r.message], r.known)
         return self._clues(r.message, r.view, r.std, self.estimate, raw, r.known, own=r.chosen)
 
@@ -258,7 +260,7 @@ class _Detective:
         maps = [view / (1 + std.square()).sqrt(), latents, flat * log_std / 3, flat * alphas.sqrt()]
         hints, hint_error = None, torch.zeros_like(std)
         if raw is not None:
-            hints = torch.as_tensor(self.rehearsal.hints(self.rehearsal.clamp(raw), own=own))
+            hints = torch.as_tensor(self.calibration_set.hints(self.calibration_set.clamp(raw), own=own))
             hint_error = hint_error + self.hint_error
             noise = knowledge.defences.hint_noise
             maps += [raw / (2 * math.sqrt(1 + noise**2)) if noise else raw.clamp(-8, 8) / 2, hints]
@@ -269,7 +271,7 @@ class _Detective:
     @cached_property
     def hint_error(self) -> float:
         """Root mean square error of the estimated hints on imitated messages."""
-        r = self.rehearsal
+        r = self.calibration_set
         found = torch.as_tensor(r.hints(r.raw_hints, own=r.chosen))
         return float((found - self.hint_truth).square().mean().sqrt())
 
@@ -282,7 +284,7 @@ def _improved(
     seen: Observation,
     observations: Sequence[Observation],
     knowledge: Knowledge,
-    draw: torch.Generator,
+    generator: torch.Generator,
     callback: Callback | None,
     options: _Options,
 ) -> Reconstruction:
@@ -296,31 +298,31 @@ def _improved(
         seen.need(name)
     if not imitable(knowledge):
         seen = seen.without("smashed")
-    kept = _kept(knowledge, list(seen.tensors), options, draw)
-    rehearsal = Rehearsal(seen, observations, knowledge, draw, n=options.pool)
-    detective = _Detective(rehearsal, knowledge)
-    known = detective.rehearsed()
+    kept = _kept(knowledge, list(seen.tensors), options, generator)
+    calibration_set = CalibrationSet(seen, observations, knowledge, generator, n=options.pool)
+    detective = _Detective(calibration_set, knowledge)
+    known = detective.simulated()
     latent_scale, hint_scale = (e.clamp_min(LEAST_ERROR) for e in (known.latent_error, known.hint_error))
-    wanted = (rehearsal.latents - known.latents) / latent_scale
+    wanted = (calibration_set.latents - known.latents) / latent_scale
     if known.hints is not None:
         wanted = torch.cat([wanted, (detective.hint_truth - known.hints) / hint_scale], 1)
     n_context = 0 if known.text is None else known.text.shape[1]
     places = known.maps[0, 0].numel()
     more = {"n_frequencies": 4, "n_context": n_context, "n_places": places if places <= MOST_PLACES else 0}
-    network = _network(known.maps.shape[1], wanted.shape[1], options, draw, **more)
+    network = _network(known.maps.shape[1], wanted.shape[1], options, generator, **more)
     nn.init.zeros_(network.last.weight)
     nn.init.zeros_(torch.as_tensor(network.last.bias))
 
     n_trained = len(wanted) - max(len(wanted) // 8, 1)
 
     def loss() -> Tensor:
-        chosen = torch.randint(n_trained, (options.batch,), generator=draw)
+        chosen = torch.randint(n_trained, (options.batch,), generator=generator)
         part = known[chosen]
         return F.mse_loss(network(part.maps, part.level, part.text), wanted[chosen])
 
     losses = _fit(network, loss, callback, options, kept)
     rest = torch.arange(n_trained, len(wanted))
-    gains = _gains(_run(network, known[rest]), wanted[rest], rehearsal.latents.shape[1])
+    gains = _gains(_run(network, known[rest]), wanted[rest], calibration_set.latents.shape[1])
     latents, hints = _apply(network, detective.clues(seen, observations), gains)
     used = used_fields(seen) if hints is None else (*used_fields(seen), "smashed")
     pictures = None if hints is None else base.decode(hints)

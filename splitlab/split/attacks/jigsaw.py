@@ -198,11 +198,11 @@ def _exchanged(
 class _Solver:
     """Names each patch's place from the contents of all: a transformer without positions."""
 
-    def __init__(self, public: Float[Tensor, "m p d"], width: int, n_layers: int, draw: torch.Generator):
+    def __init__(self, public: Float[Tensor, "m p d"], width: int, n_layers: int, generator: torch.Generator):
         self.public = public
         self.mean, self.scale = public.mean((0, 1)), public.flatten(0, 1).std(0)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=draw)))
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
             layers = [
                 nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
                 for _ in range(n_layers)
@@ -215,7 +215,7 @@ class _Solver:
     def fit(
         self,
         std: Float[Tensor, " n"],
-        draw: torch.Generator,
+        generator: torch.Generator,
         callback: Callback | None,
         *,
         steps: int,
@@ -228,9 +228,9 @@ class _Solver:
         target = torch.arange(self.public.shape[1]).expand(batch, -1)
         losses = []
         for step in tqdm(range(steps), desc="jigsaw", mininterval=2, leave=False):
-            pieces = self.public[torch.randint(len(self.public), (batch,), generator=draw)]
-            noise = torch.randn(pieces.shape, generator=draw)
-            pieces = pieces + noise * std[torch.randint(len(std), (batch,), generator=draw)][:, None, None]
+            pieces = self.public[torch.randint(len(self.public), (batch,), generator=generator)]
+            noise = torch.randn(pieces.shape, generator=generator)
+            pieces = pieces + noise * std[torch.randint(len(std), (batch,), generator=generator)][:, None, None]
             loss = F.cross_entropy(self.network((pieces - self.mean) / self.scale).transpose(1, 2), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

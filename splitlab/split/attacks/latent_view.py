@@ -58,7 +58,7 @@ def averaged(
     Args:
         view, std: latents plus white Gaussian noise, and that noise's standard deviation, above 0.
         labels: which image, 0 to m - 1, each view is of.
-        once: the views of one image share their noise, and none of it averages out (`Defences.noise_once`).
+        once: the views of one image share their noise, and none of it averages out (`Defences.per_image_noise`).
     """
     weights = 1 / std.square()
     precision = summed(weights, labels)

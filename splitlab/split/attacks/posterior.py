@@ -84,11 +84,11 @@ def posterior(
 
     latents = estimate(view, std, seen.encoder_hidden_states, callback)
     images_used = used_fields(seen)
-    rehearsal = Rehearsal(seen, observations, knowledge, generator)
+    calibration_set = CalibrationSet(seen, observations, knowledge, generator)
     if calibrate:
-        learned = estimate(rehearsal.view, rehearsal.std, rehearsal.text)
-        latents = Calibration(rehearsal.std, learned, rehearsal.latents)(std, latents)
-    hints = rehearsal.hints(hint_latents(seen, observations, knowledge))
+        learned = estimate(calibration_set.view, calibration_set.std, calibration_set.text)
+        latents = Calibration(calibration_set.std, learned, calibration_set.latents)(std, latents)
+    hints = calibration_set.hints(hint_latents(seen, observations, knowledge))
     used = images_used if hints is None else (*images_used, "smashed")
     n_evals = steps * draws * (2 if guidance != 1 and seen.encoder_hidden_states is not None else 1)
     base = knowledge.base
@@ -185,7 +185,7 @@ def _noise_pred(state: Tensor, timesteps: Tensor, knowledge: Knowledge, text: Te
     return plain + guidance * (predicted - plain)
 
 
-class Rehearsal:
+class CalibrationSet:
     """Public messages sent as the real ones were: what an estimate achieves on them, the attacker can measure."""
 
     def __init__(
@@ -216,7 +216,7 @@ class Rehearsal:
 
     @property
     def raw_hints(self) -> Tensor | None:
-        """The hint latents that the closed form finds in the rehearsed messages, within the public range."""
+        """The hint latents that the closed form finds in the simulated messages, within the public range."""
         return self.clamp(hint_latents(self.message, [self.message], self.known))
 
     def clamp(self, raw: Tensor | None) -> Tensor | None:
@@ -267,7 +267,7 @@ class Rehearsal:
 
     @cached_property
     def _best_guess(self) -> str:
-        """What to make of noised hints: whichever errs least on the rehearsed ones."""
+        """What to make of noised hints: whichever errs least on the simulated ones."""
         raw = torch.as_tensor(self.raw_hints)
         truth = self.data.hint_latents[self.chosen]
         rules = ("raw", "posterior") if self.known.defences.coarse_hints else ("raw", "wiener", "posterior")

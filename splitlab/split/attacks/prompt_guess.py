@@ -120,9 +120,9 @@ class Captioner(nn.Module):
         return self.last(self.text(states) + self.image(seen)).log_softmax(-1)
 
 
-def _fresh_captioner(channels: int, ids: Int[Tensor, "n k"], base: Base, draw: torch.Generator) -> Captioner:
+def _fresh_captioner(channels: int, ids: Int[Tensor, "n k"], base: Base, generator: torch.Generator) -> Captioner:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=draw)))
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         return Captioner(channels, ids, base.text_shape[1])
 
 
@@ -131,7 +131,7 @@ def _fit(
     data: Encoded,
     ids: Int[Tensor, "n k"],
     std: Float[Tensor, "m 1 1 1"],
-    draw: torch.Generator,
+    generator: torch.Generator,
     callback: Callback | None,
     *,
     steps: int,
@@ -145,11 +145,11 @@ def _fit(
     wanted[:, 1:][ids[:, 1:-1] == ids[0, -1]] = -100  # past the end: every row's last token is the end's
     losses = []
     for step in tqdm(range(steps), desc="captioner", mininterval=2, leave=False):
-        chosen = torch.randint(len(data), (batch,), generator=draw)
-        level = _blurred(std[torch.randint(len(std), (batch,), generator=draw)])
+        chosen = torch.randint(len(data), (batch,), generator=generator)
+        level = _blurred(std[torch.randint(len(std), (batch,), generator=generator)])
         latents = data.latents[chosen]
-        view = latents + level * torch.randn(latents.shape, generator=draw)
-        if torch.rand((), generator=draw) < 0.5:
+        view = latents + level * torch.randn(latents.shape, generator=generator)
+        if torch.rand((), generator=generator) < 0.5:
             view = view.flip(3)
         scores = captioner(captioner.features(view, level), data.text[chosen, : ids.shape[1] - 1])
         loss = F.nll_loss(scores.flatten(0, 1), wanted[chosen].flatten(), ignore_index=-100)
@@ -210,7 +210,7 @@ def _misfit(
     tokens: Int[Tensor, "n b l"],
     view: Float[Tensor, "n c h w"],
     std: Float[Tensor, "n 1 1 1"],
-    draw: torch.Generator,
+    generator: torch.Generator,
     *,
     added: int = 300,
     batch: int = 128,
@@ -226,7 +226,7 @@ def _misfit(
     r = ((1 - alpha) / alpha).sqrt()
     q = (std.square() + r.square()).sqrt()
     timesteps, _ = matching_timesteps(q, knowledge)
-    states = view + r * torch.randn(view.shape, generator=draw)
+    states = view + r * torch.randn(view.shape, generator=generator)
     unique, inverse = torch.unique(tokens.flatten(0, 1), dim=0, return_inverse=True)
     text = torch.cat([base.text_encoder(part).last_hidden_state for part in unique.split(256)])
     rows, misfits = torch.arange(len(view)).repeat_interleave(tokens.shape[1]), []

@@ -111,7 +111,7 @@ class _Hypothesis:
 
 
 class _Search:
-    """Beam search for the token sequences behind `states` `[u, l, d]`, all samples abreast."""
+    """Beam search for the token sequences behind `states` `[u, l, d]`, all samples at once."""
 
     def __init__(self, base: Base, prompts: Iterable[str], states: Tensor, beam: int, tolerance: float):
         self.base, self.states, self.beam, self.limit = base, states, beam, tolerance**2

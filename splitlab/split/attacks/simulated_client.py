@@ -15,7 +15,7 @@ from splitlab.split.defences import (
     Defence,
     draw_noise,
     draw_timesteps,
-    noised_once,
+    noised_per_image,
     noisy_state,
     protect,
     sent_timesteps,
@@ -30,7 +30,7 @@ def imitable(knowledge: Knowledge) -> bool:
 
 
 def imitate(
-    data: Encoded, knowledge: Knowledge, batch: int, draw: torch.Generator, *, chosen: Tensor | None = None
+    data: Encoded, knowledge: Knowledge, batch: int, generator: torch.Generator, *, chosen: Tensor | None = None
 ) -> tuple[Observation, Tensor]:
     """Send one message of public data through the defences, with fresh draws of every secret, fixed noise included.
 
@@ -38,22 +38,24 @@ def imitate(
         data: the public data, encoded.
         knowledge: the threat model; its defences are imitated.
         batch: samples of the message.
-        draw: of samples, timesteps, noise and secrets.
+        generator: of samples, timesteps, noise and secrets.
         chosen: `[batch]` positions in `data`; drawn where it is None.
 
     Returns the message (`noise` included, also where the client keeps it) and `chosen`.
     """
     defences, alphas_cumprod = knowledge.defences, knowledge.base.alphas_cumprod
     if chosen is None:
-        chosen = torch.randint(len(data), (batch,), generator=draw)
-    named = sent_timesteps(defences, draw_timesteps(defences, batch, alphas_cumprod, draw), alphas_cumprod)
-    latents, hints = noised_once(defences, data.latents[chosen], data.hint_latents[chosen], [draw] * len(chosen))
-    noise = draw_noise(defences, tuple(latents.shape), draw)
+        chosen = torch.randint(len(data), (batch,), generator=generator)
+    named = sent_timesteps(defences, draw_timesteps(defences, batch, alphas_cumprod, generator), alphas_cumprod)
+    latents, hints = noised_per_image(
+        defences, data.latents[chosen], data.hint_latents[chosen], [generator] * len(chosen)
+    )
+    noise = draw_noise(defences, tuple(latents.shape), generator)
     noisy = noisy_state(defences, latents, noise, named, alphas_cumprod)
     message = Observation(-1, -1, named, noisy, hints + noisy, noise, data.text[chosen])
-    message = protect(message, _secretless(defences), draw).float()
+    message = protect(message, _secretless(defences), generator).float()
     if defences.fixed_noise:
-        secret = torch.randn(latents.shape, generator=draw) * defences.fixed_noise
+        secret = torch.randn(latents.shape, generator=generator) * defences.fixed_noise
         message = replace(message, smashed=message.need("smashed") + secret)
     return message, chosen
 
@@ -65,7 +67,7 @@ def _secretless(defences: Defences) -> tuple[Defence, ...]:
 
 
 def imitate_known(
-    data: Encoded, knowledge: Knowledge, sizes: Sequence[int], chosen: Tensor, draw: torch.Generator
+    data: Encoded, knowledge: Knowledge, sizes: Sequence[int], chosen: Tensor, generator: torch.Generator
 ) -> tuple[Observation, Knowledge]:
     """Imitate an attacker who has already estimated and taken off the clients' fixed noise.
 
@@ -77,7 +79,7 @@ def imitate_known(
         knowledge: the threat model.
         sizes: how many samples each real client sent.
         chosen: `[m]` positions in `data`.
-        draw: of timesteps, noise and secrets.
+        generator: of timesteps, noise and secrets.
 
     Returns the message of `m` samples, and the knowledge that fits it: the same without the fixed noise.
     """
@@ -86,24 +88,24 @@ def imitate_known(
     group = defences.key_mixing or 1
     spare = (-len(chosen)) % group
     whole = torch.cat([chosen, chosen[:1].expand(spare)])
-    message, _ = imitate(data, known, len(whole), draw, chosen=whole)
+    message, _ = imitate(data, known, len(whole), generator, chosen=whole)
     message = message.map(lambda value: value[: len(chosen)])
     if not defences.fixed_noise or message.smashed is None:
         return message, known
-    missed = fixed_noise_error(data, knowledge, min(sizes), draw)
-    placed = missed.flatten()[torch.randint(missed.numel(), (message.smashed.numel(),), generator=draw)]
+    missed = fixed_noise_error(data, knowledge, min(sizes), generator)
+    placed = missed.flatten()[torch.randint(missed.numel(), (message.smashed.numel(),), generator=generator)]
     return replace(message, smashed=message.smashed + placed.view_as(message.smashed)), known
 
 
-def fixed_noise_error(data: Encoded, knowledge: Knowledge, n: int, draw: torch.Generator) -> Tensor:
+def fixed_noise_error(data: Encoded, knowledge: Knowledge, n: int, generator: torch.Generator) -> Tensor:
     """Measure on an imitated client of n samples what the estimate of its fixed noise misses; `[c, h, w]`."""
     defences = knowledge.defences
     group = defences.key_mixing or 1
     message, _ = imitate(
-        data, replace(knowledge, defences=replace(defences, fixed_noise=0.0)), -(-n // group) * group, draw
+        data, replace(knowledge, defences=replace(defences, fixed_noise=0.0)), -(-n // group) * group, generator
     )
     smashed = message.need("smashed")
-    secret = torch.randn(smashed.shape[1:], generator=draw) * defences.fixed_noise
+    secret = torch.randn(smashed.shape[1:], generator=generator) * defences.fixed_noise
     found = estimate_fixed_noise(
         smashed + secret,
         message.need("noisy_latents"),

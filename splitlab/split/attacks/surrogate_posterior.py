@@ -42,12 +42,12 @@ LEAST_STD = 0.1
 SAME_LAYOUT = 0.01
 """Distance of two layouts, in shares of the picture's side, up to which they are one that was sent twice."""
 
-N_REHEARSED, LINE_UP = 256, 100
+N_CALIBRATION, GALLERY = 256, 100
 """Public messages on which sharpness is chosen, and among how many public samples each is to be recognised."""
 
 
 @torch.no_grad()
-def undisguise(
+def surrogate_posterior(
     observations: Sequence[Observation],
     knowledge: Knowledge,
     *,
@@ -68,9 +68,9 @@ def undisguise(
 
     Args:
         observations: what was sent; needs `timesteps`, `noisy_latents` and, against a layout, `smashed`.
-        knowledge: the threat model; `borrowed_colours`, `layout_noise` or `turned` are on.
-        generator: of the rehearsal.
-        callback: told of every sharpness tried and the share of rehearsed messages that it recognises.
+        knowledge: the threat model; `borrowed_colours`, `hint_layout_noise` or `random_symmetry` are on.
+        generator: of the calibration_set.
+        callback: told of every sharpness tried and the share of simulated messages that it recognises.
         sharpness: power to which weights are raised; 0: the one of `SHARPNESS` that recognises most public samples.
 
     Raises:
@@ -78,20 +78,21 @@ def undisguise(
     """
     if not disguises(knowledge.defences):
         raise InputError(
-            "undisguise is for clients with borrowed_colours, layout_noise or turned; take nearest_public instead"
+            "surrogate_posterior is for clients with borrowed_colours, hint_layout_noise or random_symmetry; "
+            "take nearest_public instead"
         )
     if not sharpness >= 0:
-        raise InputError(f"sharpness is a power above 0 (0: chosen by rehearsal), got {sharpness}")
+        raise InputError(f"sharpness is a power above 0 (0: chosen by calibration_set), got {sharpness}")
     seen = labelled(observations, knowledge)
     gallery = _Gallery(knowledge)
     prompts = _prompts(seen, knowledge)
     likelihood, first, labels = gallery.log_likelihood(seen, observations, prompts)
     objective: tuple[float, ...] = ()
     if not sharpness:
-        objective = _rehearsed(gallery, knowledge, generator, callback)
+        objective = _calibrated(gallery, knowledge, generator, callback)
         sharpness = SHARPNESS[objective.index(max(objective))]
     weights = (sharpness * likelihood).softmax(1)
-    used = tuple(dict.fromkeys((*used_fields(seen), *(["smashed"] if knowledge.defences.layout_noise else []))))
+    used = tuple(dict.fromkeys((*used_fields(seen), *(["smashed"] if knowledge.defences.hint_layout_noise else []))))
     images = gallery.pictures(weights, [prompts[i] for i in first.tolist()] if prompts else ())
     return Reconstruction(images[labels], gallery.drawn(weights)[labels], used=used, objective=objective, n_evals=1)
 
@@ -106,27 +107,27 @@ def _prompts(seen: Observation, knowledge: Knowledge) -> tuple[str, ...]:
     return tuple(every[i] for i in nearest.tolist())
 
 
-def _rehearsed(
-    gallery: "_Gallery", knowledge: Knowledge, draw: torch.Generator, callback: Callback | None
+def _calibrated(
+    gallery: "_Gallery", knowledge: Knowledge, generator: torch.Generator, callback: Callback | None
 ) -> tuple[float, ...]:
     """Disguise and send public samples, and return the share recognised by the hint at every sharpness."""
     public, defences = knowledge.public, knowledge.defences
-    own = torch.randperm(len(public), generator=draw)[:N_REHEARSED]
-    part = disguised(public.subset(own.tolist()), defences, key=Key.published(("rehearsal", int(own[0]))))
+    own = torch.randperm(len(public), generator=generator)[:N_CALIBRATION]
+    part = disguised(public.subset(own.tolist()), defences, key=Key.published(("calibration_set", int(own[0]))))
     data = encoded(knowledge.base, part)
-    message, _ = imitate(data, knowledge, len(own), draw, chosen=torch.arange(len(own)))
+    message, _ = imitate(data, knowledge, len(own), generator, chosen=torch.arange(len(own)))
     prompts = part.prompts if defences.borrowed_colours else ()
     grouped, _, labels = gallery.log_likelihood(message, [message], prompts)
     likelihood = grouped[labels]
     likelihood.unflatten(1, (-1, len(public)))[torch.arange(len(own)), :, own] = -torch.inf
-    line_up = metrics.line_ups(len(public), own, min(LINE_UP, len(public)), draw)
+    gallery_indices = metrics.draw_galleries(len(public), own, min(GALLERY, len(public)), generator)
     scores: list[float] = []
     for tried in SHARPNESS:
         found = gallery.drawn((tried * likelihood).softmax(1))
-        known = identified_as_sent(None, found, public, (), line_up, defences)["hint"]
+        known = identified_as_sent(None, found, public, (), gallery_indices, defences)["hint"]
         scores.append(float(known.float().mean()))
         if callback:
-            callback("undisguise", len(scores), len(SHARPNESS), scores[-1])
+            callback("surrogate_posterior", len(scores), len(SHARPNESS), scores[-1])
     return tuple(scores)
 
 
@@ -135,7 +136,7 @@ class _Gallery:
 
     def __init__(self, knowledge: Knowledge):
         self.knowledge = knowledge
-        self.public = in_every_turn(knowledge.public) if knowledge.defences.turned else knowledge.public
+        self.public = in_every_turn(knowledge.public) if knowledge.defences.random_symmetry else knowledge.public
         self.layouts = layout(self.public.need_hints())
         borrowed = knowledge.defences.borrowed_colours
         self.discs = discs(self.public.images, self.public.prompts) if borrowed else None
@@ -150,17 +151,17 @@ class _Gallery:
         defences = self.knowledge.defences
         view, std = latent_view(seen, self.knowledge)
         first = labels = torch.arange(len(view))
-        if defences.layout_noise:
+        if defences.hint_layout_noise:
             raw = hint_latents(seen, observations, self.knowledge)
             if raw is None:
                 raise InputError("the layout is in smashed, which was not sent")
-            shown = sent_layout(self.knowledge.base.decode(torch.as_tensor(raw)), defences.layout_noise)
+            shown = sent_layout(self.knowledge.base.decode(torch.as_tensor(raw)), defences.hint_layout_noise)
             first, labels = same_image(shown, prompts, senders(observations))
-            view, std = averaged(view, std.clamp_min(1e-3), labels, once=defences.noise_once)
+            view, std = averaged(view, std.clamp_min(1e-3), labels, once=defences.per_image_noise)
         distances = self._distances(view, [prompts[i] for i in first.tolist()] if prompts else ())
         total = -distances / (2 * std.flatten().clamp_min(LEAST_STD).square()[:, None])
-        if defences.layout_noise:
-            total -= torch.cdist(shown[first], self.layouts).square() / (2 * defences.layout_noise**2)
+        if defences.hint_layout_noise:
+            total -= torch.cdist(shown[first], self.layouts).square() / (2 * defences.hint_layout_noise**2)
         return total, first, labels
 
     def _distances(self, view: Tensor, prompts: Sequence[str]) -> Float[Tensor, "n m"]:
@@ -227,4 +228,4 @@ def plain_latents(base: Base, colours: Float[Tensor, "n 3 1 1"], size: int) -> F
     return base.encode(colours.expand(-1, -1, size, size).contiguous())
 
 
-ATTACKS = (Attack(undisguise, "public samples in disguise", rank=95, family=SAMPLES, takes_surrogates=False),)
+ATTACKS = (Attack(surrogate_posterior, "public samples in disguise", rank=95, family=SAMPLES, takes_surrogates=False),)

@@ -170,7 +170,7 @@ def _whitened(
 
 
 def fast_ica(
-    columns: Float[Tensor, "g s"], draw: torch.Generator, *, iterations: int = 200, restarts: int = 3
+    columns: Float[Tensor, "g s"], generator: torch.Generator, *, iterations: int = 200, restarts: int = 3
 ) -> Float[Tensor, "g g"]:
     """Unmix by symmetric FastICA with G = log cosh (Hyvärinen 1999, eq. 20 with symmetric orthogonalisation).
 
@@ -180,7 +180,7 @@ def fast_ica(
     basis, whiten = _basis(columns)
     white, best, most = basis * math.sqrt(columns.shape[1]), torch.eye(n), -math.inf
     for _ in range(restarts):
-        rows = _orthogonal(torch.randn(n, n, generator=draw))
+        rows = _orthogonal(torch.randn(n, n, generator=generator))
         for _ in range(iterations):
             bent = torch.tanh(rows @ white)
             update = bent @ white.T / white.shape[1] - (1 - bent.square()).mean(1, keepdim=True) * rows
@@ -194,7 +194,7 @@ def fast_ica(
     return _signed(best @ whiten)
 
 
-def search(space: Space, overlap: float, draw: torch.Generator) -> Float[Tensor, "g g"]:
+def search(space: Space, overlap: float, generator: torch.Generator) -> Float[Tensor, "g g"]:
     """Find W for a key used once: the public samples nearest to the mixtures' span stand for the sources.
 
     A public sample is taken if its projection correlates with those already taken by less than `overlap`.
@@ -210,7 +210,7 @@ def search(space: Space, overlap: float, draw: torch.Generator) -> Float[Tensor,
         if len(taken) < group and overlaps[i, taken].max() < overlap:
             taken.append(i)
     kept = directions[taken]
-    rest = torch.randn(group - len(kept), group, generator=draw)
+    rest = torch.randn(group - len(kept), group, generator=generator)
     rest = rest - rest @ torch.linalg.pinv(kept) @ kept
     return _signed(_orthogonal(torch.cat([kept, F.normalize(rest, dim=1)])) @ whiten)
 

@@ -123,12 +123,12 @@ def _search(
     smashed: Tensor,
     knowledge: Knowledge,
     settings: _Settings,
-    draw: torch.Generator,
+    generator: torch.Generator,
     told: Callable[[int, float], None],
 ) -> tuple[Tensor, list[float]]:
     """Run one restart: return hints `[n, 3, s, s]` and every epoch's misfit."""
     mean = _mean_hint(knowledge.public.need_hints())
-    start = mean + 0.05 * torch.randn((len(smashed), *mean.shape[1:]), generator=draw)
+    start = mean + 0.05 * torch.randn((len(smashed), *mean.shape[1:]), generator=generator)
     parts = [part.clone().requires_grad_() for part in start.clamp(-1.0, 1.0).split(settings.batch)]
     wanted, scale = smashed.split(settings.batch), smashed.square().mean()
     searches = [torch.optim.Adam([part], betas=(0.5, 0.99)) for part in parts]
@@ -137,7 +137,7 @@ def _search(
     for epoch in tqdm(range(settings.epochs), desc="unsplit", mininterval=2, leave=False):
         decay = 0.5 + 0.5 * math.cos(math.pi * epoch / settings.epochs)
         total = 0.0
-        for number in torch.randperm(len(parts), generator=draw).tolist():
+        for number in torch.randperm(len(parts), generator=generator).tolist():
             hints = parts[number]
             misfit = F.mse_loss(clone((hints.expand(-1, 3, -1, -1) + 1.0) / 2.0), wanted[number]) / scale
             sparse = (hints - mean).abs().mean()

@@ -9,7 +9,7 @@ from splitlab.core.errors import InputError
 from splitlab.split.attacks.accumulation import Features, link, same_image
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
-from splitlab.split.attacks.posterior import Rehearsal
+from splitlab.split.attacks.posterior import CalibrationSet
 from splitlab.split.config import Defences
 from splitlab.split.server import make_knowledge
 
@@ -69,9 +69,9 @@ def test_ratios_promise_as_many_links_as_there_are_where_noise_is_not_white() ->
     transcript, truth = epochs(coarse)
     knowledge = make_knowledge(transcript, attacked.shipped(), attacked.public(), cache=attacked.CACHE)
     seen = labelled(transcript.observations, knowledge)
-    rehearsal = Rehearsal(seen, transcript.observations, knowledge, tiny.draw())
+    calibration_set = CalibrationSet(seen, transcript.observations, knowledge, tiny.draw())
     raw = hint_latents(seen, transcript.observations, knowledge)
-    features = Features.of(*latent_view(seen, knowledge), raw, rehearsal)
+    features = Features.of(*latent_view(seen, knowledge), raw, calibration_set)
     ratios = same_image(features, features)
     others = ~torch.eye(len(ratios), dtype=torch.bool)
     same = truth.indices[:, None] == truth.indices[None]

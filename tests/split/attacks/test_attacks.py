@@ -38,7 +38,7 @@ ELSEWHERE = {
     "prompt_inversion": "encoder_hidden_states were sent",
     "unmixing": "key_mixing",
     "jigsaw": "patch_shuffle",
-    "undisguise": "borrowed_colours",
+    "surrogate_posterior": "borrowed_colours",
 }
 """Attacks on what S1's own messages do not have, and what that is: they refuse those, and have tests of their own."""
 
@@ -89,8 +89,8 @@ def test_closed_form_reaches_the_vae_ceiling_whatever_s1_does(
     images = victims.images[truth.indices]
     ceiling = metrics.psnr_db(shipped.decode(shipped.encode(images)), images)
     assert (psnr(found.images, victims, truth) - ceiling).abs().max() < 0.5
-    line_up = metrics.line_ups(len(victims), truth.indices, 100, tiny.draw())
-    assert metrics.identified(found.images, victims.images, line_up).all()
+    gallery_indices = metrics.draw_galleries(len(victims), truth.indices, 100, tiny.draw())
+    assert metrics.identified(found.images, victims.images, gallery_indices).all()
 
 
 def test_closed_form_is_exact_in_fp32(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
@@ -224,15 +224,15 @@ def test_attacks_leave_their_input_alone_and_repeat_exactly(
         assert all(torch.equal(observation.tensors[name], value) for name, value in tensors.items())
 
 
-def test_attacks_abreast_leave_the_files_that_attacks_in_turn_leave(
+def test_attacks_in_parallel_leave_the_files_that_attacks_in_turn_leave(
     shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path
 ) -> None:
     transcript, _ = record(shipped, victims, S1)
     specs = [AttackSpec("mean_public", seeds=1), AttackSpec("closed_form", seeds=1), AttackSpec("random_public")]
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as those abreast have
+    torch.set_num_threads(1)  # as those in parallel have
     try:
-        for folder, workers in (("turn", 1), ("abreast", 2)):
+        for folder, workers in (("turn", 1), ("parallel", 2)):
             out, cache = tmp_path / folder, tmp_path / f"cache of {folder}"
             found = attack_all(transcript, specs, shipped, public, out=out, cache=cache, workers=workers)
             assert list(found) == [
@@ -244,8 +244,8 @@ def test_attacks_abreast_leave_the_files_that_attacks_in_turn_leave(
         torch.set_num_threads(before)
     files = sorted((tmp_path / "turn").glob("*.safetensors"))
     assert len(files) == 5
-    assert all(path.read_bytes() == (tmp_path / "abreast" / path.name).read_bytes() for path in files)
-    assert len(list((tmp_path / "abreast").glob("*.timing.json"))) == 5
+    assert all(path.read_bytes() == (tmp_path / "parallel" / path.name).read_bytes() for path in files)
+    assert len(list((tmp_path / "parallel").glob("*.timing.json"))) == 5
 
 
 def test_saved_reconstructions_carry_their_threat_model(
@@ -355,8 +355,8 @@ def test_noised_hints_are_guessed_from_public_ones_and_never_from_themselves(
     psnr_of = {name: metrics.psnr_db(torch.as_tensor(one.hints), wanted).mean().item() for name, one in found.items()}
     assert psnr_of["posterior"] > psnr_of["mean_public"] + 0.3
     assert psnr_of["posterior"] > psnr_of["closed_form"] + 2.0
-    line_up = metrics.line_ups(len(victims), truth.indices, 100, tiny.draw())
-    hits = {n: metrics.identified(torch.as_tensor(o.hints), victims.hints, line_up) for n, o in found.items()}
+    gallery_indices = metrics.draw_galleries(len(victims), truth.indices, 100, tiny.draw())
+    hits = {n: metrics.identified(torch.as_tensor(o.hints), victims.hints, gallery_indices) for n, o in found.items()}
     names = {name: own.float().mean().item() for name, own in hits.items()}
     assert names["nearest_public"] > 0.08  # chance is 0.01, and 128 samples miss it by 0.01
     assert names["nearest_public"] > names["closed_form"]

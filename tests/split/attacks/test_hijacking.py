@@ -52,8 +52,8 @@ def content(message: bytes) -> tuple[dict[str, object], bytes]:
 
 
 def identified(hints: torch.Tensor, victims: ImageSet) -> float:
-    line_up = metrics.line_ups(len(victims), torch.arange(len(hints)), len(victims), tiny.draw())
-    return metrics.identified(hints, victims.hints, line_up).float().mean().item()
+    gallery_indices = metrics.draw_galleries(len(victims), torch.arange(len(hints)), len(victims), tiny.draw())
+    return metrics.identified(hints, victims.hints, gallery_indices).float().mean().item()
 
 
 @pytest.mark.parametrize("half", [False, True])
