@@ -145,12 +145,13 @@ INFINITE = float("inf")
 STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
     "README.md": [
         (
-            r"(\S+ %) are identified by the image where the hint still identifies all \(chance (\S+ %)\)",
+            r"identifies (\S+ %) of the samples by their image and still all of them by their hint \(chance (\S+ %)\)",
             lambda: (share(verdict("matched-1-floor-800-hidden", "id_worst")), share(setting("none", "id_chance"))),
         ),
         (
-            r"hold identification by image, hint or both to (\S+ %) \((\S+ %) for who holds the candidates\), at a "
-            r"control IoU under guidance of (\S+ ± \S+), where the same training without defence has (\S+ ± \S+):",
+            r"the strongest attack identifies (\S+ %) by image, hint or both, and an attacker who is given the 100 "
+            r"candidate images identifies (\S+ %)\. The control IoU under guidance is then (\S+ ± \S+), against "
+            r"(\S+ ± \S+) for the same training without a defence",
             lambda: (
                 share(setting("turned", "id_worst")),
                 share(ideal(SETTINGS["shapes"].loc[["turned"]])),
@@ -159,9 +160,10 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
             ),
         ),
         (
-            r"from the (\d+) messages that a run sends of an image, who holds the candidates recognises (\S+ %) "
-            r"of them. Noise that is drawn once per image keeps it at (\S+ %) however many are sent, at a control "
-            r"IoU under guidance of (\S+ ± \S+) \(without defence, after as few steps, (\S+ ± \S+)\)",
+            r"A run sends (\d+) messages of each image. An attacker who is given the 100 candidate images and all \d+ "
+            r"messages identifies (\S+ %)\. Noise that is drawn once per image keeps this at (\S+ %) however many "
+            r"messages are sent, at a control IoU under guidance of (\S+ ± \S+) \(without a defence, after as few "
+            r"steps, (\S+ ± \S+)\)",
             lambda: (
                 str(TABLES["whole_run"]["messages"].max()),
                 share(run("turned", "id_both_ideal")),
@@ -172,11 +174,11 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
         ),
         (
             r"public circles alone reaches a control IoU under guidance of (\S+ ± \S+), one trained on private "
-            r"circles without any defence (\S+ ± \S+),",
+            r"circles without any defence (\S+ ± \d\.\d+)\.",
             lambda: (spread("(public data only)"), spread("none")),
         ),
         (
-            r"membership has AUC (\S+) at ε = ∞ and (\S+) at 10,",
+            r"membership inference has AUC (\S+) at ε = ∞ and (\S+) at 10,",
             lambda: tuple(f"{tuned('attention', e, 'mia_auc'):.2f}" for e in (INFINITE, 10.0)),
         ),
         (
