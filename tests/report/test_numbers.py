@@ -343,7 +343,7 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
             lambda: (spread("(public data only)"), spread("none")),
         ),
         (
-            r"recognises (\S+ %) from three messages and (\S+ %) from all 29\. Floor 800 alone goes from (\d+) "
+            r"identifies (\S+ %) from three messages and (\S+ %) from all 29\. Floor 800 alone goes from (\d+) "
             r"to (\S+ %) by "
             r"image between three messages and 29",
             lambda: (
