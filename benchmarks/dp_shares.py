@@ -235,7 +235,7 @@ def main():
     base, data = load_base(params["base"]["source"]), load_split("digits", "private", params)
     latents, text = encoded(base, data, cache=CACHE).latents, base.encode_prompts(data.prompts)
     indices = list(range(given.targets))
-    gallery_indices = draw_galleries(len(data), torch.tensor(indices), CANDIDATES, generator("dp shares gallery"))
+    gallery_indices = draw_galleries(len(data), torch.tensor(indices), CANDIDATES, generator("dp shares line-up"))
     rounds, few = settings(len(data))[-2][4], indices[:RUN_TARGETS]
     parts = {
         "candidates": lambda: candidates(base, latents, text, gallery_indices, indices, rounds=1, name="one"),

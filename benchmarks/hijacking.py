@@ -30,7 +30,7 @@ SAMPLES = 512
 
 def scores(hints, indices, private):
     wanted = private.hints[indices]
-    gallery_indices = draw_galleries(len(private), indices, 100, generator("gallery", 0))
+    gallery_indices = draw_galleries(len(private), indices, 100, generator("line-up", 0))
     found = {
         "hint_id_top1": identified(hints, private.hints, gallery_indices).float().mean().item(),
         "hint_psnr_db": psnr_db(hints, wanted).mean().item(),

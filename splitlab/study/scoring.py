@@ -151,4 +151,4 @@ def best_order(saved: SavedReconstruction, known: RunTruth) -> Tensor:
 
 def _gallery_indices(indices: Tensor, n: int, config: EvaluateConfig) -> Tensor:
     """Draw the same galleries for every attack."""
-    return metrics.draw_galleries(n, indices, min(config.candidates, n), generator("gallery", config.seed))
+    return metrics.draw_galleries(n, indices, min(config.candidates, n), generator("line-up", config.seed))

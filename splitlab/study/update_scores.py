@@ -146,7 +146,7 @@ def _image_scores(images: Tensor, truth: UpdateTruth, cell: Cell, private: Tenso
     found, size = matched(images, wanted, cell.together), images.shape[-1]
     gallery = resized(private, size)
     own = torch.cdist(wanted.flatten(1), gallery.flatten(1)).argmin(1)
-    draw = generator("update gallery", cell.dataset, seed)
+    draw = generator("update line-up", cell.dataset, seed)
     gallery_indices = metrics.draw_galleries(len(gallery), own, min(CANDIDATES, len(gallery)), draw)
     return {
         "ssim": metrics.ssim(found, wanted),
