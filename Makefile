@@ -60,13 +60,13 @@ pipeline: data
 	@echo "== running the rest of the pipeline (about 20 minutes on 2 cores)"
 	dvc repro
 	@echo "== rendering the report"
-	python -m splitlab.report
+	splitlab report
 
 test: data ## the whole suite
 	python -m pytest --cov=splitlab --cov-report=term:skip-covered --cov-fail-under=90
 
 lab: data ## JupyterLab on the explorer
-	jupyter lab --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url=None notebooks/explore.ipynb
+	splitlab explore
 
 lint: setup ## what pre-commit checks
 	ruff check . && ruff format --check . && lint-imports --no-logo && mypy && nbstripout --keep-id --verify notebooks/*.ipynb

@@ -11,6 +11,7 @@ from .diffusion.base import encoded as encoded
 from .diffusion.base import load_base as load_base
 from .diffusion.pretrain import PretrainConfig as PretrainConfig
 from .diffusion.pretrain import pretrain as pretrain
+from .doctor import diagnose as diagnose
 from .federated.attacks import INVERSIONS as INVERSIONS
 from .federated.external import attack_gradient as attack_gradient
 from .params import load_params as load_params

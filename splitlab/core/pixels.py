@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from splitlab.core import checkpoint
+from splitlab.core import checkpoint, storage
 from splitlab.core.errors import InputError
 
 
@@ -52,3 +53,22 @@ def pictures(tensors: dict[str, Tensor], name: str, axes: int, where: Path) -> T
     if saved.shape[-3] != 3 or 0 in saved.shape[-2:]:
         raise InputError(f"{where}: {name} is of shape {tuple(saved.shape)}; expected RGB images; make the file again")
     return from_uint8(saved)
+
+
+def save_pngs(images: Tensor, folder: Path, maker: str) -> None:
+    """Write images `[n, c, h, w]` in [-1, 1], grey or RGB, as `000.png`, `001.png`, ... of a folder of their own.
+
+    Args:
+        images: c is 1 or 3.
+        folder: what `maker` wrote there before is replaced, see `storage.whole_folder`.
+        maker: who writes it.
+
+    Raises:
+        InputError: they have other channels or hold NaN, or the folder cannot be written or holds anything else.
+    """
+    if images.shape[1] not in (1, 3):
+        raise InputError(f"{folder}: {images.shape[1]} channels make no picture; give the base that decodes latents")
+    pixels = to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    with storage.whole_folder(folder, maker) as new, storage.writing(folder):
+        for index, picture in enumerate(pixels):
+            Image.fromarray(picture).save(new / f"{index:03d}.png")

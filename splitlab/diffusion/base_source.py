@@ -41,7 +41,7 @@ def locate(source: str | Path) -> Path:
         if place.exists():
             raise InputError(single_file(place))
     name = Path(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).removeprefix("hub:"))
-    if not _may_be_hub_id(str(source), name):
+    if not may_be_hub_id(str(source), name):
         raise InputError(
             f"there is no folder {ROOT / path}; `dvc pull` fetches the shipped one, and base.source in params.yaml "
             "takes any Stable Diffusion 1.x folder or hub id"
@@ -54,7 +54,7 @@ def locate(source: str | Path) -> Path:
         raise InputError(f"{meant}the hub id {repository}: {reason}") from None
 
 
-def _may_be_hub_id(source: str, name: Path) -> bool:
+def may_be_hub_id(source: str, name: Path) -> bool:
     """Tell a hub id from a path to a folder that is not there."""
     if source.startswith((".", "~")) or name.is_absolute() or name.suffix in (".safetensors", ".zip", ".tar", *PICKLES):
         return False

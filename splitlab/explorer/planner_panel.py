@@ -8,13 +8,12 @@ import ipywidgets as widgets
 from markupsafe import Markup
 
 from splitlab.core.labels import UNMEASURED
-from splitlab.diffusion.base import encoded
 from splitlab.explorer import markup
 from splitlab.explorer.explore import Artefacts, attack_label, defences_label
 from splitlab.explorer.parts import DESCRIBED, WIDE, dropdown, htmls, reported
 from splitlab.params import load_split
 from splitlab.split.config import Defences
-from splitlab.study.planner import Plan, Setting, plan, public_norm, shipped
+from splitlab.study.planner import Plan, Setting, plan, shipped, usual_norm
 
 TARGETS = (0.05, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0)
 """Shares of images that the strongest attack may identify."""
@@ -52,12 +51,11 @@ class PlannerPanel(widgets.VBox):
         self._show()
 
     def _norm(self) -> float:
-        """Return the norm that bounds public latents, rounded up: a client may clip to it at no cost."""
+        """Return the norm that bounds public latents, worked out once for each data set."""
         name = self.dataset.value
         if name not in self.norms:
             images = load_split(name, "public", self.artefacts.params, limit=self.n_images)
-            data = encoded(self.artefacts.base, images, cache=self.artefacts.cache)
-            self.norms[name] = math.ceil(10 * public_norm(data.latents, data.hint_latents)) / 10
+            self.norms[name] = usual_norm(self.artefacts.base, images, cache=self.artefacts.cache)
         return self.norms[name]
 
     def _show(self) -> None:

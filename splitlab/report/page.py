@@ -3,9 +3,7 @@
 `python -m splitlab.report` runs that notebook and writes `reports/index.html`.
 """
 
-import argparse
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from IPython.display import HTML, Markdown
 from splitlab.core.checkpoint import load_json
 from splitlab.core.errors import InputError
 from splitlab.core.labels import counted, percent
-from splitlab.core.paths import ROOT, resolve
+from splitlab.core.paths import ROOT
 from splitlab.core.seeds import PUBLISHED
 from splitlab.core.storage import write_text
 from splitlab.core.tables import read_table, read_timed
@@ -31,14 +29,6 @@ from splitlab.split.attacks import ATTACKS, NO_INFORMATION, attack_label
 from splitlab.study.leaks import leaks, shares, strongest
 
 _WHOLE = ("bytes.png", "tradeoff.png", "tradeoff.csv")
-_FOLDERS = {
-    "runs": "runs",
-    "reconstructions": "reconstructions",
-    "metrics": "reports/metrics",
-    "figures": "reports/figures",
-    "update_figures": "reports/figures-updates",
-    "dp_figures": "reports/figures-dp",
-}
 
 
 @dataclass(frozen=True)
@@ -353,21 +343,3 @@ def write_report(folders: Mapping[str, Path], *, executed: Path, out: Path) -> P
     notebook = pages.execute(ROOT / "notebooks" / "report.ipynb", executed, parameters)
     write_text(out, pages.page(notebook))
     return out
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report; the command behind `python -m splitlab.report`."""
-    parser = argparse.ArgumentParser(prog="python -m splitlab.report", description="Write the HTML report.")
-    for name, default in _FOLDERS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"folder, default {default}")
-    parser.add_argument("--executed", default="reports/executed/report.ipynb", help="the executed notebook to write")
-    parser.add_argument("--out", default="reports/index.html", help="the page to write")
-    options = parser.parse_args(arguments)
-    folders = {name: resolve(getattr(options, name)) for name in _FOLDERS}
-    try:
-        written = write_report(folders, executed=resolve(options.executed), out=resolve(options.out))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(written)
-    return 0

@@ -14,6 +14,8 @@ from splitlab.core.errors import InputError
 from splitlab.core.labels import UNSCORED
 from splitlab.core.paths import resolve
 from splitlab.core.tables import read_table
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base, encoded
 from splitlab.privacy.accounting import composed_mu, gdp_epsilon
 from splitlab.split.config import Defences, read_defences
 from splitlab.split.privacy import message_events
@@ -244,6 +246,12 @@ def _mu(defences: Defences, alphas_cumprod: Tensor, messages: int) -> float:
     if not defences.feature_noise or not hint or defences.independent_draws:
         return math.inf
     return composed_mu(message_events(defences, alphas_cumprod, messages=messages))
+
+
+def usual_norm(base: Base, images: ImageSet, *, cache: Path | None = None) -> float:
+    """Return `public_norm` of public images and their hints, rounded up to a tenth: a bound that costs nothing."""
+    data = encoded(base, images, cache=cache)
+    return math.ceil(10 * public_norm(data.latents, data.hint_latents)) / 10
 
 
 def public_norm(latents: Float[Tensor, "n c h w"], hint_latents: Float[Tensor, "n c h w"]) -> float:

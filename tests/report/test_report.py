@@ -231,12 +231,6 @@ def test_the_notebook_is_committed_without_outputs() -> None:
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-def test_missing_tables_end_the_command_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(["--metrics", str(tmp_path), "--out", str(tmp_path / "index.html")]) == 1
-    assert "training.csv: missing; run `dvc repro` first" in capsys.readouterr().err
-    assert not (tmp_path / "index.html").exists()
-
-
 def test_missing_figures_are_named(world: fabricated.World, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"leakage-split\.png: missing; run `dvc repro` first"):
         report.load_material(**(world.folders | {"figures": tmp_path}))
