@@ -82,7 +82,7 @@ def surrogate_posterior(
             "take nearest_public instead"
         )
     if not sharpness >= 0:
-        raise InputError(f"sharpness is a power above 0 (0: chosen by calibration_set), got {sharpness}")
+        raise InputError(f"sharpness is a power above 0 (0: chosen by calibration), got {sharpness}")
     seen = labelled(observations, knowledge)
     gallery = _Gallery(knowledge)
     prompts = _prompts(seen, knowledge)
@@ -113,7 +113,7 @@ def _calibrated(
     """Disguise and send public samples, and return the share recognised by the hint at every sharpness."""
     public, defences = knowledge.public, knowledge.defences
     own = torch.randperm(len(public), generator=generator)[:N_CALIBRATION]
-    part = disguised(public.subset(own.tolist()), defences, key=Key.published(("calibration_set", int(own[0]))))
+    part = disguised(public.subset(own.tolist()), defences, key=Key.published(("rehearsal", int(own[0]))))
     data = encoded(knowledge.base, part)
     message, _ = imitate(data, knowledge, len(own), generator, chosen=torch.arange(len(own)))
     prompts = part.prompts if defences.borrowed_colours else ()
