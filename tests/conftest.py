@@ -1,6 +1,11 @@
 """Shared fixtures. The import hook comes first: every annotated shape in the package is checked while tests run."""
 
-from jaxtyping import install_import_hook
+import os
+
+# One thread per process, also in those that tests start: the models are so small that a second thread only costs.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("splitlab", "beartype.beartype")
 
@@ -16,7 +21,13 @@ from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from splitlab.data.image_set import ImageSet  # noqa: E402
 from splitlab.diffusion.base import Base, load_base  # noqa: E402
 
-torch.set_num_threads(1)  # the models are so small that a second thread only costs
+torch.set_num_threads(1)  # numpy's may have been set before
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that none of them is left over for one process at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
