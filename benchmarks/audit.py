@@ -17,7 +17,7 @@ from splitlab.split.config import Defences
 from splitlab.split.privacy import matched_message_event, message_events
 
 sys.path.insert(0, str(ROOT / "tests"))
-from planted import VARIANTS
+from world.planted import VARIANTS
 
 DELTA, RATE, STEPS, DRAWS, SEEDS = 1e-5, 0.1, 50, 4, 5
 

@@ -3,8 +3,8 @@
 `python benchmarks/fuzz.py` tries 100,000 messages, transcripts, updates, images and tables each, and a fifth as many of
 what only splitlab writes (half an hour on one core); `--n`, `--only` and `--seed` choose others, and then nothing is
 written. A crash is any error but InputError. Out of range is what was accepted and does not pass the checks that
-`tests/fuzz_checks.py` makes apart from the package. Either prints the try's number, which with the seed makes it again;
-a run that has one exits with 1.
+`tests/world/fuzz/checks.py` makes apart from the package. Either prints the try's number, which with the seed makes it
+again; a run that has one exits with 1.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from splitlab import ROOT
 from splitlab.core.tables import write_table
 
 sys.path.insert(0, str(ROOT / "tests"))
-from fuzz_kinds import kinds
-from fuzzing import Kind, Outcome, attempt
+from world.fuzz.changes import Kind, Outcome, attempt
+from world.fuzz.kinds import kinds
 
 TABLE = ROOT / "reports/metrics/fuzz.csv"
 N, PART = 100_000, 1000

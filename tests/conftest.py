@@ -5,7 +5,7 @@ import os
 # One thread per process, also in those that tests start: the models are so small that a second thread only costs.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook("splitlab", "beartype.beartype")
 
@@ -14,9 +14,9 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-import tiny  # noqa: E402
 import torch  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
+from world import tiny  # noqa: E402
 
 from splitlab.data.image_set import ImageSet  # noqa: E402
 from splitlab.diffusion.base import Base, load_base  # noqa: E402

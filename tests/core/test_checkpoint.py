@@ -3,9 +3,9 @@ import stat
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import nn
+from world import tiny
 
 from splitlab.core import checkpoint, storage
 from splitlab.core.errors import InputError

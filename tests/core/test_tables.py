@@ -4,9 +4,9 @@ import re
 import subprocess
 from pathlib import Path
 
-import fabricated
 import pandas as pd
 import pytest
+from world import project as fabricated
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-import tiny
 from PIL import Image
 from ruamel.yaml import YAML
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

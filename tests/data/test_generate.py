@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

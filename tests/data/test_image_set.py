@@ -6,9 +6,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.data import generate

@@ -12,8 +12,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.data.annotators import canny

@@ -1,4 +1,4 @@
-import mutations
+from world.fuzz import mutations
 
 
 def test_mutated_data_sets_are_read_or_refused_and_never_crash():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.data.image_set import ImageSet, _to_uint8, image_set

@@ -3,9 +3,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.data.image_set import ImageSet

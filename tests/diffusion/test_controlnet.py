@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from diffusers import ControlNetModel
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base

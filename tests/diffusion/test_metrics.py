@@ -2,9 +2,9 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from scipy.ndimage import gaussian_filter
+from world import tiny
 
 from splitlab.data.generate import rendered_digits
 from splitlab.data.image_set import ImageSet

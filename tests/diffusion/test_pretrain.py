@@ -4,10 +4,10 @@ import logging
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
+from world import tiny
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import fabricate
 import pytest
 from test_widgets import opened
+from world import explored as fabricate
 
 from splitlab.core.paths import ROOT
 

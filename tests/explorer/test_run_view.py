@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
+from world import tiny
 
 from splitlab.explorer import markup
 from splitlab.explorer.run_view import Attempt, RunView, comparison, sample_scores

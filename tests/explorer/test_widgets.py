@@ -4,13 +4,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import fabricate
-import names
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from world import explored as fabricate
+from world import names
 
 from splitlab.core import checkpoint
 from splitlab.core.paths import ROOT

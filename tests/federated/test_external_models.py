@@ -5,14 +5,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import lookalikes
 import pytest
-import tiny
 import torch
 from diffusers import UNet2DModel
-from lookalikes import CLASSES, SIZE
-from tiny import ALPHAS
 from torch import Tensor, nn
+from world import lookalikes, tiny
+from world.lookalikes import CLASSES, SIZE
+from world.tiny import ALPHAS
 
 from splitlab import attack_gradient
 from splitlab.core.errors import InputError

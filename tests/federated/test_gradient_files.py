@@ -5,16 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lookalikes
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from lookalikes import SIZE
 from safetensors.torch import save_file
 from test_external_models import gradient, images, made, psnr_db
-from tiny import ALPHAS
 from torch import Tensor, nn
+from world import lookalikes
+from world.lookalikes import SIZE
+from world.tiny import ALPHAS
 
 from splitlab import attack_gradient
 from splitlab.core.errors import InputError

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import lookalikes
 import pytest
 import torch
 from test_external_models import gradient, images, made, psnr_db
 from test_gradient_files import attacked, model, run, shared  # noqa: F401
-from tiny import ALPHAS
 from torch import Tensor, nn
+from world import lookalikes
+from world.tiny import ALPHAS
 
 from splitlab.federated.attacks.scale import clipped_to
 from splitlab.federated.update import Update

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from tiny import ALPHAS, update_truth
 from torch import Tensor, nn
 from torch.nn import functional as F
+from world import tiny
+from world.tiny import ALPHAS, update_truth
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError

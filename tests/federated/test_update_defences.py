@@ -1,10 +1,10 @@
 """Each defence does what it says to the update, and nothing to its input."""
 
 import pytest
-import tiny
 import torch
-from tiny import ALPHAS, update_truth
 from torch import Tensor, nn
+from world import tiny
+from world.tiny import ALPHAS, update_truth
 
 from splitlab.core.errors import InputError
 from splitlab.federated.client import Update, pixel_unet, share, share_each

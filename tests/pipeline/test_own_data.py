@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scratch
 from PIL import Image
 from ruamel.yaml import YAML
+from world import scratch
 
 from splitlab.core.paths import ROOT
 from splitlab.params import load_params

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import scratch
+from world import scratch
 
 from pipeline import checkout
 from splitlab.core.paths import ROOT

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import dp_accounting
 import pytest
-import tiny
 import torch
 from dp_accounting.pld import PLDAccountant
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.privacy.accounting import (

@@ -2,10 +2,9 @@
 
 import math
 
-import planted
 import pytest
-import tiny
 import torch
+from world import planted, tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base, Encoded

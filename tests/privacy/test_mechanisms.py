@@ -2,9 +2,9 @@ import copy
 import math
 
 import pytest
-import tiny
 import torch
 from torch import nn
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import fabricated
 import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
+from world import project as fabricated
 
 from splitlab.core.errors import InputError
 from splitlab.report.figures import run_figures as figures

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import fabricated
 import nbformat
 import pandas as pd
 import pytest
 from jinja2 import UndefinedError
+from world import project as fabricated
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import tiny
+from world import tiny
 
 from splitlab.privacy.accounting import gdp_epsilon
 from splitlab.split.config import Defences, TrainConfig

@@ -1,9 +1,9 @@
 import math
 
 import pytest
-import tiny
 import torch
 from scipy.stats import norm
+from world import tiny
 
 from splitlab.core.seeds import Key
 from splitlab.split.attacks.posterior import public_posterior

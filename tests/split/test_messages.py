@@ -1,6 +1,6 @@
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab.core.paths import ROOT
 from splitlab.core.seeds import Key

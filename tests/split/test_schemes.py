@@ -1,10 +1,10 @@
 import math
 
 import pytest
-import tiny
 import torch
 from diffusers import ControlNetModel
 from torch.nn import functional as F
+from world import tiny
 
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base

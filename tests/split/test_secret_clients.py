@@ -4,10 +4,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from scipy import stats
 from test_secret_runs import ENTROPY, FIXED, Interrupt, equal, holders, interrupted_at, tensors_below, traces
+from world import tiny
 
 from splitlab.core.seeds import Key, source
 from splitlab.data.image_set import ImageSet

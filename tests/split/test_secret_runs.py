@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from scipy import stats
+from world import tiny
 
 from splitlab.core import checkpoint
 from splitlab.core.seeds import Key, source

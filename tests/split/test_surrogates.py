@@ -1,8 +1,8 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab import ROOT, Defences, TrainConfig, load, load_base
 from splitlab.core.errors import InputError

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import ControlNetModel
+from world import tiny
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError

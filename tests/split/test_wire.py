@@ -5,9 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save as save_bytes
+from world import tiny
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError

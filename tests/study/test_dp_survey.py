@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-import fabricated
 import pandas as pd
 import pytest
-import tiny
 import torch
+from world import project as fabricated
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Key

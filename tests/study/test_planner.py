@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

@@ -6,10 +6,10 @@ from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
 
-import fabricated
 import pandas as pd
 import pytest
-import tiny
+from world import project as fabricated
+from world import tiny
 
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import fabricated
 import pandas as pd
 import pytest
 from IPython.display import HTML
 from test_report import attack_at, evidence, verdicts
+from world import project as fabricated
 
 from splitlab.core.labels import UNMEASURED, UNSCORED, percent
 from splitlab.report import claims, layout, survey_report, update_report

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-import fabricated
 import pandas as pd
 import pytest
-import tiny
 import torch
+from world import project as fabricated
+from world import tiny
 
 from splitlab.core import checkpoint
 from splitlab.core.config import parse

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-import tiny
+from world import tiny
 
 from splitlab.study.verdicts import ABLATION_COLUMNS, VERDICT_COLUMNS, ablations, pooled, verdicts
 

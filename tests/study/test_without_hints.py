@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.data.image_set import ImageSet

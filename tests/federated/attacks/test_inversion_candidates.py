@@ -1,9 +1,9 @@
 """Whoever holds the candidates names the sender of a clipped share; enough noise, and nothing less, prevents it."""
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.metrics import mse

@@ -4,9 +4,9 @@ import copy
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from torch import nn
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

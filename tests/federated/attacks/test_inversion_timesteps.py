@@ -4,10 +4,10 @@ import copy
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from tiny import ALPHAS
 from torch import Tensor, nn
+from world import tiny
+from world.tiny import ALPHAS
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base

@@ -1,9 +1,9 @@
 """Messages of one image over epochs: found by likeness, averaged, denoised."""
 
-import attacked
 import pytest
-import tiny
 import torch
+from world import shipped as attacked
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.split.attacks.accumulation import Features, link, same_image

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

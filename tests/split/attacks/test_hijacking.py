@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load as load_bytes
+from world import tiny
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-import attacked
 import pytest
-import tiny
 import torch
+from world import shipped as attacked
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import encoded

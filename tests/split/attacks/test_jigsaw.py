@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

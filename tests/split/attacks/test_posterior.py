@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import attacked
 import pytest
-import tiny
 import torch
+from world import shipped as attacked
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import encoded

@@ -4,9 +4,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import tiny
 from PIL import Image
+from world import tiny
 
 from splitlab.core.paths import ROOT
 from splitlab.core.tables import read_table

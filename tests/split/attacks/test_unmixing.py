@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

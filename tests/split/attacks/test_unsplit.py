@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.data.image_set import ImageSet

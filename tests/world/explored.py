@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import tiny
 import yaml
 
 from splitlab.core.config import parse
@@ -19,6 +18,7 @@ from splitlab.study.config import EvaluateConfig
 from splitlab.study.evaluate import evaluate_run
 from splitlab.study.update_grid import UpdateConfig
 from splitlab.study.update_survey import attack_updates, record_updates
+from world import tiny
 
 S1 = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
 FEW = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4, "published_key": 0}

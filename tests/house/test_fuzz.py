@@ -1,8 +1,8 @@
 """A few thousand changed messages and files: each is refused by one InputError, or is what the documentation says."""
 
 import pytest
-from fuzz_kinds import kinds
-from fuzzing import Kind, Outcome, attempt
+from world.fuzz.changes import Kind, Outcome, attempt
+from world.fuzz.kinds import kinds
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import tiny
 
 from splitlab.core.config import parse
 from splitlab.core.tables import write_table
@@ -31,6 +30,7 @@ from splitlab.study.survey_attack import attack_survey
 from splitlab.study.update_grid import UpdateConfig
 from splitlab.study.update_scores import evaluate_updates
 from splitlab.study.update_survey import attack_updates, record_updates
+from world import tiny
 
 _FEW = {"dataset": "tiny", "steps": 4, "batch_size": 3, "local_steps": 2, "record_messages": 4, "eval_samples": 3}
 _FEW |= {"published_key": 0}

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from splitlab.core.paths import ROOT
@@ -18,6 +17,7 @@ from splitlab.split.messages import Reconstruction, Truth
 from splitlab.split.server import attack_transcript, make_knowledge, run_attack
 from splitlab.split.train import make_clients
 from splitlab.split.wire import Header, Transcript, from_bytes
+from world import tiny
 
 needs_shipped = pytest.mark.skipif(
     not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),

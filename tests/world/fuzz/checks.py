@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import mutations
 import numpy as np
 import torch
-from fuzzing import NAMES, parts
 from torch import Tensor, nn
 
 from splitlab.federated.saved import SavedInversion
@@ -18,6 +16,8 @@ from splitlab.split.artefacts import SavedReconstruction
 from splitlab.split.config import Defences, TrainConfig
 from splitlab.split.messages import Observation, Truth
 from splitlab.split.wire import Transcript
+from world.fuzz import mutations
+from world.fuzz.changes import NAMES, parts
 
 
 def numbers(tensor: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Every kind of input that `fuzzing` changes: good ones, who reads them, and who checks what is accepted."""
+"""Every kind of input that `changes` changes: good ones, who reads them, and who checks what is accepted."""
 
 import itertools
 import json
@@ -7,10 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import fuzz_checks as checks
-import mutations
 import torch
-from fuzzing import Kind, changed_tensors, changed_text, parts, put_together
 from torch import Tensor, nn
 
 from splitlab.core import checkpoint
@@ -37,6 +34,8 @@ from splitlab.split.artefacts import (
 )
 from splitlab.split.config import Defences, TrainConfig
 from splitlab.split.messages import Observation, Reconstruction, Truth
+from world.fuzz import checks, mutations
+from world.fuzz.changes import Kind, changed_tensors, changed_text, parts, put_together
 
 
 def noise(*shape: int) -> Tensor:

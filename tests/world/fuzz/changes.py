@@ -1,6 +1,6 @@
 """Files and messages changed at random, and what becomes of them: accepted, refused by one InputError, or a mistake.
 
-A kind says what to change, who reads it, and what an accepted one must be (`fuzz_kinds`, `fuzz_checks`).
+A kind says what to change, who reads it, and what an accepted one must be (`kinds`, `checks`).
 `benchmarks/fuzz.py` counts; the suite tries a few thousand.
 """
 
@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import mutations
-
 from splitlab.core.errors import InputError
+from world.fuzz import mutations
 
 NAMES = ("timesteps", "noisy_latents", "smashed", "noise", "encoder_hidden_states", "noise_pred", "noise_pred_gradient")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1, "BOOL": 1, "U64": 8, "U32": 4}

@@ -1,6 +1,6 @@
 """Data sets with bytes changed at random: whatever comes, it is read or refused by one InputError.
 
-`python tests/mutations.py 100000` tries as many and says how many were read; the suite tries a few hundred.
+`python tests/world/fuzz/mutations.py 100000` tries as many and says how many were read; the suite tries a few hundred.
 """
 
 import io

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import closure
-import names
 import pytest
-import tiny
 import yaml
-from watch import watched
+from world import names, tiny
+from world.watch import watched
 
 from splitlab.core.config import parse
 from splitlab.core.paths import ROOT

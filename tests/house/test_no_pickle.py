@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import names
 import pytest
+from world import names
 
 from splitlab.core.paths import ROOT
 

@@ -10,10 +10,10 @@ from statistics import median
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 from typer.testing import CliRunner
+from world import tiny
 
 from splitlab import attack_gradient, cli, doctor, load_base
 from splitlab.core.errors import InputError
