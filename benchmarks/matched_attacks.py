@@ -19,11 +19,14 @@ from splitlab.diffusion.metrics import psnr_db
 from splitlab.split.attacks.closed_form import hint_latents, public_hints
 from splitlab.split.attacks.latent_view import averaged, labelled, latent_view
 from splitlab.split.client import client_send
+from splitlab.split.defences import disguised, disguises
+from splitlab.split.defences.borrowed_colours import in_colours
+from splitlab.split.defences.hint_layout_noise import layout, sent_layout
+from splitlab.split.defences.random_symmetry import every_turn
 from splitlab.split.identification import identified_as_sent, identified_by_likelihood
 from splitlab.split.messages import Knowledge
 from splitlab.split.recolour import VARIANTS, recolour, recoloured
 from splitlab.split.server import run_attack
-from splitlab.split.surrogates import disguised, disguises, every_turn, in_colours, layout, sent_layout
 from splitlab.split.train import make_clients
 from splitlab.split.wire import from_bytes
 

@@ -48,8 +48,10 @@ from splitlab.diffusion.controlnet import LatentHintControlNet, control_pipeline
 from splitlab.diffusion.guided import generate_guided
 from splitlab.diffusion.metrics import disc_iou, edge_control
 from splitlab.split.config import read_defences
+from splitlab.split.defences import disguises
+from splitlab.split.defences.borrowed_colours import colours_of
+from splitlab.split.defences.hint_layout_noise import asked_layout
 from splitlab.split.recolour import recoloured
-from splitlab.split.surrogates import asked_layout, colours_of, disguises
 from splitlab.split.train import train
 from splitlab.study.evaluate import without_control
 

@@ -1,4 +1,4 @@
-"""How attacks, schemes, fields and defences are called wherever people read of them."""
+"""How schemes, fields and granted facts are called wherever people read of them."""
 
 import math
 
@@ -22,28 +22,6 @@ FIELD_WORDS = {
     "noise_pred": "its own prediction",
     "noise_pred_gradient": "the loss's gradient",
 }
-
-DEFENCE_WORDS = {
-    "timestep_floor": "timesteps from {:g} up",
-    "latent_norm": "latents bounded to norm {:g}",
-    "feature_noise": "feature noise, std {:g}",
-    "independent_draws": "drawn for each field apart",
-    "matched": "matched client",
-    "hint_noise": "hint noise, std {:g}",
-    "coarse_hints": "{:g} frequencies of a hint per axis",
-    "per_image_noise": "noise drawn once per image",
-    "borrowed_colours": "borrowed colours",
-    "hint_layout_noise": "noised layout for a hint, std {:g}",
-    "random_symmetry": "secretly turned",
-    "symsigmoid": "symsigmoid activation",
-    "fixed_noise": "fixed noise per client, std {:g}",
-    "key_mixing": "{:g} samples mixed by a secret key",
-    "patch_shuffle": "patches of side {:g} shuffled",
-    "fresh_keys": "keys drawn anew each time",
-    "half": "fp16",
-    "hide_prompts": "prompts hidden",
-}
-
 
 GRANT_WORDS = {"batch_size": "batch size", "timesteps": "t", "noise": "noise", "text": "prompt", "hint_latents": "hint"}
 

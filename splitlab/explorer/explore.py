@@ -6,7 +6,7 @@ Truth and reconstruction stand side by side here for the eye; numbers are those 
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
-from splitlab.core.labels import DEFENCE_WORDS, SCHEME_WORDS
+from splitlab.core.labels import SCHEME_WORDS
 from splitlab.core.paths import CACHE, resolve
 from splitlab.core.pixels import from_uint8, to_uint8
 from splitlab.core.progress import Callback
@@ -31,7 +31,7 @@ from splitlab.explorer.run_view import Attempt, RunView, in_order, knowledge_lab
 from splitlab.params import load_split
 from splitlab.split.artefacts import Recorded, SavedReconstruction, load_reconstruction, read_record, read_scores
 from splitlab.split.attacks import ATTACKS, attack_label
-from splitlab.split.config import AttackSpec, Defences, TrainConfig
+from splitlab.split.config import AttackSpec, TrainConfig
 from splitlab.split.messages import Observation, stack
 from splitlab.split.server import attack_transcript, make_knowledge
 from splitlab.split.wire import read_server, read_transcript, read_truth
@@ -211,13 +211,6 @@ def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor]) -> Attempt
 def attack_title(one: Attempt) -> str:
     """Label an attempt for a menu: the attack and what it uses."""
     return f"{attack_label(one.attack)} — uses {knowledge_label(one.knowledge)}"
-
-
-def defences_label(defences: Defences) -> str:
-    """Say in words which defences are on."""
-    active = {field.name: getattr(defences, field.name) for field in fields(defences)}
-    words = [DEFENCE_WORDS.get(name, name + " {}").format(value) for name, value in active.items() if value]
-    return ", ".join(words) or "none"
 
 
 def run_label(config: TrainConfig) -> str:

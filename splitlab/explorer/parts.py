@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from splitlab.core.errors import InputError
 from splitlab.explorer import markup
-from splitlab.explorer.explore import defences_label, run_label
+from splitlab.explorer.explore import run_label
 from splitlab.split.config import TrainConfig
 
 WIDE = widgets.Layout(width="min(640px, 100%)")
@@ -29,7 +29,7 @@ def reported(area: widgets.HTML, *, make_it: str = MAKE_IT) -> Iterator[None]:
 
 def run_rows(config: TrainConfig) -> list[tuple[str, str]]:
     """Say in two rows what a run is."""
-    return [("run", run_label(config)), ("defences", defences_label(config.defences))]
+    return [("run", run_label(config)), ("defences", config.defences.label)]
 
 
 def dropdown(description: str, options: Sequence[Any] = (), *, width: str = "min(640px, 100%)") -> widgets.Dropdown:

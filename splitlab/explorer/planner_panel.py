@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from splitlab.core.labels import UNMEASURED
 from splitlab.explorer import markup
-from splitlab.explorer.explore import Artefacts, attack_label, defences_label
+from splitlab.explorer.explore import Artefacts, attack_label
 from splitlab.explorer.parts import DESCRIBED, WIDE, dropdown, htmls, reported
 from splitlab.params import load_split
 from splitlab.split.config import Defences
@@ -87,7 +87,7 @@ def proposal(found: Plan) -> str:
     values = {field.name: getattr(one.defences, field.name) for field in fields(Defences)}
     lines = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items() if value)
     setting = [
-        ("proposed", defences_label(one.defences)),
+        ("proposed", one.defences.label),
         ("strongest attack", attack_label(one.attack)),
         ("params.yaml", f"defences: {{{lines}}}"),
     ]
@@ -109,7 +109,7 @@ def table(known: list[Setting], found: Plan | None) -> str:
     order = sorted(known, key=lambda one: -1.0 if math.isnan(one.control_iou) else one.control_iou, reverse=True)
     rows = [
         {
-            "label": defences_label(one.defences),
+            "label": one.defences.label,
             "share": one.identification,
             "ideal": one.ideal,
             "control": one.control_iou,

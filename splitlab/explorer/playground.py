@@ -10,13 +10,13 @@ from splitlab.core.pixels import to_uint8
 from splitlab.core.seeds import Key, generator
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion import metrics
-from splitlab.diffusion.base import Base
+from splitlab.diffusion.base import Base, Encoded, encoded
 from splitlab.explorer.explore import PRIVATE, RECONSTRUCTED, WIRE, Groups, Picture, png, wire_pictures
-from splitlab.split.attacks.closed_form import closed_form
-from splitlab.split.attacks.one_step import one_step
-from splitlab.split.config import Defences
-from splitlab.split.defences import protect, transforms
+from splitlab.split.client import Client, client_message
+from splitlab.split.defences import Defences, disguised, unseen
+from splitlab.split.defences.timestep_floor import draw_timesteps, last_timestep
 from splitlab.split.messages import Knowledge, Observation
+from splitlab.split.server import run_attack
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,34 @@ class Playground:
         self.base, self.cache = base, cache
         self.images = images.subset(range(n_client))
         self._public = images.subset(range(n_client, len(images)))
-        self._latents, self._hints = base.encode(self.images.images), base.encode(self.images.need_hints())
-        self._ceiling = metrics.psnr_db(base.decode(self._latents), self.images.images)
+        self._encoded: dict[str, Encoded] = {}
+        self._ceiling = metrics.psnr_db(base.decode(self._client(Defences()).data.latents), self.images.images)
+
+    def _client(self, defences: Defences) -> Client:
+        """Play the client: the one of training, with a published key."""
+        key = Key.published(0)
+        images = disguised(self.images, defences, key=key)
+        if images.digest not in self._encoded:
+            self._encoded[images.digest] = encoded(self.base, images, cache=self.cache)
+        data = self._encoded[images.digest]
+        return Client(0, self.base, data, torch.arange(len(data)), defences, key)
 
     def messages(self, chosen: int, timestep: int, defences: Defences, n_messages: int) -> Observation:
-        """Play the client: the chosen image first, `n_messages` - 1 others behind it, as the server receives them."""
-        draw = generator("playground", chosen)
-        order = torch.cat([torch.tensor([chosen]), torch.randperm(len(self.images), generator=draw)])[:n_messages]
-        timesteps = torch.randint(defences.timestep_floor, self.base.n_timesteps, (len(order),), generator=draw)
-        timesteps[0] = timestep
-        noise = torch.randn(self._latents[order].shape, generator=draw)
-        noisy = self.base.noised(self._latents[order], noise, timesteps)
-        message = Observation(0, 0, timesteps, noisy, self._hints[order] + noisy, noise)
-        return protect(message, transforms(defences, client_key=Key.published(0)), draw)
+        """Send the chosen image and `n_messages` - 1 others behind it, as the server receives them.
+
+        Samples that are mixed come in whole groups. The timestep is moved to the nearest that such a client sends.
+
+        Raises:
+            InputError: no client can apply the defences to these images.
+        """
+        client, alphas_cumprod = self._client(defences), self.base.alphas_cumprod
+        draw, group = generator("playground", chosen), defences.key_mixing or 1
+        others = torch.randperm(len(self.images), generator=draw)
+        n_groups = max(1, min(-(-n_messages // group), len(self.images) // group))
+        order = torch.cat([torch.tensor([chosen]), others[others != chosen]])[: n_groups * group]
+        timesteps = draw_timesteps(defences, len(order), alphas_cumprod, draw)
+        timesteps[:group] = min(max(timestep, defences.timestep_floor), last_timestep(defences, alphas_cumprod))
+        return client_message(client, chosen, order, timesteps=timesteps)[0]
 
     def trial(
         self, chosen: int, timestep: int, defences: Defences, *, send_label: bool = True, n_messages: int = 64
@@ -71,18 +86,23 @@ class Playground:
         """Send an image and attack it: by algebra where the label is sent, else by the public U-Net.
 
         The hint follows by algebra either way, since it needs the noisy latents only.
+
+        Raises:
+            InputError: no client can apply the defences to these images.
         """
         sent = self.messages(chosen, timestep, defences, n_messages)
         knowledge = Knowledge(self.base, "split", defences, self.images.size, self._public, cache=self.cache)
         draw = generator("playground attack")
-        solved = closed_form([sent], knowledge, generator=draw)
+        solved = run_attack("closed_form", [sent], knowledge, generator=draw)
         image, method = torch.as_tensor(solved.images)[0], "closed form"
+        first = sent.map(lambda value: value[:1])
         if not send_label:
-            sent = sent.without("noise")
-            found = one_step([sent.map(lambda value: value[:1])], knowledge, generator=draw)
-            image = torch.as_tensor(found.images)[0]
+            first = first.without("noise")
+            image = torch.as_tensor(run_attack("one_step", [first], knowledge, generator=draw).images)[0]
             method = "image: one-step denoising by the public U-Net; hint: closed form, which needs no label"
-        first, truth = sent.map(lambda value: value[:1]), self.images
+        if missed := ", ".join(defence.name for defence in unseen(defences)):
+            method += f"; this attacker does not undo {missed}"
+        truth = self.images
         hints = solved.hints
         assert hints is not None, "scheme split solves for hints"
         shown = [png(to_uint8(one)) for one in (truth.images[chosen], truth.need_hints()[chosen], image, hints[0])]

@@ -1,5 +1,7 @@
 """Turn a client's defences on and off and see what the server makes of a message."""
 
+from collections.abc import Sequence
+
 import ipywidgets as widgets
 
 from splitlab.data.image_set import ImageSet
@@ -8,7 +10,10 @@ from splitlab.explorer.explore import Artefacts
 from splitlab.explorer.parts import DESCRIBED, WIDE, checkbox, dropdown, htmls, reported, row
 from splitlab.explorer.playground import Playground
 from splitlab.params import load_split
-from splitlab.split.config import Defences
+from splitlab.split.defences import DEFENCES, Defence, Defences
+
+SHOWN = {"symsigmoid": True, "half": True, "fixed_noise": 0.5}
+"""The defences that are on at first."""
 
 
 class PlaygroundPanel(widgets.VBox):
@@ -20,14 +25,11 @@ class PlaygroundPanel(widgets.VBox):
         self.playground: Playground | None = None
         self.image = widgets.IntSlider(description="image", value=1, layout=WIDE, style=DESCRIBED)
         self.timestep = widgets.IntSlider(description="timestep", value=500, max=999, layout=WIDE, style=DESCRIBED)
-        self.symsigmoid, self.half = checkbox("symsigmoid", value=True), checkbox("fp16", value=True)
-        self.label = checkbox("noise label sent")
-        self.fixed_noise = widgets.FloatSlider(
-            description="fixed noise", value=0.5, max=2.0, step=0.25, style=DESCRIBED, continuous_update=False
-        )
-        self.messages = widgets.SelectionSlider(
-            description="seen so far", options=(1, 4, 16, 64, 128), value=16, style=DESCRIBED, continuous_update=False
-        )
+        self.defences = {name: _control(defence) for name, defence in DEFENCES.items()}
+        for name, value in SHOWN.items():
+            self.defences[name].value = value
+        self.label, self.messages = checkbox("noise label sent"), _slider("seen so far", (1, 4, 16, 64, 128))
+        self.messages.value = 16
         self.pictures, self.scores, self.message = htmls(3)
         names = sorted(artefacts.params["datasets"])
         self.dataset = dropdown("data", names)
@@ -35,20 +37,13 @@ class PlaygroundPanel(widgets.VBox):
             self.dataset.value = dataset
         self.children = [
             *(widgets.HTML(markup.STYLE), self.dataset, self.image, self.timestep),
-            row([self.symsigmoid, self.half, self.label]),
-            row([self.fixed_noise, self.messages]),
+            row([self.label, self.messages]),
+            row([control for control in self.defences.values() if isinstance(control, widgets.Checkbox)]),
+            row([control for control in self.defences.values() if not isinstance(control, widgets.Checkbox)]),
             *(self.message, self.pictures, self.scores),
         ]
         self.dataset.observe(lambda change: self._load(), "value")
-        for widget in (
-            self.image,
-            self.timestep,
-            self.symsigmoid,
-            self.half,
-            self.label,
-            self.fixed_noise,
-            self.messages,
-        ):
+        for widget in (self.image, self.timestep, self.label, self.messages, *self.defences.values()):
             widget.observe(lambda change: self._show(), "value")
         self._load()
 
@@ -67,8 +62,8 @@ class PlaygroundPanel(widgets.VBox):
     def _show(self) -> None:
         if self.playground is None:
             return
-        defences = Defences(symsigmoid=self.symsigmoid.value, fixed_noise=self.fixed_noise.value, half=self.half.value)
         with reported(self.message):
+            defences = Defences(**{name: control.value for name, control in self.defences.items()})
             trial = self.playground.trial(
                 self.image.value,
                 self.timestep.value,
@@ -85,3 +80,17 @@ class PlaygroundPanel(widgets.VBox):
                     "on the wire for this sample": f"{trial.size_bytes:,} bytes",
                 }
             ) + markup.note(trial.method)
+
+
+def _control(defence: Defence) -> widgets.Checkbox | widgets.SelectionSlider:
+    """Return what sets a defence: a box to tick, or a slider over the values worth trying."""
+    name = defence.name.replace("_", " ")
+    control = (
+        checkbox(name, value=False) if isinstance(defence.off, bool) else _slider(name, (defence.off, *defence.usual))
+    )
+    control.tooltip = defence.says
+    return control
+
+
+def _slider(name: str, values: Sequence[bool | int | float]) -> widgets.SelectionSlider:
+    return widgets.SelectionSlider(description=name, options=values, style=DESCRIBED, continuous_update=False)

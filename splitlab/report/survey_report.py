@@ -11,7 +11,7 @@ from splitlab.report import layout
 from splitlab.report.claims import HOLDS, REFUTED
 from splitlab.report.page import Material
 from splitlab.split.attacks import ATTACKS, FAMILIES, NO_INFORMATION, attack_label
-from splitlab.split.guarantees import DELTA
+from splitlab.split.privacy import DELTA
 from splitlab.study.verdicts import STOPPED, SURVEY, pooled
 
 

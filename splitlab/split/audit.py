@@ -9,7 +9,8 @@ from splitlab.diffusion.controlnet import symsigmoid_inverse
 from splitlab.privacy.audit import mu_lower_bound
 from splitlab.split.client import Client, client_send
 from splitlab.split.config import Defences
-from splitlab.split.defences import bounded, feature_scale, noise_variance, signal_level
+from splitlab.split.defences.latent_norm import bounded
+from splitlab.split.defences.matched import feature_scale, noise_variance, signal_level
 from splitlab.split.wire import from_bytes
 
 

@@ -6,27 +6,21 @@ from functools import cached_property
 
 import torch
 from diffusers import ControlNetModel
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitlab.core.errors import InputError
-from splitlab.core.seeds import SECRET, Key, Source, generator, source
+from splitlab.core.seeds import Key, Source, generator, source
 from splitlab.diffusion.base import Base, Encoded
 from splitlab.diffusion.controlnet import LatentHintControlNet, predict_noise
 from splitlab.privacy.draws import permutation
-from splitlab.split.config import Defences
-from splitlab.split.defences import (
-    draw_noise,
-    draw_timesteps,
-    fixed_noise_tensor,
-    label_share,
-    noised_per_image,
-    noisy_state,
-    protect,
-    sent_timesteps,
-    transforms,
-)
+from splitlab.split.defences import Defences, protect
+from splitlab.split.defences.fixed_noise import fixed_noise_tensor
+from splitlab.split.defences.keys import draw_noise
+from splitlab.split.defences.matched import label_share, noisy_state, sent_timesteps
+from splitlab.split.defences.per_image_noise import noised_per_image
+from splitlab.split.defences.timestep_floor import draw_timesteps
 from splitlab.split.messages import Observation, Truth
 from splitlab.split.wire import to_bytes
 
@@ -77,34 +71,81 @@ class Client:
         return fixed_noise_tensor(self.defences, shape, self.client_key) if self.defences.fixed_noise else None
 
 
-def client_batch(client: Client, step: int, batch_size: int) -> tuple[Observation, Truth, Tensor]:
-    """Draw a batch and noise it; `smashed` is still empty and no defence but the timestep floor applied.
+def make_message(
+    data: Encoded,
+    timesteps: Int[Tensor, " b"],
+    noise: Float[Tensor, "b c h w"],
+    defences: Defences,
+    alphas_cumprod: Float[Tensor, " T"],
+    *,
+    client_key: Key,
+    draw: Source,
+    features: Tensor | None = None,
+) -> Observation:
+    """Build the message of one batch: the one client there is, for training, recording, attackers and the explorer.
 
-    Batches walk through a fresh permutation of the client's samples per epoch.
-
-    Returns the message so far, the truth, and the batch's positions `[b]` in the client's share.
+    Args:
+        data: the batch, encoded, under the defences that come before any message (`Client.sent`).
+        timesteps: as drawn (`draw_timesteps`); the matched client's message names others.
+        noise: the diffusion noise (`draw_noise`).
+        defences: what the client does.
+        alphas_cumprod: ᾱ of the noise schedule.
+        client_key: of what a client draws once.
+        draw: of what the defences draw for this message.
+        features: what a trained hint encoder made of the hints, to be sent as `smashed`; None: S1's sum.
     """
-    draw = client.draw(step)
-    chosen = _epoch_batch(client, step, batch_size)
-    defences, alphas_cumprod = client.defences, client.base.alphas_cumprod
-    timesteps = draw_timesteps(defences, len(chosen), alphas_cumprod, draw)
-    latents = client.sent.latents[chosen]
-    noise = draw_noise(defences, tuple(latents.shape), draw)
+    # Step 1 of S1's client (Yao 2024): noise the image latents to their timesteps (Ho et al. 2020, eq. 4).
     named = sent_timesteps(defences, timesteps, alphas_cumprod)
-    message = Observation(
-        client=client.number,
-        sequence=step,
-        timesteps=named,
-        noisy_latents=noisy_state(defences, latents, noise, named, alphas_cumprod),
-        noise=noise,
-        encoder_hidden_states=client.data.text[chosen],
+    noisy_latents = noisy_state(defences, data.latents, noise, named, alphas_cumprod)
+    # Step 2: add the hint latents, the cut layer's sum. A rounded sum shows in its low bits what was taken off again,
+    # for noised latents, so a secret client's is rounded at the end.
+    width = torch.float32 if isinstance(draw, torch.Generator) else torch.float64
+    smashed = data.hint_latents.to(width) + noisy_latents.to(width) if features is None else features
+    # Step 3: activation, noise and all other defences, in their order.
+    message = Observation(-1, -1, named, noisy_latents, smashed, noise, data.text)
+    protected = protect(message, defences, client_key=client_key, draw=draw)
+    return protected.map(lambda value: value.float() if value.dtype == torch.float64 else value)
+
+
+def client_message(
+    client: Client,
+    step: int,
+    chosen: Int[Tensor, " b"],
+    *,
+    timesteps: Int[Tensor, " b"] | None = None,
+    features: Tensor | None = None,
+) -> tuple[Observation, Truth]:
+    """Return a client's message of one step, and what only the client knows of it.
+
+    Args:
+        client: who sends.
+        step: the message's number; all that is drawn for it follows from that.
+        chosen: positions in the client's share (`epoch_batch`).
+        timesteps: in place of drawn ones.
+        features: see `make_message`.
+    """
+    defences, alphas_cumprod, draw = client.defences, client.base.alphas_cumprod, client.draw(step)
+    data = client.sent[chosen]
+    if timesteps is None:
+        timesteps = draw_timesteps(defences, len(chosen), alphas_cumprod, draw)
+    noise = draw_noise(defences, tuple(data.latents.shape), draw)
+    made = make_message(
+        *(data, timesteps, noise, defences, alphas_cumprod),
+        client_key=client.client_key,
+        draw=client.draw(-1 - step),
+        features=features,
     )
     prompts = tuple(client.prompts[place] for place in chosen.tolist()) if client.prompts else ()
-    return message, Truth(client.indices[chosen], timesteps, noise, prompts), chosen
+    truth = Truth(client.indices[chosen], timesteps, noise, prompts)
+    return replace(made, client=client.number, sequence=step), truth
 
 
-def _epoch_batch(client: Client, step: int, batch_size: int) -> Tensor:
-    """Return the positions of batch number `step`: whole epochs, shuffled anew each, no sample dropped."""
+def epoch_batch(client: Client, step: int, batch_size: int) -> Int[Tensor, " b"]:
+    """Return the positions of batch number `step`: whole epochs, shuffled anew each, no sample dropped.
+
+    Raises:
+        InputError: the client has fewer samples than a batch.
+    """
     n = len(client.data)
     if batch_size > n:
         raise InputError(f"batch_size {batch_size} exceeds client {client.number}'s {n} samples: lower it")
@@ -117,13 +158,8 @@ def _epoch_batch(client: Client, step: int, batch_size: int) -> Tensor:
 
 def client_send(client: Client, step: int, batch_size: int) -> tuple[bytes, Truth]:
     """Run S1's whole client for one step: what it returns as bytes is all the server ever sees."""
-    message, truth, chosen = client_batch(client, step, batch_size)
-    hint_latents, noisy_latents = client.sent.hint_latents[chosen], message.need("noisy_latents")
-    if client.key.kind == SECRET:  # a rounded sum shows in its low bits what was taken off again, for noised latents
-        hint_latents, noisy_latents = hint_latents.double(), noisy_latents.double()
-    chain = transforms(client.defences, client_key=client.client_key)
-    protected = protect(replace(message, smashed=hint_latents + noisy_latents), chain, client.draw(-1 - step))
-    return to_bytes(protected.map(lambda value: value.float() if value.dtype == torch.float64 else value)), truth
+    message, truth = client_message(client, step, epoch_batch(client, step, batch_size))
+    return to_bytes(message), truth
 
 
 def server_prediction(
@@ -206,5 +242,5 @@ def sample_bytes(latent_shape: Sequence[int], text_shape: Sequence[int], defence
     message = Observation(
         0, 0, torch.zeros(1, dtype=torch.int64), latents, latents, latents, torch.zeros(1, *text_shape)
     )
-    protected = protect(message, transforms(defences, client_key=Key.published(0)), generator("bytes"))
+    protected = protect(message, defences, client_key=Key.published(0), draw=generator("bytes"))
     return sum(tensor.nbytes for tensor in protected.tensors.values())

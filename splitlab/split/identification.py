@@ -8,7 +8,8 @@ from torch import Tensor
 
 from splitlab.data.image_set import ImageSet
 from splitlab.split.config import Defences
-from splitlab.split.surrogates import discs, every_turn
+from splitlab.split.defences.borrowed_colours import discs
+from splitlab.split.defences.random_symmetry import every_turn
 
 
 def identified_by_both(

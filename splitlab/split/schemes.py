@@ -19,17 +19,17 @@ from splitlab.diffusion.controlnet import image_hint_controlnet, latent_hint_con
 from splitlab.split.client import (
     Client,
     attach_hint_encoder,
-    client_batch,
+    client_message,
     client_send,
     detach_hint_encoder,
+    epoch_batch,
     noise_loss,
     server_loss,
     server_prediction,
 )
 from splitlab.split.config import TrainConfig
-from splitlab.split.defences import protect, transforms
 from splitlab.split.hijacker import HijackingServer
-from splitlab.split.messages import Observation, Truth
+from splitlab.split.messages import Truth
 from splitlab.split.wire import from_bytes, to_bytes
 
 
@@ -225,11 +225,10 @@ class SplitGradients:
         """Send features, let the server train its part and return a gradient, train the client's part."""
         client, turn = _turn(self.clients, number)
         began = time.perf_counter()
-        message, truth, _ = client_batch(client, turn, self.config.batch_size)
-        features = self._encoder((self.hints[truth.indices] + 1.0) / 2.0)
-        message = Observation(client.number, turn, **message.tensors, smashed=features.detach())
-        chain = transforms(client.defences, client_key=client.client_key)
-        up = to_bytes(protect(message, chain, client.draw(-1 - turn)))
+        chosen = epoch_batch(client, turn, self.config.batch_size)
+        features = self._encoder((self.hints[client.indices[chosen]] + 1.0) / 2.0)
+        message, truth = client_message(client, turn, chosen, features=features.detach())
+        up = to_bytes(message)
         sent = time.perf_counter()
 
         loss, down = self._answer(up, lr)
@@ -312,9 +311,8 @@ def _local_step(
     lr: float,
 ) -> float:
     """Train where the data are: no message, no defence."""
-    message, _, chosen = client_batch(client, step, config.batch_size)
-    smashed = model.smash(message.need("noisy_latents"), client.data.hint_latents[chosen])
-    loss = server_loss(base, model, Observation(client.number, step, **message.tensors, smashed=smashed))
+    message, _ = client_message(client, step, epoch_batch(client, step, config.batch_size))
+    loss = server_loss(base, model, message)
     _descend(loss, optimizer, lr)
     return loss.item()
 

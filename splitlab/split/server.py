@@ -21,8 +21,8 @@ from splitlab.diffusion.base import Base
 from splitlab.split.artefacts import SavedReconstruction, save_reconstruction
 from splitlab.split.attacks import ATTACKS
 from splitlab.split.config import AttackSpec, Defences
+from splitlab.split.defences import disguised
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
-from splitlab.split.surrogates import disguised
 from splitlab.split.wire import Transcript, read_transcript
 
 FACTS = ("defences",)

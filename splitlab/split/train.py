@@ -35,10 +35,10 @@ from splitlab.privacy.accounting import epsilon_entry
 from splitlab.privacy.draws import end_run, new_key, run_key
 from splitlab.split.client import Client, client_send
 from splitlab.split.config import TrainConfig
-from splitlab.split.guarantees import DELTA, guarantee
+from splitlab.split.defences import disguised, disguises, recorded
 from splitlab.split.messages import Truth
+from splitlab.split.privacy import DELTA, guarantee
 from splitlab.split.schemes import Scheme, Step, make_scheme
-from splitlab.split.surrogates import disguised, disguises
 from splitlab.split.wire import Header, write_transcript, write_truth
 
 PACKAGES = ("splitlab", "torch", "diffusers", "transformers", "safetensors", "numpy")
@@ -300,7 +300,7 @@ def _record(run: str, config: TrainConfig, base: Base, progress: Progress) -> di
     samples = config.steps * config.batch_size
     return {
         "run": run,
-        "config": asdict(config),
+        "config": recorded(config),
         "base": base.digest,
         "loss": [round(x, 6) for x in progress.losses],
         "up_bytes_per_sample": round(progress.up_bytes / samples, 2),

@@ -7,7 +7,7 @@ A message is one safetensors buffer. A transcript is one safetensors file that h
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from splitlab.core import checkpoint
 from splitlab.core.checkpoint import field
 from splitlab.core.config import parse_exactly
 from splitlab.core.errors import InputError
-from splitlab.split.config import SCHEMES, SENDING, Defences
+from splitlab.split.config import SCHEMES, SENDING
+from splitlab.split.defences import Defences, recorded
 from splitlab.split.messages import OBSERVATION_FIELDS, Observation, Truth
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def write_transcript(path: Path, header: Header, messages: Sequence[bytes]) -> N
     observations = [from_bytes(message, limits=header.limits()) for message in messages]
     tensors = {f"{i:06d}/{k}": v for i, o in enumerate(observations) for k, v in o.tensors.items()}
     envelopes = [[o.client, o.sequence] for o in observations]
-    checkpoint.save(path, tensors, {"header": asdict(header), "envelopes": envelopes})
+    checkpoint.save(path, tensors, {"header": recorded(header), "envelopes": envelopes})
 
 
 def read_transcript(path: str | Path, *, base: "Base | None" = None, base_digest: str | None = None) -> Transcript:

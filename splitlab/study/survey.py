@@ -1,7 +1,7 @@
 """Every defence judged alike: one transcript and one trained ControlNet per defence setting, all else equal."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from splitlab.data.image_set import ImageSet, digest
 from splitlab.data.overlap import refuse_overlaps
 from splitlab.diffusion.base import Base
 from splitlab.split.config import AttackSpec, Defences, TrainConfig
+from splitlab.split.defences import recorded
 from splitlab.split.train import record, train
 from splitlab.study.config import GRIDS
 
@@ -115,7 +116,7 @@ def record_survey(
     for run, one in tqdm(config.runs().items(), desc="record"):
         files = {"transcript": seen / run / "transcript.safetensors", "truth": hidden / run / "truth.safetensors"}
         record(run, one, base, load(one.dataset, "private"), cache=cache, **files)
-        checkpoint.save_json(hidden / run / "record.json", {"run": run, "config": asdict(one), "base": base.digest})
+        checkpoint.save_json(hidden / run / "record.json", {"run": run, "config": recorded(one), "base": base.digest})
     return list(config.runs())
 
 

@@ -6,7 +6,6 @@ attacker who guesses (0) or is always right (1); a model made without private da
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from splitlab.federated.attacks import ON_IMAGES, inversion_label
 from splitlab.privacy.accounting import randomness_of
 from splitlab.split.attacks import NO_INFORMATION, attack_label
 from splitlab.split.config import TrainConfig, read_defences
-from splitlab.split.guarantees import guarantee
+from splitlab.split.privacy import guarantee
 from splitlab.study.dp_survey import CONTRASTS, PUBLIC, REAL, START
 from splitlab.study.verdicts import SURVEY, WAYS, known, unscored
 
@@ -192,8 +191,7 @@ def _strongest(rows: pd.DataFrame, column: str) -> tuple[float, str, int]:
 
 def _client(defences: str, alphas: Tensor) -> dict[str, Any]:
     """Say of a split client which scheme it is, and which ε one message of it buys or why none."""
-    words = defences.removesuffix(" recoloured")
-    config = replace(read_defences(words), key_mixing=0, patch_shuffle=0, fresh_keys=False)
+    config = read_defences(defences.removesuffix(" recoloured")).of_one_sample
     found = guarantee(TrainConfig(scheme="split", steps=1, batch_size=1, defences=config), alphas, n=1)
     return {
         "scheme": MATCHED if config.matched else SPLIT,

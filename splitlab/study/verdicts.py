@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -11,8 +10,8 @@ from torch import Tensor
 from splitlab.core.labels import UNMEASURED
 from splitlab.privacy.accounting import randomness_of
 from splitlab.split.attacks import ATTACKS, NO_INFORMATION
-from splitlab.split.config import Defences, TrainConfig, read_defences
-from splitlab.split.guarantees import guarantee
+from splitlab.split.config import TrainConfig, read_defences
+from splitlab.split.privacy import guarantee
 
 VERDICT_COLUMNS = (
     *("defences", "strongest_attack", "psnr_db", "ssim", "id_top1", "control_iou", "eval_loss"),
@@ -53,7 +52,7 @@ def verdicts(attacks: pd.DataFrame, utility: pd.DataFrame | None, alphas_cumprod
     no recovered hint identifies, nor image and hint together. Both are empty, neither stopped nor not, where something
     was not scored, or `STOPPED` times chance is everybody.
     `epsilon_message` is the ε of one message (δ:
-    `splitlab.split.guarantees.DELTA`), where the defences own both a bound and a noise; else `why_no_epsilon` says why
+    `splitlab.split.privacy.DELTA`), where the defences own both a bound and a noise; else `why_no_epsilon` says why
     not. `randomness` says whether the clients' draws, which an ε rests on, are "secret" or "published".
     """
     rows = [
@@ -149,15 +148,11 @@ def _claimed(rows: pd.DataFrame, alphas_cumprod: Tensor | None) -> dict[str, Any
     """Say which ε one message buys, or why none."""
     if alphas_cumprod is None:
         return {}
-    once = TrainConfig(scheme="split", steps=1, batch_size=1, defences=_one_sample(str(rows["defences"].iloc[0])))
+    defences = read_defences(str(rows["defences"].iloc[0])).of_one_sample  # mixing earns no ε
+    once = TrainConfig(scheme="split", steps=1, batch_size=1, defences=defences)
     found = guarantee(once, alphas_cumprod, n=1)
     value = found.epsilon if found.events else None
     return {"epsilon_message": value, "randomness": randomness_of(rows), "why_no_epsilon": found.why}
-
-
-def _one_sample(words: str) -> Defences:
-    """Return defences without what needs several samples; it earns no ε."""
-    return replace(read_defences(words), key_mixing=0, patch_shuffle=0, fresh_keys=False)
 
 
 def ablations(attacks: pd.DataFrame, refused: Mapping[tuple[str, str], str]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from splitlab.explorer import AttackPanel, Explorer, Gallery, PlannerPanel, Play
 from splitlab.explorer.explore import Artefacts
 from splitlab.explorer.playground import Playground
 from splitlab.explorer.run_view import comparison, sample_scores
-from splitlab.split.config import Defences
+from splitlab.split.defences import DEFENCES, Defences
 
 
 @pytest.fixture(scope="module")
@@ -350,23 +350,71 @@ def test_the_hint_needs_no_label(artefacts: Artefacts):
     assert (label.caption, label.png, label.note) == ("noise label", None, "not sent")
 
 
+PLAYED = {
+    "timestep_floor": 800,
+    "latent_norm": 1.0,
+    "feature_noise": 0.3,
+    "matched": True,
+    "hint_noise": 1.0,
+    "per_image_noise": True,
+    "coarse_hints": 2,
+    "random_symmetry": True,
+    "symsigmoid": False,
+    "half": False,
+    "fixed_noise": 1.0,
+    "key_mixing": 4,
+    "patch_shuffle": 2,
+    "fresh_keys": True,
+    "borrowed_colours": True,
+}
+"""One defence after the other, each beside those before it."""
+
+
 def test_every_control_of_the_playground_changes_what_is_shown(artefacts: Artefacts):
     panel = PlaygroundPanel(artefacts)
     assert panel.message.value == ""
     changes = {
         panel.image: 5,
         panel.timestep: 100,
-        panel.symsigmoid: False,
-        panel.half: False,
-        panel.fixed_noise: 1.0,
         panel.messages: 4,
         panel.label: False,
     }
+    changes |= {panel.defences[name]: value for name, value in PLAYED.items()}
     for widget, value in changes.items():
         before = panel.pictures.value + panel.scores.value
         assert widget.value != value
         widget.value = value
         assert panel.pictures.value + panel.scores.value != before, widget.description
+        assert panel.message.value == "", widget.description
+    assert "this attacker does not undo key_mixing, patch_shuffle, fresh_keys" in panel.scores.value
+
+
+def test_the_playground_offers_all_defences_and_says_which_no_client_could_apply(artefacts: Artefacts):
+    panel = PlaygroundPanel(artefacts)
+    assert set(panel.defences) == set(DEFENCES)
+    for name, needs in {
+        "matched": "say how feature_noise is added",
+        "independent_draws": "say how feature_noise is added",
+        "per_image_noise": "give feature_noise or hint_noise",
+        "fresh_keys": "needs a key",
+    }.items():
+        panel.defences[name].value = True
+        assert needs in panel.message.value
+        panel.defences[name].value = False
+        assert panel.message.value == ""
+
+
+def test_the_playgrounds_client_names_the_timesteps_of_a_matched_client(artefacts: Artefacts):
+    playground = Playground(artefacts.base, artefacts.split("shapes", "public"), n_client=12)
+    plain, matched = (
+        playground.messages(3, 300, defences, 12).need("timesteps")
+        for defences in (Defences(), Defences(feature_noise=1.0, matched=True))
+    )
+    assert plain[0] == 300
+    alphas = artefacts.base.alphas_cumprod
+    assert alphas[matched[0]].item() == pytest.approx(alphas[300].item() / 2, rel=0.02)
+    floored = playground.messages(3, 300, Defences(timestep_floor=600, key_mixing=4), 12).need("timesteps")
+    assert floored[:4].tolist() == [600] * 4  # no client sends less
 
 
 def test_the_playground_says_when_data_or_base_are_missing(project: Path):

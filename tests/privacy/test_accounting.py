@@ -19,7 +19,8 @@ from splitlab.privacy.accounting import (
     noise_multiplier_for,
 )
 from splitlab.split.config import Defences
-from splitlab.split.defences import draw_timesteps, sent_timesteps, signal_level
+from splitlab.split.defences.matched import sent_timesteps, signal_level
+from splitlab.split.defences.timestep_floor import draw_timesteps
 from splitlab.split.privacy import hint_event, matched_message_event, message_events, message_mu
 
 

@@ -11,9 +11,10 @@ from splitlab.split.attacks.latent_view import latent_view
 from splitlab.split.client import (
     Client,
     attach_hint_encoder,
-    client_batch,
+    client_message,
     client_send,
     detach_hint_encoder,
+    epoch_batch,
     reference_message,
     sample_bytes,
     server_loss,
@@ -129,25 +130,27 @@ def test_a_defence_does_not_change_what_is_drawn(base: Base, private: ImageSet):
 
 def test_clients_and_steps_draw_noise_of_their_own(base: Base, private: ImageSet):
     noises = [
-        client_batch(client(base, private, number=number, key=key), step, 4)[1].noise
+        client_send(client(base, private, number=number, key=key), step, 4)[1].noise
         for number, key, step in [(0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0)]
     ]
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == 4
-    again = client_batch(client(base, private), 0, 4)[1].noise
+    again = client_send(client(base, private), 0, 4)[1].noise
     assert torch.equal(again, noises[0])
 
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 12])
 def test_batches_walk_through_whole_epochs(base: Base, private: ImageSet, batch: int):
     owner = client(base, private)
-    seen = torch.cat([client_batch(owner, step, batch)[2] for step in range(60 // batch)])
+    seen = torch.cat([epoch_batch(owner, step, batch) for step in range(60 // batch)])
     epochs = seen[: len(seen) // 12 * 12].reshape(-1, 12)
     assert (epochs.sort(1).values == torch.arange(12)).all()
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == len(epochs)  # shuffled anew
 
 
 def test_the_truth_names_places_in_the_whole_data_set(base: Base, private: ImageSet):
-    _, truth, chosen = client_batch(client(base, private), 0, 4)
+    owner = client(base, private)
+    chosen = epoch_batch(owner, 0, 4)
+    _, truth = client_message(owner, 0, chosen)
     assert torch.equal(truth.indices, chosen + 100)
 
 

@@ -6,22 +6,13 @@ from splitlab.core.errors import InputError
 from splitlab.core.seeds import Key
 from splitlab.diffusion.controlnet import coarsened, low_frequencies, symsigmoid
 from splitlab.split.config import Defences
-from splitlab.split.defences import (
-    bounded,
-    draw_noise,
-    draw_timesteps,
-    fixed_noise_tensor,
-    from_patches,
-    label_share,
-    mixing_key,
-    noised_per_image,
-    noisy_state,
-    protect,
-    sent_timesteps,
-    signal_level,
-    to_patches,
-    transforms,
-)
+from splitlab.split.defences import protect
+from splitlab.split.defences.fixed_noise import fixed_noise_tensor
+from splitlab.split.defences.keys import draw_noise, from_patches, mixing_key, to_patches
+from splitlab.split.defences.latent_norm import bounded
+from splitlab.split.defences.matched import label_share, noisy_state, sent_timesteps, signal_level
+from splitlab.split.defences.per_image_noise import noised_per_image
+from splitlab.split.defences.timestep_floor import draw_timesteps
 from splitlab.split.messages import OBSERVATION_FIELDS, Observation
 
 EACH = [
@@ -48,7 +39,7 @@ def message(seed: int = 0) -> Observation:
 
 
 def applied(defences: Defences, sent: Observation, *, client_key: int = 7) -> Observation:
-    return protect(sent, transforms(defences, client_key=Key.published(client_key)), tiny.draw())
+    return protect(sent, defences, client_key=Key.published(client_key), draw=tiny.draw())
 
 
 def differs(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -59,11 +50,11 @@ def differs(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 @pytest.mark.parametrize("defences", EACH, ids=str)
 def test_a_defence_changes_the_fields_it_declares_and_no_other(defences: Defences):
-    (defence,) = transforms(defences, client_key=Key.published(7))
     before = message()
-    after = defence.apply(before, tiny.draw())
+    after = applied(defences, before)
     changed = {name for name in OBSERVATION_FIELDS if differs(getattr(before, name), getattr(after, name))}
-    assert changed == set(defence.touches)
+    transforms = [defence for defence in defences.active if defence.transform]
+    assert changed == {name for defence in transforms for name in defence.touches}
     assert (after.client, after.sequence) == (before.client, before.sequence)
 
 
@@ -75,25 +66,16 @@ def test_a_defence_leaves_its_input_as_it_was(defences: Defences):
 
 
 def test_no_defence_is_no_transform():
-    assert transforms(Defences(), client_key=Key.published(0)) == ()
     # the floor decides how timesteps are drawn, the bound and noise drawn once what a message is made of
-    assert transforms(Defences(timestep_floor=600, latent_norm=9.0), client_key=Key.published(0)) == ()
-    assert (
-        transforms(
-            Defences(feature_noise=1.0, matched=True, hint_noise=1.0, per_image_noise=True), client_key=Key.published(0)
-        )
-        == ()
-    )
+    once = Defences(feature_noise=1.0, matched=True, hint_noise=1.0, per_image_noise=True)
+    for defences in (Defences(), Defences(timestep_floor=600, latent_norm=9.0), once):
+        before = message()
+        assert applied(defences, before) == before
 
 
-def test_all_together_act_in_the_order_of_their_fields():
+def test_all_together_act_in_the_order_of_their_places():
     everything = Defences(symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
-    assert [d.name for d in transforms(everything, client_key=Key.published(7))] == [
-        "symsigmoid",
-        "fixed_noise",
-        "hide_prompts",
-        "half",
-    ]
+    assert [d.name for d in everything.active] == ["symsigmoid", "fixed_noise", "hide_prompts", "half"]
     before = message()
     after = applied(everything, before)
     noise = fixed_noise_tensor(everything, (4, 4, 4), Key.published(7))
@@ -263,8 +245,10 @@ def test_a_key_stays_with_its_client_unless_it_is_fresh():
     one, other = message(0), message(0)
     for fresh in (False, True):
         defences = Defences(key_mixing=3, fresh_keys=fresh)
-        chain = transforms(defences, client_key=Key.published(7))
-        first, second = (protect(m, chain, tiny.draw(i)).need("smashed") for i, m in enumerate((one, other)))
+        first, second = (
+            protect(m, defences, client_key=Key.published(7), draw=tiny.draw(i)).need("smashed")
+            for i, m in enumerate((one, other))
+        )
         assert torch.equal(first, second) is not fresh
 
 

@@ -7,8 +7,7 @@ from world import tiny
 
 from splitlab.privacy.accounting import gdp_epsilon
 from splitlab.split.config import Defences, TrainConfig
-from splitlab.split.guarantees import guarantee, messages_per_image
-from splitlab.split.privacy import message_mu
+from splitlab.split.privacy import guarantee, message_mu, messages_per_image
 
 BOUNDED = {"latent_norm": 8.0, "feature_noise": 1.0, "matched": True, "hint_noise": 2.0, "hide_prompts": True}
 

@@ -19,8 +19,8 @@ from splitlab.privacy.accounting import SIMULATED, composed_mu
 from splitlab.split.audit import audit_message
 from splitlab.split.client import Client, client_send
 from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.defences import disguised
 from splitlab.split.privacy import matched_message_event
-from splitlab.split.surrogates import disguised
 from splitlab.split.train import make_clients, record, train
 from splitlab.split.wire import from_bytes, read_truth
 from splitlab.study.scoring import run_truth

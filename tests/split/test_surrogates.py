@@ -14,24 +14,13 @@ from splitlab.diffusion.guided import generate_guided
 from splitlab.diffusion.metrics import draw_galleries, iou, outline_mask
 from splitlab.split.attacks.surrogate_posterior import same_image
 from splitlab.split.client import client_send
+from splitlab.split.defences import disguised
+from splitlab.split.defences.borrowed_colours import LEAST_CONTRAST, borrowed_prompt, colours_of, discs, in_colours
+from splitlab.split.defences.hint_layout_noise import asked_layout, laid_out, layout, rings, sent_layout
+from splitlab.split.defences.random_symmetry import SYMMETRIES, every_turn
 from splitlab.split.identification import identified_as_sent, identified_by_both
 from splitlab.split.messages import Knowledge
 from splitlab.split.server import run_attack
-from splitlab.split.surrogates import (
-    LEAST_CONTRAST,
-    SYMMETRIES,
-    asked_layout,
-    borrowed_prompt,
-    colours_of,
-    discs,
-    disguised,
-    every_turn,
-    in_colours,
-    laid_out,
-    layout,
-    rings,
-    sent_layout,
-)
 from splitlab.split.train import make_clients
 from splitlab.split.wire import from_bytes
 

@@ -16,8 +16,8 @@ from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
 from splitlab.split.artefacts import SavedReconstruction, load_reconstruction, save_reconstruction
 from splitlab.split.config import Defences
+from splitlab.split.defences import disguised
 from splitlab.split.messages import Reconstruction
-from splitlab.split.surrogates import disguised
 from splitlab.split.train import train
 from splitlab.study.config import EvaluateConfig
 from splitlab.study.evaluate import (

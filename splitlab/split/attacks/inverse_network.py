@@ -23,7 +23,7 @@ from splitlab.split.attacks.networks import InverseNetwork
 from splitlab.split.attacks.posterior import Calibration, CalibrationSet, denoise, used_fields
 from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.attacks.simulated_client import imitable, imitate
-from splitlab.split.defences import signal_level
+from splitlab.split.defences.matched import signal_level
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
 
 INPUTS = ("noisy_latents", "smashed", "noise")

@@ -17,7 +17,7 @@ from splitlab.diffusion.base import encoded
 from splitlab.split.attacks.closed_form import closed_form, hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
 from splitlab.split.attacks.record import Attack, Family
-from splitlab.split.defences import from_patches, to_patches
+from splitlab.split.defences.keys import from_patches, to_patches
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
 

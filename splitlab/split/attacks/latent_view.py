@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from splitlab.split.defences import feature_scale, label_share, noise_variance, signal_level
+from splitlab.split.defences import unseen_variance
+from splitlab.split.defences.matched import feature_scale, label_share, noise_variance, signal_level
 from splitlab.split.messages import Knowledge, Observation, stack
 
 
@@ -34,7 +35,8 @@ def latent_view(seen: Observation, knowledge: Knowledge) -> tuple[Float[Tensor, 
 
     The sent map is scale (sqrt(ᾱ) latents + sqrt(1 - ᾱ) noise + σ1 n). With the label, sqrt(1 - ᾱ) noise is
     subtracted and σ1 / sqrt(ᾱ) remains, 0 without feature noise; without it, sqrt(1 - ᾱ + σ1²) / sqrt(ᾱ). Where n was
-    drawn once, on the latents, σ1 takes the place of σ1 / sqrt(ᾱ).
+    drawn once, on the latents, σ1 takes the place of σ1 / sqrt(ᾱ). What other defences add to what is sent
+    (`splitlab.split.defences.unseen_variance`) counts as white Gaussian noise of its size.
 
     Args:
         seen: stacked messages; needs `noisy_latents` and `timesteps`, and takes `noise` where there is one.
@@ -47,7 +49,9 @@ def latent_view(seen: Observation, knowledge: Knowledge) -> tuple[Float[Tensor, 
         variance = 1 - alphas
     else:
         noised = noised - (1 - alphas).sqrt() * seen.noise
-    return noised / alphas.sqrt(), ((variance + noise_variance(defences, alphas)) / alphas).sqrt()
+    unseen = unseen_variance(defences) / feature_scale(defences, alphas) ** 2
+    variance = variance + noise_variance(defences, alphas) + unseen
+    return noised / alphas.sqrt(), (variance / alphas).sqrt()
 
 
 def averaged(

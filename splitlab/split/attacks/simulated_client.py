@@ -10,17 +10,10 @@ from splitlab.core.seeds import Key
 from splitlab.diffusion.base import Encoded
 from splitlab.diffusion.controlnet import coarsened
 from splitlab.split.attacks.closed_form import estimate_fixed_noise, noised_hints
-from splitlab.split.config import Defences
-from splitlab.split.defences import (
-    Defence,
-    draw_noise,
-    draw_timesteps,
-    noised_per_image,
-    noisy_state,
-    protect,
-    sent_timesteps,
-    transforms,
-)
+from splitlab.split.client import make_message
+from splitlab.split.defences.keys import draw_noise
+from splitlab.split.defences.per_image_noise import noised_per_image
+from splitlab.split.defences.timestep_floor import draw_timesteps
 from splitlab.split.messages import Knowledge, Observation
 
 
@@ -46,24 +39,19 @@ def imitate(
     defences, alphas_cumprod = knowledge.defences, knowledge.base.alphas_cumprod
     if chosen is None:
         chosen = torch.randint(len(data), (batch,), generator=generator)
-    named = sent_timesteps(defences, draw_timesteps(defences, batch, alphas_cumprod, generator), alphas_cumprod)
-    latents, hints = noised_per_image(
-        defences, data.latents[chosen], data.hint_latents[chosen], [generator] * len(chosen)
-    )
-    noise = draw_noise(defences, tuple(latents.shape), generator)
-    noisy = noisy_state(defences, latents, noise, named, alphas_cumprod)
-    message = Observation(-1, -1, named, noisy, hints + noisy, noise, data.text[chosen])
-    message = protect(message, _secretless(defences), generator).float()
+    timesteps = draw_timesteps(defences, batch, alphas_cumprod, generator)
+    bounded = noised_per_image(defences, data.latents[chosen], data.hint_latents[chosen], [generator] * len(chosen))
+    noise = draw_noise(defences, tuple(bounded[0].shape), generator)
+    # Keys that the attacker does not know are drawn anew for every message, and so is the fixed noise below.
+    keyed = replace(defences, fixed_noise=0.0, fresh_keys=bool(defences.key_mixing or defences.patch_shuffle))
+    sample = Encoded(*bounded, data.text[chosen])
+    message = make_message(
+        sample, timesteps, noise, keyed, alphas_cumprod, client_key=Key.published(0), draw=generator
+    ).float()
     if defences.fixed_noise:
-        secret = torch.randn(latents.shape, generator=generator) * defences.fixed_noise
+        secret = torch.randn(noise.shape, generator=generator) * defences.fixed_noise
         message = replace(message, smashed=message.need("smashed") + secret)
     return message, chosen
-
-
-def _secretless(defences: Defences) -> tuple[Defence, ...]:
-    """Return the transforms that need no key; keys that the attacker does not know are drawn anew."""
-    keyed = bool(defences.key_mixing or defences.patch_shuffle)
-    return transforms(replace(defences, fixed_noise=0.0, fresh_keys=keyed), client_key=Key.published(0))
 
 
 def imitate_known(

@@ -20,18 +20,12 @@ from splitlab.split.attacks.nearest_public import SAMPLES
 from splitlab.split.attacks.posterior import used_fields
 from splitlab.split.attacks.record import Attack
 from splitlab.split.attacks.simulated_client import imitate
+from splitlab.split.defences import disguised, disguises
+from splitlab.split.defences.borrowed_colours import colours_of, discs
+from splitlab.split.defences.hint_layout_noise import layout, sent_layout
+from splitlab.split.defences.random_symmetry import SYMMETRIES, every_turn
 from splitlab.split.identification import identified_as_sent
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
-from splitlab.split.surrogates import (
-    SYMMETRIES,
-    colours_of,
-    discs,
-    disguised,
-    disguises,
-    every_turn,
-    layout,
-    sent_layout,
-)
 
 SHARPNESS = (1.0, 2.0, 4.0, 64.0)
 """What the attacker tries: from the mean of all that is likely to the likeliest sample alone."""

@@ -19,7 +19,8 @@ from splitlab.diffusion.controlnet import symsigmoid
 from splitlab.split.attacks.closed_form import closed_form
 from splitlab.split.attacks.latent_view import labelled, latent_view
 from splitlab.split.attacks.record import Attack, Family
-from splitlab.split.defences import FEATURES, signal_level
+from splitlab.split.defences.matched import signal_level
+from splitlab.split.defences.record import FEATURES
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
 OVERLAPS = (0.3, 0.5, 0.7)

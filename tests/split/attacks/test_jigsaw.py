@@ -16,7 +16,7 @@ from splitlab.diffusion.base import Base, encoded, load_base
 from splitlab.split.attacks.jigsaw import place_by_moments
 from splitlab.split.client import client_send
 from splitlab.split.config import Defences, TrainConfig
-from splitlab.split.defences import from_patches, to_patches
+from splitlab.split.defences.keys import from_patches, to_patches
 from splitlab.split.messages import Truth
 from splitlab.split.server import attack_transcript, make_knowledge, run_attack
 from splitlab.split.train import make_clients

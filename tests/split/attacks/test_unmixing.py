@@ -18,7 +18,7 @@ from splitlab.diffusion.base import Base, load_base
 from splitlab.split.attacks.unmixing import fast_ica
 from splitlab.split.client import client_send
 from splitlab.split.config import Defences, TrainConfig
-from splitlab.split.defences import mixing_key
+from splitlab.split.defences.keys import mixing_key
 from splitlab.split.messages import Truth
 from splitlab.split.server import attack_transcript, make_knowledge, run_attack
 from splitlab.split.train import make_clients
