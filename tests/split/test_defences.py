@@ -6,7 +6,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.seeds import Key
 from splitlab.diffusion.controlnet import coarsened, low_frequencies, symsigmoid
 from splitlab.split.config import Defences
-from splitlab.split.defences import protect
+from splitlab.split.defences import DEFENCES, protect
 from splitlab.split.defences.fixed_noise import fixed_noise_tensor
 from splitlab.split.defences.keys import draw_noise, from_patches, mixing_key, to_patches
 from splitlab.split.defences.latent_norm import bounded
@@ -15,19 +15,18 @@ from splitlab.split.defences.per_image_noise import noised_per_image
 from splitlab.split.defences.timestep_floor import draw_timesteps
 from splitlab.split.messages import OBSERVATION_FIELDS, Observation
 
+NEEDED = {
+    "independent_draws": {"feature_noise": 0.3},
+    "key_mixing": {"key_mixing": 3},
+    "patch_shuffle": {"patch_shuffle": 1},
+}
+"""What a defence needs on these messages, of three samples and 4x4 latents."""
+
 EACH = [
-    Defences(symsigmoid=True),
-    Defences(fixed_noise=0.5),
-    Defences(half=True),
-    Defences(hide_prompts=True),
-    Defences(feature_noise=0.3),
-    Defences(feature_noise=0.3, independent_draws=True),
-    Defences(feature_noise=0.3, matched=True),
-    Defences(hint_noise=0.3),
-    Defences(coarse_hints=2),
-    Defences(key_mixing=3),
-    Defences(patch_shuffle=1),
-]
+    Defences(**{name: defence.usual[-1]} | NEEDED.get(name, {}))
+    for name, defence in DEFENCES.items()
+    if defence.transform
+] + [Defences(feature_noise=0.3, matched=True)]
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
 
 
