@@ -1,11 +1,12 @@
-"""One frozen dataclass per section of params.yaml. An unknown key is an error that names it."""
+"""One frozen dataclass per section of params.yaml, whose annotations say which values a field takes."""
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from splitlab.core.errors import InputError
 
@@ -15,16 +16,53 @@ NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", re.ASCII)
 """A decimal number as YAML 1.2 writes it."""
 
 
-def parse(kind: type[T], values: object, *, where: str) -> T:
-    """Build the dataclass `kind` from a section of params.yaml.
+@dataclass(frozen=True)
+class Rule:
+    """Which values a field takes, as part of its annotation: `steps: Count = 600`.
 
-    Args:
-        kind: one of this module's dataclasses.
-        values: the section, keys and values; anything else is refused.
-        where: the section's name, for error messages.
+    Attributes:
+        holds: whether a value will do.
+        says: the error if not, with places for `{name}` and `{value}`.
+    """
+
+    holds: Callable[[Any], bool]
+    says: str
+
+
+Count = Annotated[int, Rule(lambda value: value >= 1, "{name} must be 1 or more, got {value}")]
+Natural = Annotated[int, Rule(lambda value: value >= 0, "{name} must be 0 or more, got {value}")]
+Level = Annotated[float, Rule(lambda value: 0 <= value < math.inf, "{name} must be 0 or more and finite, got {value}")]
+Positive = Annotated[float, Rule(lambda value: 0 < value < math.inf, "{name} must be positive and finite, got {value}")]
+Share = Annotated[float, Rule(lambda value: 0 < value <= 1, "{name} must be in (0, 1], got {value}")]
+
+
+def one_of(known: Collection[str]) -> Rule:
+    """Return the rule for `Annotated[str, one_of(NAMES)]`."""
+    return Rule(lambda value: value in known, "{name} {value!r} is unknown; choose one of " + ", ".join(known))
+
+
+class Settings:
+    """Refuses, wherever it is made, values that its fields' annotations rule out; further checks follow `super`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that a rule forbids."""
+        for name, rule in _rules(type(self)):  # type: ignore[arg-type]
+            if not rule.holds(value := getattr(self, name)):
+                raise InputError(rule.says.format(name=name, value=value))
+
+
+@cache
+def _rules(kind: type) -> tuple[tuple[str, Rule], ...]:
+    hints = get_type_hints(kind, include_extras=True)
+    annotated = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return tuple((name, rule) for name, rules in annotated.items() for rule in rules if isinstance(rule, Rule))
+
+
+def parse(kind: type[T], values: object, *, where: str) -> T:
+    """Build the dataclass `kind` from a section of params.yaml, keys and values; `where` names it in errors.
 
     Raises:
-        InputError: a key is unknown, or a value is of the wrong type.
+        InputError: a key is unknown, or a value is of the wrong type or not allowed.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: expected keys and values, got {values!r}")
@@ -78,10 +116,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         raise InputError(f"{where}: expected {'a list' if origin is tuple else 'keys and values'}, got {value!r}")
     if hint not in (int, float, bool, str):
         return value
-    found = _number(hint, value) if hint in (int, float) else value
-    if not isinstance(found, hint):
+    result = _number(hint, value) if hint in (int, float) else value
+    if not isinstance(result, hint):
         raise InputError(f"{where}: expected {hint.__name__}, got {value!r}{_advice(hint, value)}")
-    return found
+    return result
 
 
 def _number(kind: type, value: Any) -> int | float | None:

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from splitlab.core.config import parse
+from splitlab.core.config import one_of, parse
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
 from splitlab.data.captions import Tokenizer, shortened
@@ -53,13 +53,11 @@ class DatasetConfig(ReadOptions):
     source: str = ""
     fractions: dict[str, float] = field(default_factory=dict)
     seed: int = 0
-    long_captions: str = "refuse"
+    long_captions: Annotated[str, one_of(LONG_CAPTIONS)] = "refuse"
 
     def __post_init__(self) -> None:
         """Refuse a set without its splits."""
         super().__post_init__()
-        if self.long_captions not in LONG_CAPTIONS:
-            raise InputError(f"long_captions {self.long_captions!r} is unknown; choose {' or '.join(LONG_CAPTIONS)}")
         if bool(self.source) != bool(self.fractions):
             raise InputError("source and fractions go together: what is divided, and how; give both or neither")
         given = self.fractions if self.source else {split: 1.0 for split in PLACES if getattr(self, split)}

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import ImageColor
 
+from splitlab.core.config import Natural, Settings, one_of
 from splitlab.core.errors import InputError
 from splitlab.data.annotators import ANNOTATORS
 from splitlab.data.captions import caption
@@ -29,7 +30,7 @@ LARGEST = 8192
 
 
 @dataclass(frozen=True)
-class ReadOptions:
+class ReadOptions(Settings):
     """How a source is read.
 
     Attributes:
@@ -53,26 +54,20 @@ class ReadOptions:
     columns: dict[str, str] = field(default_factory=dict)
     prompts: str = ""
     labels: Any = ()
-    hints: str = "auto"
-    size: int = 0
-    resize: str = "none"
-    crop: str = "none"
-    resampling: str = "lanczos"
+    hints: Annotated[str, one_of(("auto", "column", "none", *ANNOTATORS))] = "auto"
+    size: Natural = 0
+    resize: Annotated[str, one_of(RESIZE)] = "none"
+    crop: Annotated[str, one_of(CROP)] = "none"
+    resampling: Annotated[str, one_of(RESAMPLING)] = "lanczos"
     background: str = "white"
-    limit: int = 0
+    limit: Natural = 0
 
     def __post_init__(self) -> None:
         """Refuse what is unknown or contradicts itself."""
+        super().__post_init__()
         for key in self.columns:
             if key not in COLUMNS:
                 raise InputError(f"columns: {key!r} is none of {', '.join(COLUMNS)}")
-        choices = {"hints": ("auto", "column", "none", *ANNOTATORS), "resize": RESIZE, "crop": CROP}
-        for name, known in (choices | {"resampling": tuple(RESAMPLING)}).items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        for name in ("size", "limit"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.size > LARGEST:
             raise InputError(f"size is the side of a picture in pixels, {LARGEST} at most, got {self.size}")
         if not self.size and (self.resize, self.crop) != ("none", "none"):

@@ -3,7 +3,9 @@
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Annotated
 
+from splitlab.core.config import Count, Level, Positive, Settings, one_of
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import PUBLISHED, SECRET
 from splitlab.diffusion.trainable import TRAINABLE
@@ -14,7 +16,7 @@ ADJACENCY = "add_remove_one"
 
 
 @dataclass(frozen=True)
-class DPConfig:
+class DPConfig(Settings):
     """One private fine-tuning.
 
     Attributes:
@@ -45,49 +47,39 @@ class DPConfig:
     """
 
     dataset: str = "digits"
-    conditioning: str = "class"
+    conditioning: Annotated[str, one_of(CONDITIONINGS)] = "class"
     classes: tuple[str, ...] = ()
-    trainable: str = "attention"
+    trainable: Annotated[str, one_of(TRAINABLE)] = "attention"
     from_block: int = 3
     embedder: bool = True
-    lora_rank: int = 8
+    lora_rank: Count = 8
     epsilon: float = math.inf
-    noise_multiplier: float = 0.0
+    noise_multiplier: Level = 0.0
     delta: float = 1e-5
-    accountant: str = "prv"
-    batch_size: int = 256
+    accountant: Annotated[str, one_of(ACCOUNTANTS)] = "prv"
+    batch_size: Count = 256
     sample_rate: float = 0.0
-    steps: int = 200
-    multiplicity: int = 1
-    physical_batch: int = 128
-    max_grad_norm: float = 0.1
-    lr: float = 1e-3
+    steps: Count = 200
+    multiplicity: Count = 1
+    physical_batch: Count = 128
+    max_grad_norm: Positive = 0.1
+    lr: Positive = 1e-3
     ema_decay: float = 0.95
-    checkpoint_every: int = 50
+    checkpoint_every: Count = 50
     seed: int = 0
     published_key: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse contradictions at construction."""
-        for name, known in (("conditioning", CONDITIONINGS), ("trainable", TRAINABLE), ("accountant", ACCOUNTANTS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        super().__post_init__()
         if not self.epsilon > 0:
             raise InputError(f"epsilon must be positive, got {self.epsilon}; leave it out to train without privacy")
-        if not 0 <= self.noise_multiplier < math.inf:
-            raise InputError(f"noise_multiplier must be 0 or more and finite, got {self.noise_multiplier}")
         if self.noise_multiplier and self.epsilon < math.inf:
             raise InputError("epsilon and noise_multiplier determine each other: give one of them")
         if not 0 < self.delta < 1:
             raise InputError(f"delta is a probability and must lie between 0 and 1, got {self.delta}")
         if not 0 <= self.sample_rate <= 1:
             raise InputError(f"sample_rate must lie in (0, 1], or be 0 to use batch_size, got {self.sample_rate}")
-        for name in ("batch_size", "steps", "multiplicity", "physical_batch", "lora_rank", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("max_grad_norm", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 

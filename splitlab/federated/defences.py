@@ -8,21 +8,35 @@ with their levels, and named in the update; what they draw is not. Sharing fewer
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from splitlab.core.config import Count, Level, Positive, Rule, Settings, Share, one_of
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
 from splitlab.federated.client import share, share_each, training_loss
 from splitlab.federated.update import Update, UpdateTruth
 from splitlab.privacy.draws import integers, noised, uniform
 
+BITS = Rule(lambda value: 2 <= value <= 16, "{name} must be from 2 to 16, got {value}; for one bit use Sign")
+
+
+class UpdateLevels(Settings):
+    """The levels of a defence; an error names it."""
+
+    def __post_init__(self) -> None:
+        """Refuse levels that mean nothing."""
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise InputError(f"{type(self).__name__}: {error}") from None
+
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(UpdateLevels):
     """Add independent Gaussian noise.
 
     Attributes:
@@ -31,40 +45,26 @@ class GaussianNoise:
             standard deviation for all parameters.
     """
 
-    rel: float
-    per: str = "tensor"
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        _at_least(self, "rel", 0.0)
-        if self.per not in ("tensor", "update"):
-            raise InputError(f"GaussianNoise: per must be 'tensor' or 'update', got {self.per!r}")
+    rel: Level
+    per: Annotated[str, one_of(("tensor", "update"))] = "tensor"
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(UpdateLevels):
     """Scale the whole update down to L2 norm `max_norm` if it is longer."""
 
-    max_norm: float
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        _positive(self, "max_norm")
+    max_norm: Positive
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(UpdateLevels):
     """Keep the `fraction` of all values of the update that is largest in magnitude, zero the rest (Lin et al. 2018)."""
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        _share(self, "fraction")
+    fraction: Share
 
 
 @dataclass(frozen=True)
-class Quantise:
+class Quantise(UpdateLevels):
     """Round each tensor to 2^bits - 1 levels, evenly spaced over ± its largest magnitude.
 
     Attributes:
@@ -72,13 +72,8 @@ class Quantise:
         stochastic: round up or down at random, without bias (Alistarh et al. 2017), instead of to the nearest.
     """
 
-    bits: int = 8
+    bits: Annotated[int, BITS] = 8
     stochastic: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        if not 2 <= self.bits <= 16:
-            raise InputError(f"Quantise: bits must be from 2 to 16, got {self.bits}; for one bit use Sign")
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class PerExample:
+class PerExample(UpdateLevels):
     """DP-SGD: clip each example's gradient, add noise to the sum, divide by the batch size (Abadi et al. 2016, alg. 1).
 
     Attributes:
@@ -95,17 +90,12 @@ class PerExample:
         noise_multiplier: standard deviation of the noise on the sum, in units of C.
     """
 
-    max_grad_norm: float
-    noise_multiplier: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        _positive(self, "max_grad_norm")
-        _at_least(self, "noise_multiplier", 0.0)
+    max_grad_norm: Positive
+    noise_multiplier: Level = 0.0
 
 
 @dataclass(frozen=True)
-class Soteria:
+class Soteria(UpdateLevels):
     """Withhold one layer's gradient where its input bounds the image most loosely (Sun et al. 2021), adapted.
 
     The original prunes entries of the input r of a classifier's last layer, those of the largest |r_i| / |dr_i/dx|. A
@@ -117,23 +107,15 @@ class Soteria:
         layer: a convolution or linear layer whose weight is shared.
     """
 
-    fraction: float
+    fraction: Share
     layer: str = "conv_out"
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        _share(self, "fraction")
 
 
 @dataclass(frozen=True)
-class SecureAggregation:
+class SecureAggregation(UpdateLevels):
     """The server sees only the sum of `n_clients` updates (Bonawitz et al. 2017), here divided by their number."""
 
-    n_clients: int
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        _at_least(self, "n_clients", 1.0)
+    n_clients: Count
 
 
 UpdateDefence = GaussianNoise | Clip | TopK | Quantise | Sign | PerExample | Soteria | SecureAggregation
@@ -338,18 +320,3 @@ def _sent(update: Update, values: dict[str, Tensor], defence: UpdateDefence) -> 
 
 def _norm(values: dict[str, Tensor]) -> Tensor:
     return torch.stack([value.double().square().sum() for value in values.values()]).sum().sqrt()
-
-
-def _positive(defence: Any, name: str) -> None:
-    if not getattr(defence, name) > 0:
-        raise InputError(f"{type(defence).__name__}: {name} must be positive, got {getattr(defence, name)}")
-
-
-def _at_least(defence: Any, name: str, least: float) -> None:
-    if not getattr(defence, name) >= least:
-        raise InputError(f"{type(defence).__name__}: {name} must be {least:g} or more, got {getattr(defence, name)}")
-
-
-def _share(defence: Any, name: str) -> None:
-    if not 0 < getattr(defence, name) <= 1:
-        raise InputError(f"{type(defence).__name__}: {name} must be in (0, 1], got {getattr(defence, name)}")

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from splitlab.core import checkpoint
-from splitlab.core.config import parse_exactly
+from splitlab.core.config import Count, Settings, one_of, parse_exactly
 from splitlab.core.errors import InputError
 
 VERSION = 1
@@ -30,7 +30,7 @@ Size = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Update:
+class Update(Settings):
     """Everything the server receives from one client in one round. Nothing else leaves the client.
 
     Attributes:
@@ -45,27 +45,24 @@ class Update:
     """
 
     gradients: dict[str, Tensor]
-    kind: str
-    objective: str
+    kind: Annotated[str, one_of(KINDS)]
+    objective: Annotated[str, one_of(OBJECTIVES)]
     size: Size
     model: str
     defence: str = "none"
-    local_steps: int = 1
+    local_steps: Count = 1
     lr: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse contradictions at construction."""
-        if self.kind not in KINDS:
-            raise InputError(f"update: kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"update: objective {self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise InputError(f"update: {error}") from None
         if min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
             raise InputError(f"update: size must be 1 or more, got {self.size}")
-        smallest = 0.0 if self.kind == "gradient" else math.ulp(0.0)
-        if self.local_steps < 1 or not smallest <= self.lr < math.inf:
-            raise InputError(
-                f"update: local_steps must be 1 or more and lr positive, got {self.local_steps} and {self.lr}"
-            )
+        if not (0.0 if self.kind == "gradient" else math.ulp(0.0)) <= self.lr < math.inf:
+            raise InputError(f"update: lr must be positive and finite, got {self.lr}")
 
     def shows(self, name: str) -> bool:
         """Say whether it holds a gradient of the parameter `name` that is not zero."""

@@ -1,9 +1,9 @@
 """The configuration of split training: one run, and one attack on it."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from splitlab.core.config import Count, Natural, Positive, Settings, one_of
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import PUBLISHED, SECRET
 from splitlab.split.defences import DEFENCES, Defences, read_defences
@@ -20,7 +20,7 @@ SERVERS = ("honest", "hijack")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """One training run.
 
     Attributes:
@@ -45,26 +45,25 @@ class TrainConfig:
     """
 
     dataset: str = "shapes"
-    scheme: str = "split"
+    scheme: Annotated[str, one_of(SCHEMES)] = "split"
     defences: Defences = field(default_factory=Defences)
-    server: str = "honest"
-    samples: int = 0
-    n_clients: int = 1
-    steps: int = 600
-    batch_size: int = 32
-    lr: float = 2e-3
-    local_steps: int = 10
+    server: Annotated[str, one_of(SERVERS)] = "honest"
+    samples: Natural = 0
+    n_clients: Count = 1
+    steps: Count = 600
+    batch_size: Count = 32
+    lr: Positive = 2e-3
+    local_steps: Count = 10
     record_messages: int = 16
-    record_from: int = 0
-    eval_samples: int = 64
-    checkpoint_every: int = 200
+    record_from: Natural = 0
+    eval_samples: Count = 64
+    checkpoint_every: Count = 200
     seed: int = 0
     published_key: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse contradictions at construction."""
-        if self.scheme not in SCHEMES:
-            raise InputError(f"scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        super().__post_init__()
         if self.scheme not in SENDING and self.defences != Defences():
             raise InputError(
                 f"scheme {self.scheme!r} sends no activations, so these defences do nothing: {self.defences}; "
@@ -73,19 +72,11 @@ class TrainConfig:
         for defence in self.defences.active:
             if reason := defence.refuses_run(self.defences, self.scheme, self.batch_size):
                 raise InputError(reason)
-        if self.server not in SERVERS:
-            raise InputError(f"server {self.server!r} is unknown; choose one of {', '.join(SERVERS)}")
         if self.server != "honest" and self.scheme != "split_gradients":
             raise InputError(
                 f"scheme {self.scheme!r} returns no gradient, so a server that hijacks has no lever; "
                 "set server to 'honest', or use scheme 'split_gradients'"
             )
-        for name in ("samples", "record_from"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("n_clients", "steps", "batch_size", "local_steps", "eval_samples", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.record_from >= self.steps:
             raise InputError(f"record_from {self.record_from} leaves no message of {self.steps} steps: lower it")
         a_round = self.local_steps * self.n_clients
@@ -94,8 +85,6 @@ class TrainConfig:
                 f"{self.steps} steps are no whole number of rounds of {self.n_clients} clients with {self.local_steps} "
                 f"local steps each, and the rest would be lost; give a multiple of {a_round} steps"
             )
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr must be positive and finite, got {self.lr}")
 
     @property
     def randomness(self) -> str:

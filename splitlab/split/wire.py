@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitlab.core import checkpoint
 from splitlab.core.checkpoint import field
-from splitlab.core.config import parse_exactly
+from splitlab.core.config import Rule, Settings, one_of, parse_exactly
 from splitlab.core.errors import InputError
 from splitlab.split.config import SCHEMES, SENDING
 from splitlab.split.defences import Defences, recorded
@@ -169,8 +169,11 @@ def _within(observation: Observation, limits: Limits, where: str) -> None:
             raise InputError(f"{where}: {name} of {shape} per sample, in this run {expected}; give its base model")
 
 
+SIZES = Rule(lambda value: 1 <= value < 2**31, "{name} must be 1 or more, got {value}")
+
+
 @dataclass(frozen=True)
-class Header:
+class Header(Settings):
     """What the server knows about a recorded run: all of it public.
 
     Attributes:
@@ -186,20 +189,12 @@ class Header:
 
     run: str
     dataset: str
-    scheme: str
+    scheme: Annotated[str, one_of(SCHEMES)]
     defences: Defences
-    size: int
+    size: Annotated[int, SIZES]
     base: str
-    n_clients: int
+    n_clients: Annotated[int, SIZES]
     version: int = VERSION
-
-    def __post_init__(self) -> None:
-        """Refuse what no run has."""
-        if self.scheme not in SCHEMES:
-            raise InputError(f"scheme {self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
-        for name in ("size", "n_clients"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
     def limits(self, base: "Base | None" = None) -> Limits:
         """Return what the run's messages may hold, as far as this header tells, and the base model it names.

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from splitlab.core.config import Count, Settings
+
 GRIDS = ("default", "full")
 """How much of a survey is run."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """How reconstructions are scored.
 
     Attributes:
@@ -18,6 +20,6 @@ class EvaluateConfig:
     """
 
     buckets: tuple[int, ...] = (0, 200, 400, 600, 800, 1000)
-    candidates: int = 100
-    samples: int = 64
+    candidates: Count = 100
+    samples: Count = 64
     seed: int = 0

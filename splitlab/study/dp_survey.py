@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from splitlab.core import checkpoint
-from splitlab.core.config import parse, reseeded
-from splitlab.core.errors import InputError
+from splitlab.core.config import Count, Natural, Settings, one_of, parse, reseeded
 from splitlab.core.seeds import generator
 from splitlab.data.image_set import ImageSet, digest
 from splitlab.data.overlap import refuse_overlap
@@ -72,7 +71,7 @@ class DPCell:
 
 
 @dataclass(frozen=True)
-class DPSurveyConfig:
+class DPSurveyConfig(Settings):
     """Which models are fine-tuned and how they are judged.
 
     Attributes:
@@ -91,23 +90,18 @@ class DPSurveyConfig:
         classifier_steps: of every classifier that judges.
     """
 
-    grid: str = "default"
+    grid: Annotated[str, one_of(GRIDS)] = "default"
     common: DPConfig = field(default_factory=DPConfig)
     cells: tuple[DPCell, ...] = ()
     start: dict[str, Any] = field(default_factory=dict)
     warps: int = 5
     warp_std: float = 0.15
-    seeds: int = 3
+    seeds: Count = 3
     test_split: str = "private-test"
-    withheld: int = 0
-    n_samples: int = 1000
-    sample_steps: int = 20
-    classifier_steps: int = 600
-
-    def __post_init__(self) -> None:
-        """Refuse a grid that does not exist."""
-        if self.grid not in GRIDS:
-            raise InputError(f"dp.grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+    withheld: Natural = 0
+    n_samples: Count = 1000
+    sample_steps: Count = 20
+    classifier_steps: Count = 600
 
     @property
     def runs(self) -> dict[str, DPConfig]:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 from tqdm import tqdm
 
 from splitlab.core import checkpoint
-from splitlab.core.config import reseeded
+from splitlab.core.config import Count, Settings, one_of, reseeded
 from splitlab.core.errors import InputError
 from splitlab.core.parallel import parallel
 from splitlab.data.image_set import ImageSet, digest
@@ -27,7 +27,7 @@ LoadSplit = Callable[[str, str], ImageSet]
 
 
 @dataclass(frozen=True)
-class SurveyConfig:
+class SurveyConfig(Settings):
     """Which defences are judged, on what data, by which attacks.
 
     Attributes:
@@ -46,25 +46,24 @@ class SurveyConfig:
             much.
     """
 
-    grid: str = "default"
+    grid: Annotated[str, one_of(GRIDS)] = "default"
     default: dict[str, tuple[str, ...]] = field(default_factory=dict)
     datasets: tuple[str, ...] = ("shapes",)
     settings: dict[str, Defences] = field(default_factory=dict)
     accumulate: tuple[str, ...] = ()
     attacks: tuple[AttackSpec, ...] = ()
     epoch_attacks: tuple[AttackSpec, ...] = ()
-    messages: int = 16
-    epochs: int = 10
-    epoch_samples: int = 64
-    batch_size: int = 32
-    steps: int = 300
-    seeds: int = 1
+    messages: Count = 16
+    epochs: Count = 10
+    epoch_samples: Count = 64
+    batch_size: Count = 32
+    steps: Count = 300
+    seeds: Count = 1
     published_key: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse grids and settings that do not exist."""
-        if self.grid not in GRIDS:
-            raise InputError(f"survey.grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+        """Refuse settings that do not exist."""
+        super().__post_init__()
         named = {name for names in self.default.values() for name in names} | set(self.accumulate)
         if unknown := sorted(named - set(self.settings)):
             raise InputError(f"survey: no setting is called {', '.join(unknown)}; there: {', '.join(self.settings)}")

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-
+from splitlab.core.config import Count, Natural, Positive, Settings, one_of
 from splitlab.core.errors import InputError
 from splitlab.federated.attacks import INVERSIONS
 from splitlab.federated.client import TRAINABLE
@@ -27,6 +26,8 @@ GRANTS = ("batch_size", "timesteps", "noise", "text", "hint_latents")
 
 KINDS = ("pixel", "latent", "controlnet", "lora")
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 DEFENCES: dict[str, Callable[[float], UpdateDefence]] = {
     "noise": lambda level: GaussianNoise(level),
     "clip": lambda level: Clip(level),
@@ -41,7 +42,7 @@ DEFENCES: dict[str, Callable[[float], UpdateDefence]] = {
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Settings):
     """A model that clients train, as the server sends it to them: public.
 
     Attributes:
@@ -53,16 +54,11 @@ class ModelSpec:
         rank: of LoRA adapters.
     """
 
-    kind: str
-    size: int = 32
+    kind: Annotated[str, one_of(KINDS)]
+    size: Count = 32
     channels: tuple[int, ...] = (32, 64)
     source: str = ""
-    rank: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuse kinds that do not exist."""
-        if self.kind not in KINDS:
-            raise InputError(f"model kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    rank: Count = 4
 
     @property
     def trained(self) -> bool:
@@ -71,7 +67,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class InversionSpec:
+class InversionSpec(Settings):
     """One attack on the updates of a case.
 
     Attributes:
@@ -80,14 +76,13 @@ class InversionSpec:
         options: keyword arguments of the attack function.
     """
 
-    attack: str
+    attack: Annotated[str, one_of(INVERSIONS)]
     grant: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse attacks and grants that do not exist."""
-        if self.attack not in INVERSIONS:
-            raise InputError(f"attack {self.attack!r} is unknown; choose one of {', '.join(INVERSIONS)}")
+        """Refuse grants that do not exist."""
+        super().__post_init__()
         if unknown := set(self.grant) - set(GRANTS):
             raise InputError(f"{', '.join(sorted(unknown))} cannot be granted; choose of {', '.join(GRANTS)}")
 
@@ -98,7 +93,7 @@ class InversionSpec:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Settings):
     """Cells that are alike but for timestep, batch, defence, objective and kind of update: all combinations.
 
     Attributes:
@@ -124,20 +119,17 @@ class Case:
     defences: tuple[str, ...] = ("none",)
     objectives: tuple[str, ...] = ("epsilon",)
     updates: tuple[str, ...] = ("gradient",)
-    trainable: str = "all"
-    dtype: str = "float32"
-    images: int = 0
-    seeds: int = 0
+    trainable: Annotated[str, one_of(TRAINABLE)] = "all"
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    images: Natural = 0
+    seeds: Natural = 0
     grids: tuple[str, ...] = GRIDS
 
     def __post_init__(self) -> None:
         """Refuse words that mean nothing."""
+        super().__post_init__()
         for defence in self.defences:
             make_defence(defence)
-        if self.trainable not in TRAINABLE:
-            raise InputError(f"trainable {self.trainable!r} is unknown; choose one of {', '.join(TRAINABLE)}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise InputError(f"dtype {self.dtype!r} is unknown; choose one of float32, float16, bfloat16")
 
     def cells(self) -> Iterator["Cell"]:
         """List the combinations."""
@@ -187,7 +179,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class UpdateConfig:
+class UpdateConfig(Settings):
     """Which updates are recorded, and who attacks them with what knowledge.
 
     Attributes:
@@ -201,20 +193,19 @@ class UpdateConfig:
             others can repeat the recording; None: a secret, as the system's entropy.
     """
 
-    grid: str = "default"
+    grid: Annotated[str, one_of(GRIDS)] = "default"
     models: dict[str, ModelSpec] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
-    images: int = 3
-    seeds: int = 1
-    full_images: int = 5
-    full_seeds: int = 3
-    lr: float = 0.01
+    images: Count = 3
+    seeds: Count = 1
+    full_images: Count = 5
+    full_seeds: Count = 3
+    lr: Positive = 0.01
     published_key: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse grids and models that do not exist, and cells that would share a file."""
-        if self.grid not in GRIDS:
-            raise InputError(f"updates.grid {self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+        """Refuse models that do not exist, and cells that would share a file."""
+        super().__post_init__()
         if unknown := sorted({case.model for case in self.cases} - set(self.models)):
             raise InputError(f"updates: no model is called {', '.join(unknown)}; there: {', '.join(self.models)}")
         seen: set[tuple[str, str]] = set()

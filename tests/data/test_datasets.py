@@ -264,7 +264,7 @@ def test_long_captions_are_cut_on_demand_and_counted(tmp_path: Path, base_path: 
     assert base.encode_prompts(cut.prompts).shape[0] == 3
     assert [len(ids) for ids in base.tokenizer(list(cut.prompts)).input_ids[1:]] == [16, 16]
     params["datasets"]["mine"] = entry | {"long_captions": "shorten"}
-    with pytest.raises(InputError, match="long_captions 'shorten' is unknown; choose refuse or truncate"):
+    with pytest.raises(InputError, match="long_captions 'shorten' is unknown; choose one of refuse, truncate"):
         load_split("mine", "private", params)
 
 

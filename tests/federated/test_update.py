@@ -266,7 +266,7 @@ def test_gradients_of_another_architecture_are_named(pixel: nn.Module, tmp_path:
         ({"size": [8, 0]}, r"u: header\.size: expected a whole number, or \[height, width\], got \[8, 0\]"),
         ({"key": 1}, "unknown key key"),
         ({"local_steps": 0}, "local_steps must be 1 or more"),
-        ({"kind": "fedavg", "lr": 0.0}, "lr positive, got 1 and 0.0"),
+        ({"kind": "fedavg", "lr": 0.0}, "lr must be positive and finite, got 0.0"),
     ],
 )
 def test_headers_that_make_no_sense_are_refused(tmp_path: Path, change: dict, says: str):

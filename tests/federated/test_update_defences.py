@@ -236,8 +236,8 @@ def test_soteria_names_a_layer_that_is_missing(pixel: nn.Module, update: Update)
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: GaussianNoise(-1.0), "GaussianNoise: rel must be 0 or more, got -1.0"),
-        (lambda: GaussianNoise(1.0, per="row"), "per must be 'tensor' or 'update'"),
+        (lambda: GaussianNoise(-1.0), "GaussianNoise: rel must be 0 or more and finite, got -1.0"),
+        (lambda: GaussianNoise(1.0, per="row"), "GaussianNoise: per 'row' is unknown; choose one of tensor, update"),
         (lambda: Clip(0.0), "Clip: max_norm must be positive"),
         (lambda: TopK(0.0), r"TopK: fraction must be in \(0, 1\]"),
         (lambda: TopK(1.5), r"TopK: fraction must be in \(0, 1\]"),

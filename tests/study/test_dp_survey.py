@@ -9,6 +9,7 @@ import torch
 from world import project as fabricated
 from world import tiny
 
+from splitlab.core.config import parse
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base
 from splitlab.report import dp_report as report
@@ -95,8 +96,8 @@ def test_the_reports_part_says_what_the_table_says(made: tuple[pd.DataFrame, Pat
 
 
 def test_a_grid_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(InputError, match=r"dp\.grid 'huge' is unknown"):
-        DPSurveyConfig(grid="huge")
+    with pytest.raises(InputError, match=r"dp\.digits: grid 'huge' is unknown; choose one of default, full"):
+        parse(DPSurveyConfig, {"grid": "huge"}, where="dp.digits")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_cells_are_all_combinations_and_those_alike_are_merged():
      (lambda: case(dtype="float7"), "dtype 'float7' is unknown"),
      (lambda: InversionSpec("guess"), "attack 'guess' is unknown"),
      (lambda: InversionSpec("dlg", grant=("images",)), "images cannot be granted"),
-     (lambda: ModelSpec("video"), "model kind 'video' is unknown"),
+     (lambda: ModelSpec("video"), "kind 'video' is unknown; choose one of pixel, latent"),
      (lambda: parse(UpdateConfig, {"model": {}}, where="updates"), "updates: unknown key model")],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(make, reason: str):
