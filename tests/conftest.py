@@ -6,8 +6,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from jaxtyping import install_import_hook
+from world import checks
 
-install_import_hook("splitlab", "beartype.beartype")
+install_import_hook("splitlab", f"{checks.__name__}.{checks.outermost.__name__}")
 
 import logging  # noqa: E402
 from collections.abc import Iterator  # noqa: E402

@@ -90,20 +90,17 @@ class TimeProbe:
     def _find(self, times: Tensor, *, only_first: bool) -> dict[str, tuple[Tensor, bool]]:
         """Return, by layer, its input at the timesteps, then at the first again, and whether it is a table."""
         found: dict[str, tuple[Tensor, bool]] = {}
+        names = {module: name for name, module in self.model.named_modules() if _weight(module) is not None}
 
-        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-                rows = _rows(module, inputs, output, len(times) + 1)
-                if rows is None or name in found or not _close(rows[0], rows[-1]) or _close(rows[0], rows[-2]):
-                    return
-                found[name] = rows, isinstance(module, nn.Embedding)
-                if only_first:
-                    raise EnoughError
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            rows = _rows(module, inputs, output, len(times) + 1)
+            if rows is None or names[module] in found or not _close(rows[0], rows[-1]) or _close(rows[0], rows[-2]):
+                return
+            found[names[module]] = rows, isinstance(module, nn.Embedding)
+            if only_first:
+                raise EnoughError
 
-            return hook
-
-        layers = [(name, module) for name, module in self.model.named_modules() if _weight(module) is not None]
-        handles = [module.register_forward_hook(note(name)) for name, module in layers]
+        handles = [module.register_forward_hook(hook) for module in names]
         images = self._images(2)
         try:
             self._at(torch.cat([times, times[:1]]))(torch.cat([images[:1].expand(len(times), -1, -1, -1), images[1:]]))
