@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from world import shipped as attacked
-from world import tiny
+from world import shipped, tiny
 
 from splitlab.core.errors import InputError
 from splitlab.split.attacks.accumulation import Features, link, same_image
@@ -13,28 +12,28 @@ from splitlab.split.attacks.posterior import CalibrationSet
 from splitlab.split.config import Defences
 from splitlab.split.server import make_knowledge
 
-pytestmark = attacked.needs_shipped
+pytestmark = shipped.needs_shipped
 NOISY = Defences(feature_noise=0.3, hide_prompts=True)
 EPOCHS, IMAGES = 10, 16
 
 
 def epochs(defences: Defences) -> tuple:
-    return attacked.record(defences, n_messages=EPOCHS, batch=IMAGES, samples=IMAGES)
+    return shipped.record(defences, n_messages=EPOCHS, batch=IMAGES, samples=IMAGES)
 
 
 @pytest.mark.parametrize("ignore", [(), ("smashed",)], ids=["hints", "views"])
 def test_ten_epochs_are_worth_three_decibels(ignore: tuple[str, ...]) -> None:
     transcript, truth = epochs(NOISY)
-    single = attacked.psnr(attacked.attack("posterior", transcript, ignore=ignore), truth)
-    found = attacked.attack("accumulation", transcript, ignore=ignore)
-    assert attacked.psnr(found, truth).mean() > single.mean() + 3.0
+    single = shipped.psnr(shipped.attack("posterior", transcript, ignore=ignore), truth)
+    found = shipped.attack("accumulation", transcript, ignore=ignore)
+    assert shipped.psnr(found, truth).mean() > single.mean() + 3.0
     assert found.objective[-1] == pytest.approx(IMAGES, abs=1)
     assert (found.hints is None) == bool(ignore)
 
 
 def test_linked_samples_share_one_result_in_the_order_sent() -> None:
     transcript, truth = epochs(NOISY)
-    found = attacked.attack("accumulation", transcript)
+    found = shipped.attack("accumulation", transcript)
     assert found.images is not None
     alike = (found.images.flatten(1)[:, None] == found.images.flatten(1)[None]).all(2)
     assert torch.equal(alike, truth.indices[:, None] == truth.indices[None])  # the hints are exact here
@@ -67,7 +66,7 @@ def test_the_ratio_is_that_of_gaussians() -> None:
 def test_ratios_promise_as_many_links_as_there_are_where_noise_is_not_white() -> None:
     coarse = Defences(timestep_floor=800, feature_noise=1.0, coarse_hints=3, hint_noise=1.8, hide_prompts=True)
     transcript, truth = epochs(coarse)
-    knowledge = make_knowledge(transcript, attacked.shipped(), attacked.public(), cache=attacked.CACHE)
+    knowledge = make_knowledge(transcript, shipped.base(), shipped.public(), cache=shipped.CACHE)
     seen = labelled(transcript.observations, knowledge)
     calibration_set = CalibrationSet(seen, transcript.observations, knowledge, tiny.draw())
     raw = hint_latents(seen, transcript.observations, knowledge)
@@ -82,23 +81,23 @@ def test_ratios_promise_as_many_links_as_there_are_where_noise_is_not_white() ->
 
 
 def test_without_repeats_it_is_the_posterior() -> None:
-    transcript, truth = attacked.record(NOISY)
-    single = attacked.psnr(attacked.attack("posterior", transcript), truth)
-    found = attacked.attack("accumulation", transcript)
+    transcript, truth = shipped.record(NOISY)
+    single = shipped.psnr(shipped.attack("posterior", transcript), truth)
+    found = shipped.attack("accumulation", transcript)
     assert found.objective[-1] >= 62.0  # two images may share an outline
-    assert (attacked.psnr(found, truth) - single).abs().mean() < 0.3
+    assert (shipped.psnr(found, truth) - single).abs().mean() < 0.3
 
 
 def test_pure_noise_gives_nothing() -> None:
-    assert attacked.gain_from_pure_noise("accumulation", NOISY) < 0.5
+    assert shipped.gain_from_pure_noise("accumulation", NOISY) < 0.5
 
 
 def test_it_repeats_and_leaves_its_input_alone() -> None:
-    attacked.check_repeats_and_leaves_input("accumulation", NOISY)
+    shipped.check_repeats_and_leaves_input("accumulation", NOISY)
 
 
 def test_missing_fields_are_named() -> None:
-    transcript, _ = attacked.record(NOISY)
+    transcript, _ = shipped.record(NOISY)
     for field in ("noisy_latents", "timesteps"):
         with pytest.raises(InputError, match=f"carries no {field}"):
-            attacked.attack("accumulation", transcript, ignore=(field,))
+            shipped.attack("accumulation", transcript, ignore=(field,))

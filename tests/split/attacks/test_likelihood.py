@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from world import tiny
+from world import shipped, tiny
 
 from splitlab.core.errors import InputError
-from splitlab.core.paths import ROOT
 from splitlab.core.seeds import Key
-from splitlab.data.image_set import ImageSet, load
+from splitlab.data.image_set import ImageSet
 from splitlab.diffusion import metrics
-from splitlab.diffusion.base import Base, encoded, load_base
+from splitlab.diffusion.base import encoded
 from splitlab.split.attacks.likelihood import (
     ACCURACY,
     denoise,
@@ -30,36 +29,28 @@ from splitlab.split.wire import from_bytes
 S1 = Defences(symsigmoid=True, fixed_noise=0.5, half=True, hide_prompts=True)
 EARLY = 200
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),
-    reason="the shipped base model or data are missing; `make data` pulls them",
-)
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Base:
-    return load_base(ROOT / "models/base")
+pytestmark = shipped.needs_shipped
 
 
 @pytest.fixture(scope="module")
 def public() -> ImageSet:
-    return load(ROOT / "data/public/shapes.zip", limit=100)
+    return shipped.public(100)
 
 
 @pytest.fixture(scope="module")
 def victims() -> ImageSet:
-    return load(ROOT / "data/private/shapes.zip", limit=48)
+    return shipped.victims(48)
 
 
 @pytest.fixture(scope="module")
-def send(shipped: Base, victims: ImageSet) -> Callable[..., tuple[Observation, torch.Tensor]]:
+def send(victims: ImageSet) -> Callable[..., tuple[Observation, torch.Tensor]]:
     """Return a function that records one message of one client, and the true images of its samples."""
-    data = encoded(shipped, victims)
+    data = encoded(shipped.base(), victims, cache=shipped.CACHE)
 
     def message(
         defences: Defences, *, keep: int = 12, batch: int = 24, below: int = 1000
     ) -> tuple[Observation, torch.Tensor]:
-        client = Client(0, shipped, data, torch.arange(len(victims)), defences, key=Key.published(5))
+        client = Client(0, shipped.base(), data, torch.arange(len(victims)), defences, key=Key.published(5))
         payload, truth = client_send(client, 0, batch)
         chosen = (truth.timesteps < below).nonzero().flatten()[:keep]
         return from_bytes(payload).map(lambda value: value[chosen]), victims.images[truth.indices[chosen]]
@@ -76,16 +67,16 @@ def psnr(found: Reconstruction, images: torch.Tensor) -> float:
     return float(metrics.psnr_db(found.images, images).mean())
 
 
-def know(base: Base, public: ImageSet, defences: Defences, scheme: str = "split") -> Knowledge:
-    return Knowledge(base, scheme, defences, public.size, public)
+def know(public: ImageSet, defences: Defences, scheme: str = "split") -> Knowledge:
+    return Knowledge(shipped.base(), scheme, defences, public.size, public)
 
 
-def test_the_label_takes_it_to_the_vae_ceiling_and_beyond(shipped: Base, public: ImageSet, send: Callable) -> None:
+def test_the_label_takes_it_to_the_vae_ceiling_and_beyond(public: ImageSet, send: Callable) -> None:
     seen, images = send(Defences())
-    knowledge = know(shipped, public, Defences())
+    knowledge = know(public, Defences())
     told: list[tuple[str, int, int, float]] = []
     found = likelihood([seen], knowledge, generator=tiny.draw(), callback=lambda *news: told.append(news), batch=8)
-    ceiling = float(metrics.psnr_db(shipped.decode(shipped.encode(images)), images).mean())
+    ceiling = float(shipped.ceiling(images).mean())
     assert psnr(found, images) > ceiling + 0.5  # pixels are not bound to what the decoder can draw
     assert found.objective[-1] < 0.7 * found.objective[0]
     assert found.used == ("timesteps", "noisy_latents", "noise", "smashed")
@@ -97,18 +88,18 @@ def test_the_label_takes_it_to_the_vae_ceiling_and_beyond(shipped: Base, public:
     assert abs(psnr(inside, images) - ceiling) < 0.5
 
 
-def test_it_finds_the_image_from_the_mean_public_image(shipped: Base, public: ImageSet, send: Callable) -> None:
+def test_it_finds_the_image_from_the_mean_public_image(public: ImageSet, send: Callable) -> None:
     seen, images = send(Defences(), keep=4)
-    knowledge = know(shipped, public, Defences())
+    knowledge = know(public, Defences())
     found = attack(seen, knowledge, start="mean", steps=120, lr=0.1, hints="none")
     guess = attack(seen, knowledge, "mean_public")
     assert psnr(found, images) > psnr(guess, images) + 10.0
     assert found.objective[-1] < 0.05 * found.objective[0]
 
 
-def test_without_the_label_it_beats_the_denoiser_early(shipped: Base, public: ImageSet, send: Callable) -> None:
+def test_without_the_label_it_beats_the_denoiser_early(public: ImageSet, send: Callable) -> None:
     seen, images = send(Defences(), batch=48, below=EARLY)
-    seen, knowledge = seen.without("noise"), know(shipped, public, Defences())
+    seen, knowledge = seen.without("noise"), know(public, Defences())
     found = attack(seen, knowledge, hints="none")
     assert found.objective[-1] < 0.8 * found.objective[0]
     assert found.used == ("timesteps", "noisy_latents", "encoder_hidden_states")
@@ -120,64 +111,58 @@ def test_without_the_label_it_beats_the_denoiser_early(shipped: Base, public: Im
 
 
 @pytest.mark.parametrize("denied", [(), ("noise",)], ids=str)
-def test_pure_noise_gives_nothing(shipped: Base, public: ImageSet, send: Callable, denied: tuple[str, ...]) -> None:
+def test_pure_noise_gives_nothing(public: ImageSet, send: Callable, denied: tuple[str, ...]) -> None:
     seen, images = send(S1)
-    draw = tiny.draw(7)
-    noised = seen.without(*denied).map(
-        lambda v: torch.randn(v.shape, generator=draw).to(v.dtype) if v.is_floating_point() else v
-    )
-    knowledge = know(shipped, public, S1)
+    (noised,) = shipped.noised([seen.without(*denied)])
+    knowledge = know(public, S1)
     found = attack(noised, knowledge, steps=5)
     assert torch.isfinite(found.images).all()
     assert psnr(found, images) < psnr(attack(noised, knowledge, "mean_public"), images) + 0.5
 
 
-def test_it_repeats_exactly_draws_nothing_and_leaves_its_input_alone(
-    shipped: Base, public: ImageSet, send: Callable
-) -> None:
+def test_it_repeats_exactly_draws_nothing_and_leaves_its_input_alone(public: ImageSet, send: Callable) -> None:
     seen, _ = send(S1, keep=4)
     before = {k: v.clone() for k, v in seen.tensors.items()}
-    weights = {k: v.clone() for k, v in shipped.vae.state_dict().items()}
-    first, second = (attack(seen.without("noise"), know(shipped, public, S1), steps=3) for _ in range(2))
+    weights = {k: v.clone() for k, v in shipped.base().vae.state_dict().items()}
+    first, second = (attack(seen.without("noise"), know(public, S1), steps=3) for _ in range(2))
     assert torch.equal(first.images, second.images)
     assert first.objective == second.objective
     assert all(torch.equal(seen.tensors[name], value) for name, value in before.items())
-    assert all(torch.equal(value, weights[name]) for name, value in shipped.vae.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in shipped.base().vae.state_dict().items())
     assert not first.images.requires_grad
-    assert all(p.grad is None for p in shipped.vae.parameters())
+    assert all(p.grad is None for p in shipped.base().vae.parameters())
 
 
-def test_it_works_through_s1s_defences_and_u_shaped(shipped: Base, public: ImageSet, send: Callable) -> None:
+def test_it_works_through_s1s_defences_and_u_shaped(public: ImageSet, send: Callable) -> None:
     seen, images = send(S1, keep=8)
-    ceiling = float(metrics.psnr_db(shipped.decode(shipped.encode(images)), images).mean())
-    found = attack(seen, know(shipped, public, S1), hints="none")
+    ceiling = float(shipped.ceiling(images).mean())
+    found = attack(seen, know(public, S1), hints="none")
     assert psnr(found, images) > ceiling
 
     message = seen.float()
     noise_pred = torch.randn(message.need("noise").shape, generator=tiny.draw(3)).requires_grad_()
-    loss = noise_loss(shipped, S1, noise_pred, message.need("noise"), message.need("timesteps"))
+    loss = noise_loss(shipped.base(), S1, noise_pred, message.need("noise"), message.need("timesteps"))
     (gradient,) = torch.autograd.grad(loss, noise_pred)
     u_shaped = replace(seen.without("noise"), noise_pred=noise_pred.detach(), noise_pred_gradient=gradient)
-    same = attack(u_shaped, know(shipped, public, S1, "u_shaped"), hints="none")
+    same = attack(u_shaped, know(public, S1, "u_shaped"), hints="none")
     assert same.used == ("timesteps", "noisy_latents", "noise_pred", "noise_pred_gradient")
     assert psnr(same, images) == pytest.approx(psnr(found, images), abs=0.1)
 
 
 @pytest.mark.parametrize("defences", [Defences(feature_noise=0.3), Defences(feature_noise=0.3, matched=True)], ids=str)
-def test_feature_noise_is_met_with_its_own_variance(
-    shipped: Base, public: ImageSet, send: Callable, defences: Defences
-) -> None:
+def test_feature_noise_is_met_with_its_own_variance(public: ImageSet, send: Callable, defences: Defences) -> None:
     seen, images = send(defences, keep=8, below=600)
-    knowledge = know(shipped, public, defences)
+    knowledge = know(public, defences)
     found = attack(seen, knowledge, hints="none")
     assert psnr(found, images) > psnr(attack(seen, knowledge, "closed_form"), images) + 3.0
 
 
-def test_hints_are_solved_for_or_searched_for(shipped: Base, public: ImageSet, send: Callable) -> None:
+def test_hints_are_solved_for_or_searched_for(public: ImageSet, send: Callable) -> None:
     seen, _ = send(Defences(symsigmoid=True), keep=4)
-    knowledge = know(shipped, public, Defences(symsigmoid=True))
+    knowledge = know(public, Defences(symsigmoid=True))
     solved, searched = (attack(seen, knowledge, hints=way, steps=10).hints for way in ("solve", "optimise"))
-    start, end = (float((shipped.encode(hint) - shipped.encode(solved)).abs().mean()) for hint in (solved, searched))
+    encode = shipped.base().encode
+    start, end = (float((encode(hint) - encode(solved)).abs().mean()) for hint in (solved, searched))
     assert searched.shape == solved.shape
     assert not torch.equal(searched, solved)
     assert start == 0.0
@@ -188,11 +173,11 @@ def test_hints_are_solved_for_or_searched_for(shipped: Base, public: ImageSet, s
     assert "smashed" not in untold.used
 
 
-def test_the_denoisers_error_is_foretold_from_public_images(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
-    knowledge = know(shipped, public, Defences())
+def test_the_denoisers_error_is_foretold_from_public_images(public: ImageSet, victims: ImageSet) -> None:
+    knowledge = know(public, Defences())
     std = torch.tensor([0.15, 0.4, 1.0])[:, None, None, None]
     foretold = denoising_error(std, knowledge, prompts=False).flatten()
-    latents = shipped.encode(victims.images)
+    latents = shipped.base().encode(victims.images)
     for level, expected in zip(std.flatten(), foretold, strict=True):
         view = latents + level * torch.randn(latents.shape, generator=tiny.draw(5))
         found = denoise(view, level.expand(len(view))[:, None, None, None], None, knowledge)
@@ -210,9 +195,9 @@ def test_total_variation_counts_edges() -> None:
     assert mean_gradient(images[:1]) == 1e-3
 
 
-def test_bad_calls_say_what_to_do(shipped: Base, public: ImageSet, send: Callable) -> None:
+def test_bad_calls_say_what_to_do(public: ImageSet, send: Callable) -> None:
     seen, _ = send(Defences(), keep=2)
-    knowledge = know(shipped, public, Defences())
+    knowledge = know(public, Defences())
     for missing in ("noisy_latents", "timesteps"):
         with pytest.raises(InputError, match=f"carries no {missing}"):
             attack(seen.without(missing), knowledge)

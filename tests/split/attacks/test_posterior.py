@@ -4,35 +4,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from world import shipped as attacked
-from world import tiny
+from world import shipped, tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import encoded
 from splitlab.split.attacks.posterior import Calibration, denoise, wiener
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge
-from splitlab.split.server import make_knowledge, run_attack
+from splitlab.split.server import run_attack
 
-pytestmark = attacked.needs_shipped
+pytestmark = shipped.needs_shipped
 NOISY = Defences(feature_noise=0.3, hide_prompts=True)
 
 
 def knowledge() -> Knowledge:
-    return make_knowledge(attacked.record(NOISY)[0], attacked.shipped(), attacked.public(), cache=attacked.CACHE)
+    return shipped.knowledge_of(shipped.record(NOISY)[0])
 
 
 def test_one_step_of_denoising_beats_raw_inversion() -> None:
-    transcript, truth = attacked.record(replace(NOISY, timestep_floor=400))
+    transcript, truth = shipped.record(replace(NOISY, timestep_floor=400))
     middle = (truth.timesteps >= 400) & (truth.timesteps < 600)
-    raw, found = (attacked.psnr(attacked.attack(name, transcript), truth) for name in ("closed_form", "posterior"))
+    raw, found = (shipped.psnr(shipped.attack(name, transcript), truth) for name in ("closed_form", "posterior"))
     assert middle.sum() >= 16
     assert found[middle].mean() > raw[middle].mean() + 5.0
 
 
 def test_without_noise_the_view_itself_is_the_answer() -> None:
-    transcript, _ = attacked.record(Defences())
-    raw, found = (attacked.attack(name, transcript) for name in ("closed_form", "posterior"))
+    transcript, _ = shipped.record(Defences())
+    raw, found = (shipped.attack(name, transcript) for name in ("closed_form", "posterior"))
     assert raw.images is not None
     assert found.images is not None
     assert raw.hints is not None
@@ -43,9 +42,9 @@ def test_without_noise_the_view_itself_is_the_answer() -> None:
 
 def test_one_step_is_the_plain_denoiser_without_defences() -> None:
     """The state that was sent, the timestep it names, eq. 15 of Ho et al. 2020."""
-    transcript, _ = attacked.record(Defences())
-    base = attacked.shipped()
-    found = attacked.attack("one_step", transcript)
+    transcript, _ = shipped.record(Defences())
+    base = shipped.base()
+    found = shipped.attack("one_step", transcript)
     seen = transcript.observations[0].float()
     noisy, timesteps = seen.need("noisy_latents"), seen.need("timesteps")
     noise_pred = base.unet(noisy, timesteps, encoder_hidden_states=seen.need("encoder_hidden_states")).sample
@@ -55,30 +54,30 @@ def test_one_step_is_the_plain_denoiser_without_defences() -> None:
 
 
 def test_the_prompt_helps_where_it_is_sent() -> None:
-    transcript, truth = attacked.record(Defences(feature_noise=1.0, timestep_floor=400))
-    blind = attacked.attack("posterior", transcript, ignore=("encoder_hidden_states",))
-    assert attacked.psnr(attacked.attack("posterior", transcript), truth).mean() > attacked.psnr(blind, truth).mean()
+    transcript, truth = shipped.record(Defences(feature_noise=1.0, timestep_floor=400))
+    blind = shipped.attack("posterior", transcript, ignore=("encoder_hidden_states",))
+    assert shipped.psnr(shipped.attack("posterior", transcript), truth).mean() > shipped.psnr(blind, truth).mean()
 
 
 def test_more_steps_and_draws_run_and_stay_near_the_posterior_mean() -> None:
-    transcript, truth = attacked.record(NOISY)
-    one = attacked.psnr(attacked.attack("posterior", transcript), truth).mean()
-    many = attacked.attack("posterior", transcript, steps=2, eta=1.0, draws=2)
+    transcript, truth = shipped.record(NOISY)
+    one = shipped.psnr(shipped.attack("posterior", transcript), truth).mean()
+    many = shipped.attack("posterior", transcript, steps=2, eta=1.0, draws=2)
     assert many.n_evals == 4
-    assert abs(attacked.psnr(many, truth).mean() - one) < 3.0
+    assert abs(shipped.psnr(many, truth).mean() - one) < 3.0
 
 
 def test_hints_under_noise_of_their_own_are_smoothed() -> None:
-    transcript, truth = attacked.record(replace(NOISY, independent_draws=True, symsigmoid=True))
-    wanted = attacked.victims().hints[truth.indices]
-    raw, found = (attacked.attack(name, transcript).hints for name in ("closed_form", "posterior"))
+    transcript, truth = shipped.record(replace(NOISY, independent_draws=True, symsigmoid=True))
+    wanted = shipped.victims().hints[truth.indices]
+    raw, found = (shipped.attack(name, transcript).hints for name in ("closed_form", "posterior"))
     assert raw is not None
     assert found is not None
     assert (found - wanted).square().mean() < 0.8 * (raw - wanted).square().mean()
 
 
 def test_denoise_is_exact_for_no_noise_and_shrinks_no_clean_view() -> None:
-    latents = encoded(attacked.shipped(), attacked.public(), cache=attacked.CACHE).latents[:8]
+    latents = encoded(shipped.base(), shipped.public(), cache=shipped.CACHE).latents[:8]
     before = latents.clone()
     found = denoise(latents, torch.zeros(8, 1, 1, 1), knowledge())
     assert torch.equal(found, latents)
@@ -101,23 +100,23 @@ def test_wiener_and_calibration_shrink_to_the_mean() -> None:
 
 
 def test_pure_noise_gives_nothing() -> None:
-    assert attacked.gain_from_pure_noise("posterior", NOISY) < 0.5
+    assert shipped.gain_from_pure_noise("posterior", NOISY) < 0.5
 
 
 def test_it_repeats_and_leaves_its_input_alone() -> None:
-    attacked.check_repeats_and_leaves_input("posterior", NOISY, steps=2, eta=0.5, calibrate=False)
+    shipped.check_repeats_and_leaves_input("posterior", NOISY, steps=2, eta=0.5, calibrate=False)
 
 
 def test_bad_calls_say_what_to_do() -> None:
-    transcript, _ = attacked.record(NOISY)
+    transcript, _ = shipped.record(NOISY)
     for field in ("noisy_latents", "timesteps"):
         with pytest.raises(InputError, match=f"carries no {field}"):
-            attacked.attack("posterior", transcript, ignore=(field,))
+            shipped.attack("posterior", transcript, ignore=(field,))
     with pytest.raises(InputError, match="set eta above 0"):
-        attacked.attack("posterior", transcript, draws=4)
+        shipped.attack("posterior", transcript, draws=4)
     with pytest.raises(InputError, match="1 or more"):
-        attacked.attack("posterior", transcript, steps=0)
+        shipped.attack("posterior", transcript, steps=0)
     with pytest.raises(InputError, match="from 0 to 1"):
-        attacked.attack("posterior", transcript, eta=2.0)
+        shipped.attack("posterior", transcript, eta=2.0)
     with pytest.raises(InputError, match="no messages to attack"):
         run_attack("posterior", [], knowledge(), generator=tiny.draw())

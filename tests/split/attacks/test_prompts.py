@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from world import tiny
+from world import shipped, tiny
 
 from splitlab.core.errors import InputError
-from splitlab.core.paths import ROOT
-from splitlab.data.image_set import ImageSet, load
-from splitlab.diffusion.base import Base, load_base
+from splitlab.data.image_set import ImageSet
+from splitlab.diffusion.base import Base
 from splitlab.split.attacks.prompt_guess import prompt_guess
 from splitlab.split.attacks.prompt_inversion import normalise_prompt, prompt_inversion, token_states, word_accuracy
 from splitlab.split.config import Defences
@@ -19,25 +18,15 @@ from splitlab.split.messages import Knowledge, Observation
 
 QUICK = {"steps": 10, "batch": 8, "shortlist": 4, "draws": 1}
 
-shipped_only = pytest.mark.skipif(
-    not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),
-    reason="the shipped base model or data are missing; `make data` pulls them",
-)
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Base:
-    return load_base(ROOT / "models/base")
-
 
 @pytest.fixture(scope="module")
 def public() -> ImageSet:
-    return load(ROOT / "data/public/shapes.zip", limit=1000)
+    return shipped.public(1000)
 
 
 @pytest.fixture(scope="module")
 def victims() -> ImageSet:
-    return load(ROOT / "data/private/shapes.zip", limit=64)
+    return shipped.victims(64)
 
 
 def knows(base: Base, public: ImageSet, cache: Path | None = None) -> Knowledge:
@@ -57,23 +46,22 @@ def hidden(base: Base, victims: ImageSet, *, label: bool = True) -> list[Observa
     return [Observation(0, 0, timesteps, noisy_latents, noise=noise if label else None)]
 
 
-@shipped_only
+@shipped.needs_shipped
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_sent_embeddings_give_every_prompt_away(
-    shipped: Base, public: ImageSet, victims: ImageSet, dtype: torch.dtype
-) -> None:
+def test_sent_embeddings_give_every_prompt_away(public: ImageSet, victims: ImageSet, dtype: torch.dtype) -> None:
     prompts = (*victims.prompts, *victims.prompts[:3], "a photograph of an astronaut", "the digit seven")
-    seen = embedded(shipped.encode_prompts(prompts).to(dtype))
+    seen = embedded(shipped.base().encode_prompts(prompts).to(dtype))
     before = [o.need("encoder_hidden_states").clone() for o in seen]
     told: list[tuple[str, int, int, float]] = []
-    found = prompt_inversion(seen, knows(shipped, public), generator=tiny.draw(), callback=lambda *a: told.append(a))
+    knowledge = knows(shipped.base(), public)
+    found = prompt_inversion(seen, knowledge, generator=tiny.draw(), callback=lambda *a: told.append(a))
     assert found.prompts == prompts  # without any normalisation, and beyond the public prompts' words
     assert found.images is None
     assert found.used == ("encoder_hidden_states",)
     assert told[0][:2] == ("prompt_inversion", 1)
     assert all(value < 1e-6 for value in found.objective)
     assert all(torch.equal(o.need("encoder_hidden_states"), b) for o, b in zip(seen, before, strict=True))
-    assert prompt_inversion(seen, knows(shipped, public), generator=tiny.draw(5)).prompts == prompts
+    assert prompt_inversion(seen, knowledge, generator=tiny.draw(5)).prompts == prompts
 
 
 def test_an_untrained_text_model_is_inverted_too(base: Base) -> None:
@@ -82,22 +70,22 @@ def test_an_untrained_text_model_is_inverted_too(base: Base) -> None:
     assert prompt_inversion(seen, knows(base, public), generator=tiny.draw()).prompts == victims.prompts
 
 
-@shipped_only
-def test_a_beam_reads_through_a_little_noise(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
-    states = shipped.encode_prompts(victims.prompts)
+@shipped.needs_shipped
+def test_a_beam_reads_through_a_little_noise(public: ImageSet, victims: ImageSet) -> None:
+    states = shipped.base().encode_prompts(victims.prompts)
     seen = embedded(states + 0.3 * torch.randn(states.shape, generator=tiny.draw(3)))
     hits = {}
     for beam in (1, 4):
-        found = prompt_inversion(seen, knows(shipped, public), generator=tiny.draw(), beam=beam).prompts
+        found = prompt_inversion(seen, knows(shipped.base(), public), generator=tiny.draw(), beam=beam).prompts
         assert found is not None
         hits[beam] = sum(a == b for a, b in zip(found, victims.prompts, strict=True))
     assert hits[4] > hits[1] + 8  # of 64; the shares measured were 0.23 and 0.69
 
 
-@shipped_only
-def test_noise_in_place_of_embeddings_gives_nothing(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
-    seen = embedded(torch.randn(len(victims), *shipped.text_shape, generator=tiny.draw(4)))
-    found = prompt_inversion(seen, knows(shipped, public), generator=tiny.draw()).prompts
+@shipped.needs_shipped
+def test_noise_in_place_of_embeddings_gives_nothing(public: ImageSet, victims: ImageSet) -> None:
+    seen = embedded(torch.randn(len(victims), *shipped.base().text_shape, generator=tiny.draw(4)))
+    found = prompt_inversion(seen, knows(shipped.base(), public), generator=tiny.draw()).prompts
     assert found is not None
     assert sum(a == b for a, b in zip(found, victims.prompts, strict=True)) <= 1
 
@@ -128,11 +116,9 @@ def test_bad_calls_say_what_to_do(base: Base) -> None:
         prompt_guess(hidden(base, public), knowledge, generator=generator, shortlist=0)
 
 
-@shipped_only
-def test_hidden_prompts_are_guessed_from_the_image(
-    shipped: Base, public: ImageSet, victims: ImageSet, tmp_path: Path
-) -> None:
-    knowledge, seen = knows(shipped, public, tmp_path), hidden(shipped, victims)
+@shipped.needs_shipped
+def test_hidden_prompts_are_guessed_from_the_image(public: ImageSet, victims: ImageSet, tmp_path: Path) -> None:
+    knowledge, seen = knows(shipped.base(), public, tmp_path), hidden(shipped.base(), victims)
     before = {name: value.clone() for name, value in seen[0].tensors.items()}
     found = prompt_guess(seen, knowledge, generator=tiny.draw(), steps=220, shortlist=4, draws=1)
     assert found.prompts is not None
@@ -157,10 +143,11 @@ def test_guesses_repeat_exactly_and_do_without_the_label(base: Base) -> None:
     assert told[-1][:3] == ("prompt_guess", 1, 1)
 
 
-@shipped_only
-def test_prompts_survive_the_tokenizer(shipped: Base, public: ImageSet) -> None:
+@shipped.needs_shipped
+def test_prompts_survive_the_tokenizer(public: ImageSet) -> None:
+    tokenizer = shipped.base().tokenizer
     for prompt in (*public.prompts[:50], "a photograph of an astronaut"):
-        assert shipped.tokenizer.decode(shipped.tokenizer(prompt).input_ids, skip_special_tokens=True).strip() == prompt
+        assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True).strip() == prompt
 
 
 def test_normalised_prompts_are_equal_where_tokens_are() -> None:

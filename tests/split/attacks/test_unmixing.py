@@ -1,67 +1,27 @@
 """Key mixing undone: sources come back under fixed and fresh keys; nothing comes back from noise."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from world import tiny
+from world import shipped, tiny
 
 from splitlab.core.errors import InputError
-from splitlab.core.paths import ROOT
-from splitlab.data.image_set import ImageSet, load
 from splitlab.diffusion import metrics
-from splitlab.diffusion.base import Base, load_base
 from splitlab.split.attacks.unmixing import fast_ica
-from splitlab.split.client import client_send
-from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.config import Defences
 from splitlab.split.defences.keys import mixing_key
-from splitlab.split.messages import Truth
-from splitlab.split.server import attack_transcript, make_knowledge, run_attack
-from splitlab.split.train import make_clients
-from splitlab.split.wire import Header, Transcript, from_bytes
+from splitlab.split.messages import Reconstruction, Truth
+from splitlab.split.server import attack_transcript
 
 GROUP = 16
 FIXED = Defences(key_mixing=GROUP)
 N_MESSAGES = 4
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),
-    reason="the shipped base model or data are missing; `make data` pulls them",
-)
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Base:
-    return load_base(ROOT / "models/base")
-
-
-@pytest.fixture(scope="module")
-def public() -> ImageSet:
-    return load(ROOT / "data/public/shapes.zip", limit=400)
-
-
-@pytest.fixture(scope="module")
-def victims() -> ImageSet:
-    return load(ROOT / "data/private/shapes.zip", limit=128)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def record(base: Base, victims: ImageSet, defences: Defences, n_clients: int = 1) -> tuple[Transcript, Truth]:
-    config = TrainConfig(defences=defences, n_clients=n_clients, published_key=0)
-    clients = make_clients(base, victims, config)
-    sent = [client_send(clients[i % n_clients], i // n_clients, 32) for i in range(N_MESSAGES)]
-    header = Header("test", "shapes", "split", defences, victims.size, base.digest, n_clients)
-    truths = [truth for _, truth in sent]
-    columns = {name: torch.cat([getattr(t, name) for t in truths]) for name in ("indices", "timesteps", "noise")}
-    return Transcript(header, tuple(from_bytes(message) for message, _ in sent)), Truth(**columns)
+pytestmark = shipped.needs_shipped
 
 
 def matched_psnr(images: Tensor | None, truth: Tensor) -> float:
@@ -72,6 +32,10 @@ def matched_psnr(images: Tensor | None, truth: Tensor) -> float:
         places, order = linear_sum_assignment(torch.cdist(wanted.flatten(1), found.flatten(1)).square().numpy())
         values.append(metrics.psnr_db(found[order], wanted[places]))
     return float(torch.cat(values).mean())
+
+
+def measured(found: Reconstruction, truth: Truth) -> Tensor:
+    return torch.tensor(matched_psnr(found.images, shipped.victims().images[truth.indices]))
 
 
 def test_fast_ica_finds_the_key_up_to_the_order() -> None:
@@ -94,21 +58,10 @@ def test_fast_ica_finds_the_key_up_to_the_order() -> None:
     ],
     ids=str,
 )
-def test_sources_come_back(
-    shipped: Base,
-    public: ImageSet,
-    victims: ImageSet,
-    cache: Path,
-    defences: Defences,
-    n_clients: int,
-    gain_db: float,
-) -> None:
-    transcript, truth = record(shipped, victims, defences, n_clients)
-    found, guess, naive = (
-        attack_transcript(transcript, attack=name, base=shipped, public=public, cache=cache)
-        for name in ("unmixing", "mean_public", "closed_form")
-    )
-    images, hints = victims.images[truth.indices], victims.hints[truth.indices]
+def test_sources_come_back(defences: Defences, n_clients: int, gain_db: float) -> None:
+    transcript, truth = shipped.record(defences, n_messages=N_MESSAGES, n_clients=n_clients)
+    found, guess, naive = (shipped.attack(name, transcript) for name in ("unmixing", "mean_public", "closed_form"))
+    images, hints = shipped.victims().images[truth.indices], shipped.victims().hints[truth.indices]
     reached = matched_psnr(found.images, images)
     assert reached > matched_psnr(guess.images, images) + gain_db
     assert reached > matched_psnr(naive.images, images) + gain_db - 3.0
@@ -116,29 +69,15 @@ def test_sources_come_back(
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_noise_gives_nothing_and_runs_repeat_and_inputs_stay(
-    shipped: Base, public: ImageSet, victims: ImageSet, cache: Path, fresh: bool
-) -> None:
-    transcript, truth = record(shipped, victims, replace(FIXED, fresh_keys=fresh))
-    draw = tiny.draw(7)
-    noised = tuple(
-        o.map(lambda v: torch.randn(v.shape, generator=draw) if v.is_floating_point() else v)
-        for o in transcript.observations[:2]
-    )
-    before = [{name: value.clone() for name, value in o.tensors.items()} for o in noised]
-    knowledge = make_knowledge(transcript, shipped, public, cache=cache)
-    found, again = (run_attack("unmixing", noised, knowledge, generator=tiny.draw()) for _ in range(2))
-    guess = run_attack("mean_public", noised, knowledge, generator=tiny.draw())
-    images = victims.images[truth.indices[:64]]
-    assert matched_psnr(found.images, images) < matched_psnr(guess.images, images) + 0.5
-    assert torch.equal(torch.as_tensor(found.images), torch.as_tensor(again.images))
-    for observation, tensors in zip(noised, before, strict=True):
-        assert all(torch.equal(observation.tensors[name], value) for name, value in tensors.items())
+def test_noise_gives_nothing_and_runs_repeat_and_inputs_stay(fresh: bool) -> None:
+    defences = replace(FIXED, fresh_keys=fresh)
+    assert shipped.gain_from_pure_noise("unmixing", defences, measure=measured) < 0.5
+    shipped.check_repeats_and_leaves_input("unmixing", defences)
 
 
-def test_refusals_say_why(shipped: Base, public: ImageSet, victims: ImageSet) -> None:
-    transcript, _ = record(shipped, victims, FIXED)
-    run: dict[str, Any] = {"attack": "unmixing", "base": shipped, "public": public}
+def test_refusals_say_why() -> None:
+    transcript, _ = shipped.record(FIXED, n_messages=N_MESSAGES)
+    run: dict[str, Any] = {"attack": "unmixing", "base": shipped.base(), "public": shipped.public()}
     with pytest.raises(InputError, match="key_mixing, which is not on here: use closed_form"):
         attack_transcript(transcript, **run, ignore=("defences",))
     with pytest.raises(InputError, match="carries no noise"):
