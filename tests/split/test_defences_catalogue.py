@@ -25,7 +25,7 @@ USED = """
 import json
 from pathlib import Path
 import test_defences
-import tiny
+from world import tiny
 import torch
 from splitlab.core.config import parse
 from splitlab.core.seeds import Key
@@ -75,10 +75,9 @@ def test_the_file_that_contributing_shows_is_all_it_takes(tmp_path: Path):
     (test,) = (example for example in EXAMPLES if "def test_rounded_latents" in example)
     shutil.copytree(ROOT / "splitlab", tmp_path / "splitlab", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "splitlab/split/defences/round_latents.py").write_text(code, encoding="utf-8")
-    shutil.copy(ROOT / "tests/tiny.py", tmp_path)
     known = (ROOT / "tests/split/test_defences.py").read_text(encoding="utf-8")
     (tmp_path / "test_defences.py").write_text(f"{known}\n\n{test}", encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "SPLITLAB_ROOT": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'tests'}", "SPLITLAB_ROOT": str(tmp_path)}
     made = subprocess.run(
         [sys.executable, "-c", USED], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
