@@ -10,7 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 from jinja2 import UndefinedError
-from world import project as fabricated
+from world.project import World
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
@@ -21,17 +21,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def world(base_path: Path) -> fabricated.World:
-    return fabricated.world(base_path)
-
-
-@pytest.fixture(scope="module")
-def material(world: fabricated.World) -> report.Material:
+def material(world: World) -> report.Material:
     return report.load_material(**world.folders)
 
 
 @pytest.fixture(scope="module")
-def index(world: fabricated.World) -> Path:
+def index(world: World) -> Path:
     executed = world.root / "executed" / "report.ipynb"
     return report.write_report(world.page, executed=executed, out=world.root / "index.html")
 
@@ -231,7 +226,7 @@ def test_the_notebook_is_committed_without_outputs() -> None:
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-def test_missing_figures_are_named(world: fabricated.World, tmp_path: Path) -> None:
+def test_missing_figures_are_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"leakage-split\.png: missing; run `dvc repro` first"):
         report.load_material(**(world.folders | {"figures": tmp_path}))
 
