@@ -33,27 +33,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this test session share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def base_path(shared: Path) -> Path:
-    return once(shared / "base", tiny.save_base)
+def base_path(session_folder: Path) -> Path:
+    return once(session_folder / "base", tiny.save_base)
 
 
 @pytest.fixture(scope="session")
-def world(shared: Path, base_path: Path) -> project.World:
+def world(session_folder: Path, base_path: Path) -> project.World:
     """What figures and report are made of; files of one test module may add to it, none may change it."""
-    return project.world(shared / "world", base_path)
+    return project.world(session_folder / "world", base_path)
 
 
 @pytest.fixture(scope="session")
-def explored(shared: Path, base_path: Path) -> Path:
+def explored(session_folder: Path, base_path: Path) -> Path:
     """The explorer's project; tests copy it."""
-    return project.explored(shared / "explored", base_path)
+    return project.explored(session_folder / "explored", base_path)
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +62,8 @@ def base(base_path: Path) -> Base:
 
 
 @pytest.fixture(scope="session")
-def sd15_base(shared: Path) -> Base:
-    return load_base(once(shared / "sd15", tiny.save_sd15_base))
+def sd15_base(session_folder: Path) -> Base:
+    return load_base(once(session_folder / "sd15", tiny.save_sd15_base))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from IPython.display import HTML
-from test_report import attack_at, evidence, verdicts
+from world.evidence import attack_at, evidence, verdicts
 from world.project import World
 
 from splitlab.core.labels import UNMEASURED, UNSCORED, percent
