@@ -1,4 +1,4 @@
-"""What tests of secret draws look for: known entropy, interruptions, and traces of a secret in files and texts."""
+"""What tests of secret draws look for: known entropy, and traces of a secret in files and texts."""
 
 import base64
 from pathlib import Path
@@ -12,18 +12,6 @@ ENTROPY = bytes(range(100, 132))
 """What the operating system gives in tests that look for it or repeat it."""
 
 FIXED = Key.secret(bytes(range(32)))
-
-
-class Interrupt(Exception):
-    """Stands in for a machine that fails."""
-
-
-def interrupted_at(step: int):
-    def callback(what: str, done: int, total: int, objective: float) -> None:
-        if done == step:
-            raise Interrupt
-
-    return callback
 
 
 def tensors_below(folder: Path) -> dict[str, torch.Tensor]:
