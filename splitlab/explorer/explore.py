@@ -30,8 +30,8 @@ from splitlab.diffusion.base import Base, load_base
 from splitlab.explorer.run_view import Attempt, RunView, in_order, knowledge_label
 from splitlab.params import load_split
 from splitlab.split.artefacts import Recorded, SavedReconstruction, load_reconstruction, read_record, read_scores
-from splitlab.split.attacks import ATTACKS, attack_label
-from splitlab.split.config import AttackSpec, TrainConfig
+from splitlab.split.attacks import ATTACKS
+from splitlab.split.config import Adversary, TrainConfig
 from splitlab.split.messages import Observation, stack
 from splitlab.split.server import attack_transcript, make_knowledge
 from splitlab.split.wire import read_server, read_transcript, read_truth
@@ -135,14 +135,18 @@ class Artefacts:
         if n != seen.batch_size or int(truth.indices.max()) >= len(private):
             raise InputError(f"{folder}: transcript, truth and private data do not belong together")
         scores = self._scores(run, n)
-        attempts: dict[str, dict[int, Attempt]] = {}
+        attempts: dict[Adversary, dict[int, Attempt]] = {}
         for one in map(load_reconstruction, saved):
             if any(value is not None and len(value) != n for value in (one.result.images, one.result.hints)):
-                raise InputError(f"{recorded.reconstructions}: {one.attack} is of another transcript than {folder}")
-            prefix = f"{one.attack}/{one.seed}/"
+                raise InputError(
+                    f"{recorded.reconstructions}: {one.adversary.name} is of another transcript than {folder}"
+                )
+            prefix = f"{one.adversary.name}/{one.seed}/"
             own = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
-            attempts.setdefault(one.attack, {})[one.seed] = attempt(one, own)
-        ordered = {name: attempts[name] for name in in_order(attempts, list(ATTACKS))}
+            attempts.setdefault(one.adversary, {})[one.seed] = attempt(one, own)
+        ranks = {name: rank for rank, name in enumerate(ATTACKS)}
+        order = sorted(attempts, key=lambda who: (ranks.get(who.attack, len(ranks)), not who.denied, who.name))
+        ordered = {who.name: attempts[who] for who in order}
         known = RunTruth(config, truth, private, scores.get("ceiling_psnr_db", torch.full((n,), torch.nan)))
         return RunView(run, transcript, seen, known, ordered, bool(scores))
 
@@ -186,10 +190,9 @@ class Artefacts:
         quantised = replace(result, images=images, hints=hints)
         knowledge = make_knowledge(view.transcript, self.base, public, ignore=ignore, server=server)
         rows = tuple(knowledge.describe(view.transcript.observations, result.used))
-        name = f"live: {AttackSpec(attack, ignore).name}"
-        saved = SavedReconstruction(quantised, name, seed, " + ".join(result.used) or "nothing", rows)
+        saved = SavedReconstruction(quantised, Adversary(attack, ignore), seed, rows)
         localise = are_shapes(view.known.private.prompts)
-        return attempt(saved, score_samples(saved, view.known, self.config, localise=localise))
+        return attempt(saved, score_samples(saved, view.known, self.config, localise=localise), live=True)
 
 
 def _as_saved(images: Tensor) -> Tensor:
@@ -197,20 +200,20 @@ def _as_saved(images: Tensor) -> Tensor:
     return from_uint8(to_uint8(images).contiguous())
 
 
-def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor]) -> Attempt:
+def attempt(saved: SavedReconstruction, scores: Mapping[str, Tensor], *, live: bool = False) -> Attempt:
     """Pack a reconstruction with its scores; of mixed samples, each with the reconstruction it was judged by."""
     result = saved.result
     images, hints = (None if part is None else to_uint8(part) for part in (result.images, result.hints))
     if "place" in scores:
         place = scores["place"].where(scores["place"].isfinite(), torch.arange(len(scores["place"])).float()).long()
         images, hints = (None if part is None else part[place] for part in (images, hints))
-    own = saved.attack, saved.seed, saved.knowledge, saved.threat_model
-    return Attempt(*own, images, hints, scores, result.prompts)
+    made = saved.adversary, saved.seed, result.used, saved.threat_model
+    return Attempt(*made, images, hints, scores, result.prompts, live)
 
 
 def attack_title(one: Attempt) -> str:
     """Label an attempt for a menu: the attack and what it uses."""
-    return f"{attack_label(one.attack)} — uses {knowledge_label(one.knowledge)}"
+    return f"{one.label} — uses {knowledge_label(one.used)}"
 
 
 def run_label(config: TrainConfig) -> str:
@@ -288,7 +291,7 @@ def sample_groups(view: RunView, one: Attempt, sample: int, base: Base) -> Group
         (WIRE, "what the server receives", wire_pictures(message, base)),
         (
             RECONSTRUCTED,
-            f"by {attack_label(one.attack)}" + (f": “{one.prompts[sample]}”" if one.prompts else ""),
+            f"by {one.label}" + (f": “{one.prompts[sample]}”" if one.prompts else ""),
             [Picture("image", picture, missing), Picture("hint", found, missing)],
         ),
     ]

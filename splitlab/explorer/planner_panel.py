@@ -9,9 +9,10 @@ from markupsafe import Markup
 
 from splitlab.core.labels import UNMEASURED
 from splitlab.explorer import markup
-from splitlab.explorer.explore import Artefacts, attack_label
+from splitlab.explorer.explore import Artefacts
 from splitlab.explorer.parts import DESCRIBED, WIDE, dropdown, htmls, reported
 from splitlab.params import load_split
+from splitlab.split.attacks import attack_label
 from splitlab.split.config import Defences
 from splitlab.study.planner import Plan, Setting, plan, shipped, usual_norm
 

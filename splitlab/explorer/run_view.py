@@ -13,6 +13,7 @@ from torch import Tensor
 
 from splitlab.core.labels import FIELD_WORDS
 from splitlab.split.attacks import NO_INFORMATION, attack_label
+from splitlab.split.config import Adversary
 from splitlab.split.messages import Observation
 from splitlab.split.wire import Transcript
 from splitlab.study.scoring import RunTruth
@@ -26,24 +27,41 @@ class Attempt:
     """One attacker's reconstruction of a run, ready to show.
 
     Attributes:
-        attack: name of the attack with its ablation, as in `AttackSpec.name`; a live one begins with "live: ".
+        adversary: who made it.
         seed: the attacker's seed.
-        knowledge: the sent fields it used, joined by " + ", or "nothing".
+        used: the sent fields it read.
         threat_model: (what, value) rows.
         images, hints: `[n, 3, h, w]` uint8; None where the attack does not try.
         scores: name -> `[n]`, as `evaluate.score_samples` returns them, NaN for samples that were not scored; empty
             before the evaluation.
         prompts: n texts; None where the attack does not try.
+        live: whether it was made here and now, and not by the pipeline.
     """
 
-    attack: str
+    adversary: Adversary
     seed: int
-    knowledge: str
+    used: tuple[str, ...]
     threat_model: tuple[tuple[str, str], ...]
     images: Tensor | None
     hints: Tensor | None
     scores: Mapping[str, Tensor]
     prompts: tuple[str, ...] | None = None
+    live: bool = False
+
+    @property
+    def attack(self) -> str:
+        """What it is listed by among the attempts on its run."""
+        return ("live: " if self.live else "") + self.adversary.name
+
+    @property
+    def label(self) -> str:
+        """Which attack it is, in words."""
+        return ("live: " if self.live else "") + attack_label(self.adversary)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether it looks at nothing that was sent."""
+        return self.adversary.attack in NO_INFORMATION
 
     @property
     def scored(self) -> Tensor | None:
@@ -116,13 +134,17 @@ class RunView:
         """Take in a live attempt, in memory."""
         self.attempts.setdefault(attempt.attack, {})[attempt.seed] = attempt
 
+    def first(self, attack: str) -> Attempt:
+        """Return an attack's first attempt."""
+        return next(iter(self.attempts[attack].values()))
+
     @property
     def strongest(self) -> str:
         """The attack that identifies the largest share; guesses without information only where nothing else is.
 
         Of equals the one that identifies more by the image, then the one of higher PSNR, then the one listed first.
         """
-        attacks = [name for name in self.attempts if not _guesses(name)] or list(self.attempts)
+        attacks = [name for name in self.attempts if not self.first(name).guesses] or list(self.attempts)
         strengths = self.strengths
         return max(attacks, key=lambda name: strengths[name].order)
 
@@ -143,20 +165,15 @@ class RunView:
     def compared(self) -> str:
         """Say which attack is the strongest, by what, and which were not scored."""
         strengths, name = self.strengths, self.strongest
-        absent = [attack_label(other) for other, own in strengths.items() if math.isnan(own.share)]
+        absent = [self.first(other).label for other, own in strengths.items() if math.isnan(own.share)]
         found = strengths[name]
         if math.isnan(found.share):
             return "not known: no attack was scored"
         most = f"{found.share:.0%} of {found.n} scored samples, by image, hint or both"
-        guess = "; no attack but guesses was run" if _guesses(name) else ""
-        return f"{attack_label(name)} identifies {most}{guess}" + (
+        guess = "; no attack but guesses was run" if self.first(name).guesses else ""
+        return f"{self.first(name).label} identifies {most}{guess}" + (
             f"; not scored: {', '.join(absent)}" if absent else ""
         )
-
-
-def _guesses(attack: str) -> bool:
-    """Say whether an attack, live or not, looks at nothing that was sent."""
-    return attack.removeprefix("live: ").partition("-without-")[0] in NO_INFORMATION
 
 
 def _strength(tries: Sequence[Attempt], compared: Tensor) -> Strength:
@@ -190,22 +207,17 @@ def comparison(view: RunView, sample: int) -> list[dict[str, Any]]:
         scored = [one.scores for one in tries.values() if "psnr_db" in one.scores]
         if scored:
             columns = {key: [float(one[key][sample]) for one in scored] for key in ("psnr_db", "ssim", "identified")}
-            uses = knowledge_label(next(iter(tries.values())).knowledge)
-            rows.append({"attack": attack, "label": attack_label(attack), "uses": uses, **columns})
+            first = view.first(attack)
+            rows.append({"attack": attack, "label": first.label, "uses": knowledge_label(first.used), **columns})
     return rows
 
 
 def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Sort names by the place in `order` of what stands before "-without-"; unknown ones last."""
-
-    def place(name: str) -> tuple[int, int, str]:
-        plain = name.partition("-without-")[0]
-        return (order.index(plain) if plain in order else len(order), name == plain, name)
-
-    return sorted(names, key=place)
+    """Sort names by their place in `order`; unknown ones last."""
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def knowledge_label(knowledge: str) -> str:
+def knowledge_label(used: Sequence[str]) -> str:
     """Say in words which fields an attack used; the timestep, which all use, goes unsaid."""
-    used = [name for name in in_order(knowledge.split(" + "), list(FIELD_WORDS)) if name != "timesteps"]
-    return " + ".join(FIELD_WORDS.get(name, name) for name in used) or "timestep"
+    fields = [name for name in in_order(used or ["nothing"], list(FIELD_WORDS)) if name != "timesteps"]
+    return " + ".join(FIELD_WORDS.get(name, name) for name in fields) or "timestep"

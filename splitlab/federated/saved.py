@@ -29,7 +29,7 @@ class SavedInversion:
 
     Attributes:
         attack: its name in `INVERSIONS`, or `NO_INFORMATION`.
-        knowledge: what it was granted, joined by " + ".
+        granted: facts that it was given besides the updates.
         images: `[n, 3, h, w]` in [-1, 1], sample by sample; None if it is not after images.
         timesteps: for each update, the sorted timesteps found; None if it is not after them.
         prompts: for each update, the sorted prompts found; None likewise.
@@ -41,7 +41,7 @@ class SavedInversion:
     """
 
     attack: str
-    knowledge: str
+    granted: tuple[str, ...] = ()
     images: Tensor | None = None
     timesteps: tuple[tuple[int, ...], ...] | None = None
     prompts: tuple[tuple[str, ...], ...] | None = None
@@ -56,25 +56,24 @@ def saved_inversion(
     found: Inversion | Sequence[Any],
     *,
     attack: str,
-    knowledge: str,
     n_updates: int,
-    granted: Sequence[str],
+    granted: tuple[str, ...],
     cpu_s: float,
 ) -> SavedInversion:
     """Return what an attack's result says, in the form that is saved.
 
     Args:
         found: an `Inversion` of all updates, or a `TimestepsFound` or `PromptsFound` for each.
-        attack, knowledge: see `SavedInversion`.
+        attack: see `SavedInversion`.
         n_updates: how many updates there were.
-        granted: the facts granted: what was granted is not counted as found.
+        granted: likewise; what was granted is not counted as found.
         cpu_s: CPU seconds that the attack took.
     """
     if isinstance(found, Inversion):
         steps = None if "timesteps" in granted else found.timesteps
         return SavedInversion(
             attack,
-            knowledge,
+            granted,
             images=found.images,
             timesteps=None if steps is None else tuple(_distinct(part) for part in steps.chunk(n_updates)),
             history=found.history,
@@ -84,7 +83,7 @@ def saved_inversion(
         )
     times = tuple(_distinct(one.timesteps) for one in found if isinstance(one, TimestepsFound))
     prompts = tuple(tuple(sorted(one.prompts)) for one in found if isinstance(one, PromptsFound))
-    return SavedInversion(attack, knowledge, timesteps=times or None, prompts=prompts or None, cpu_s=cpu_s)
+    return SavedInversion(attack, granted, timesteps=times or None, prompts=prompts or None, cpu_s=cpu_s)
 
 
 def _distinct(timesteps: Tensor) -> tuple[int, ...]:
@@ -108,9 +107,7 @@ def guess(
     steps = torch.randint(n_timesteps, (n,), generator=generator)
     common = tuple(sorted(prompt for prompt, _ in Counter(public.prompts).most_common(batch)))
     times = tuple(_distinct(part) for part in steps.split(batch))
-    return SavedInversion(
-        NO_INFORMATION, "nothing", mean.expand(n, -1, -1, -1).clone(), times, (common,) * (n // batch)
-    )
+    return SavedInversion(NO_INFORMATION, (), mean.expand(n, -1, -1, -1).clone(), times, (common,) * (n // batch))
 
 
 def save_inversion(path: Path, saved: SavedInversion) -> None:
@@ -140,7 +137,7 @@ def load_inversion(path: Path) -> SavedInversion:
         raise InputError(f"{path}: its history or its seconds do not fit; attack again (`dvc repro`)")
     return SavedInversion(
         meta.attack,
-        meta.knowledge,
+        meta.granted,
         pictures(tensors, "images", 4, path) if "images" in tensors else None,
         meta.timesteps,
         meta.prompts,
@@ -155,7 +152,7 @@ def load_inversion(path: Path) -> SavedInversion:
 @dataclass(frozen=True)
 class _Meta:
     attack: str
-    knowledge: str
+    granted: tuple[str, ...]
     images: Any
     timesteps: tuple[tuple[int, ...], ...] | None
     prompts: tuple[tuple[str, ...], ...] | None

@@ -12,6 +12,7 @@ from splitlab.split.attacks import NO_INFORMATION, attack_label
 from splitlab.split.client import reference_message, sample_bytes
 from splitlab.split.config import Defences
 from splitlab.study.leaks import Leak, bucket, leaks, strongest
+from splitlab.study.results import by_adversary, by_run
 
 HOLDS, PARTLY, REFUTED = "holds", "holds in part", "refuted"
 
@@ -101,7 +102,8 @@ class Evidence:
 
     def ends(self, leak: Leak) -> tuple[pd.Series, pd.Series]:
         """Return an attack's rows at the least and the most noisy timesteps that were scored."""
-        rows = self.attacks[(self.attacks["run"] == leak.run) & (self.attacks["attack"] == leak.attack)]
+        rows = self.attacks[self.attacks["run"] == leak.run]
+        rows = by_adversary(rows)[leak.adversary]
         rows = rows.dropna(subset=["psnr_db"]).sort_values("t_low")
         return rows.iloc[0], rows.iloc[-1]
 
@@ -174,7 +176,7 @@ def _timestep_floor(evidence: Evidence) -> Claim:
     if absent := sorted(floored - {leak.run for leak in best}):
         measured.append(f"No attack on images was scored on {', '.join(absent)}.")
     falls = [
-        f"{leak.run}, {attack_label(leak.attack)}: "
+        f"{leak.run}, {attack_label(leak.adversary)}: "
         + ", ".join(f"{row['psnr_db']:.1f} dB at t {bucket(row)}" for row in evidence.ends(leak))
         for leak in strongest([leak for leak in found if not leak.uses_noise]).values()
     ]
@@ -192,25 +194,25 @@ def _activation(evidence: Evidence) -> Claim:
     )
     rows = evidence.attacks.dropna(subset=["hint_psnr_db"])
     open_runs = rows[(rows["defences"] == "none") & rows["run"].isin(evidence.trained("split")["run"])]
-    looked = ~open_runs["attack"].isin(NO_INFORMATION)
-    reference = float(open_runs[looked].groupby("attack")["hint_psnr_db"].mean().max())
+    looked = by_adversary(open_runs[~open_runs["attack"].isin(NO_INFORMATION)])
+    reference = max((float(rows["hint_psnr_db"].mean()) for rows in looked.values()), default=math.nan)
     least, most, measured = [], [], []
     for run, own in rows[rows["dataset"].isin(open_runs["dataset"])].groupby("run", sort=False):
         guess = own[own["attack"] == "mean_public"].set_index("t_low")["hint_psnr_db"]
-        tried = own[~own["attack"].isin(NO_INFORMATION)]
-        if not strength(str(own["defences"].iloc[0]), "symsigmoid") or tried.empty or guess.empty:
+        tried = by_adversary(own[~own["attack"].isin(NO_INFORMATION)])
+        if not strength(str(own["defences"].iloc[0]), "symsigmoid") or not tried or guess.empty:
             continue
-        attack = str(tried.groupby("attack")["hint_psnr_db"].mean().idxmax())
-        psnr = tried[tried["attack"] == attack].set_index("t_low")["hint_psnr_db"]
+        best = max(sorted(tried), key=lambda who: tried[who]["hint_psnr_db"].mean())
+        psnr = tried[best].set_index("t_low")["hint_psnr_db"]
         share = (psnr - guess) / max(reference - float(guess.mean()), 1e-6)
         least.append(float(share.min(skipna=False)))
         most.append(float(share.max(skipna=False)))
-        overlap = tried[tried["attack"] == attack]["hint_iou"].mean()
+        overlap = tried[best]["hint_iou"].mean()
         measured.append(
-            f"{run}: {attack_label(attack)} recovers hints at {psnr.mean():.1f} dB (without defences "
+            f"{run}: {attack_label(best)} recovers hints at {psnr.mean():.1f} dB (without defences "
             f"{reference:.1f}, mean public hint {guess.mean():.1f} dB)"
             + (f", outline IoU {overlap:.2f}" if pd.notna(overlap) else "")
-            + f"; n = {int(tried[tried['attack'] == attack]['n'].sum())}."
+            + f"; n = {int(tried[best]['n'].sum())}."
         )
     measured.append("The image itself does not pass through the activation: see the row above.")
     return Claim(says, tuple(measured), protection(least, most), rule)
@@ -243,8 +245,8 @@ def _prompt_hiding(evidence: Evidence) -> Claim:
 def _prompts_read(rows: pd.DataFrame) -> str:
     """Say how many prompts the attacks read, where they are sent and where they are hidden."""
     parts = [
-        f"{attack_label(str(attack))} on {run} gets {percent(own['prompt_exact'].mean(skipna=False))} exactly right"
-        for (run, attack), own in rows.groupby(["run", "attack"], sort=False)
+        f"{attack_label(who)} on {run} gets {percent(own['prompt_exact'].mean(skipna=False))} exactly right"
+        for (run, who), own in by_run(rows).items()
         if own["prompt_exact"].notna().any()
     ]
     return f" Of prompts, {'; '.join(parts)}." if parts else ""
@@ -256,11 +258,11 @@ def _attacks_fail(evidence: Evidence) -> Claim:
     own = defended(evidence.training)
     found = [leak for leak in leaks(evidence.attacks) if leak.run in own]
     measured = []
-    for attack in dict.fromkeys(leak.attack for leak in sorted(found, key=lambda leak: -leak.share)):
-        tries = [leak for leak in found if leak.attack == attack]
+    for who in dict.fromkeys(leak.adversary for leak in sorted(found, key=lambda leak: -leak.share)):
+        tries = [leak for leak in found if leak.adversary == who]
         way = " / ".join(percent(leak.share) for leak in tries)
         seeds = counted(max(leak.n_seeds for leak in tries), "attack seed")
-        measured.append(f"{attack_label(attack)}: {way} of the way to the ceiling ({seeds}).")
+        measured.append(f"{attack_label(who)}: {way} of the way to the ceiling ({seeds}).")
     if found:
         order = " / ".join(dict.fromkeys(leak.run for leak in found))
         measured.append(f"Runs in this order: {order}; means over buckets.")

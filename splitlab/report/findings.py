@@ -5,6 +5,7 @@ import math
 from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.report.claims import FULL, HOLDS, LITTLE, PARTLY, REFUTED, Evidence, claims, defended, strength
 from splitlab.split.attacks import attack_label
+from splitlab.split.config import Adversary
 from splitlab.study.leaks import Leak, leaks, strongest
 
 
@@ -29,7 +30,7 @@ def _main(own: list[Leak]) -> list[str]:
     best = list(strongest(own).values())
     if not best:
         return ["No run of S1's split with defences was attacked."]
-    names = " and ".join(dict.fromkeys(attack_label(leak.attack) for leak in best))
+    names = " and ".join(dict.fromkeys(attack_label(leak.adversary) for leak in best))
     picks = _picks(own, best)
     if min(leak.least for leak in best) < FULL:
         least, most = percent(min(leak.least for leak in best)), percent(max(leak.most for leak in best))
@@ -46,7 +47,7 @@ def _main(own: list[Leak]) -> list[str]:
         f"within {gap:.1f} dB of the VAE ceiling, the best that decoding recovered latents can reach, and "
         f"{picks}."
     )
-    if any(leak.attack != "closed_form" for leak in best):
+    if any(leak.adversary != Adversary("closed_form") for leak in best):
         return [first]
     why = (
         "**The reason is the protocol,** not a clever attacker: the server computes the loss, so it is *sent the "
@@ -87,7 +88,7 @@ def _without_noise(evidence: Evidence, own: list[Leak]) -> list[str]:
     blind = list(strongest([leak for leak in own if not leak.uses_noise]).values())[:1]
     return [
         f"**An attacker who ignores the sent noise** depends on the timestep: the best of them on {leak.run}, "
-        f"{attack_label(leak.attack)}, reaches {first['psnr_db']:.1f} dB at the least noisy timesteps and "
+        f"{attack_label(leak.adversary)}, reaches {first['psnr_db']:.1f} dB at the least noisy timesteps and "
         f"{last['psnr_db']:.1f} dB at the noisiest, where guessing reaches {leak.no_info_db:.1f} dB."
         for leak in blind
         for first, last in [evidence.ends(leak)]

@@ -26,7 +26,9 @@ from splitlab.report.figures.run_figures import by_strength, control_per_image
 from splitlab.report.findings import findings
 from splitlab.split.artefacts import load_reconstruction
 from splitlab.split.attacks import ATTACKS, NO_INFORMATION, attack_label
+from splitlab.split.config import Adversary
 from splitlab.study.leaks import leaks, shares, strongest
+from splitlab.study.results import by_adversary, words
 
 _WHOLE = ("bytes.png", "tradeoff.png", "tradeoff.csv")
 
@@ -81,7 +83,9 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     attacks = every[every["run"].isin(trained["run"])]
     models = {}
     for run, leak in strongest(leaks(attacks)).items():
-        models[run] = dict(load_reconstruction(reconstructions / run / f"{leak.attack}-0.safetensors").threat_model)
+        models[run] = dict(
+            load_reconstruction(reconstructions / run / f"{leak.adversary.name}-0.safetensors").threat_model
+        )
     control = {}
     for run in trained.dropna(subset=["control_iou"])["run"]:
         overlap = control_per_image(runs / run, shapes=True)
@@ -175,14 +179,15 @@ def claims_table(material: Material) -> HTML:
 def attack_legend(material: Material) -> HTML:
     """Say what each attack does and which sent fields it reads, strongest first."""
     attacks, rows = material.evidence.attacks, []
-    for attack in by_strength(attacks)[::-1]:
-        fields = min(attacks[attacks["attack"] == attack]["knowledge"].unique(), key=len)
-        known = ATTACKS.get(attack.split("-")[0])
+    lines = by_adversary(attacks)
+    for adversary in by_strength(attacks)[::-1]:
+        used = min((words(cell) for cell in lines[adversary]["used"].unique()), key=lambda names: len(", ".join(names)))
+        known = ATTACKS.get(adversary.attack)
         rows.append(
             {
-                "attack": attack_label(attack),
+                "attack": attack_label(adversary),
                 "what it does": (known.function.__doc__ or "").partition("\n")[0] if known else layout.DASH,
-                "reads": fields if fields == "nothing" else layout.code(fields.replace(" + ", ", ")),
+                "reads": layout.code(", ".join(used)) if used else "nothing",
             }
         )
     return layout.table(rows)
@@ -201,18 +206,18 @@ def attack_table(material: Material) -> HTML:
             f"{percent(buckets['id_chance'].mean())}, n = {layout.number(buckets['n'].sum())} in "
             f"{counted(len(buckets), 'bucket')}",
         )
-        tables = ((attack, of_run[of_run["attack"] == attack]) for attack in by_strength(attacks)[::-1])
-        groups[title] = [_attack_row(attack, rows) for attack, rows in tables if len(rows)]
+        lines = by_adversary(of_run)
+        groups[title] = [_attack_row(who, lines[who]) for who in by_strength(attacks)[::-1] if who in lines]
     return layout.table(groups)
 
 
-def _attack_row(attack: str, rows: pd.DataFrame) -> dict[str, str]:
+def _attack_row(adversary: Adversary, rows: pd.DataFrame) -> dict[str, str]:
     seeds, images = int(rows["n_seeds"].max()), bool(rows["psnr_db"].notna().any())
     return {
-        "attack": attack_label(attack),
+        "attack": attack_label(adversary),
         **layout.means(rows, "psnr_db psnr_db_std", images),
         **layout.means(rows, "psnr_db_seed_std", images and seeds > 1),
-        **layout.means(rows, "share", images and attack not in NO_INFORMATION),
+        **layout.means(rows, "share", images and adversary.attack not in NO_INFORMATION),
         **layout.means(rows, "ssim id_top1", images),
         **layout.means(rows, "hint_psnr_db hint_iou"),
         "seeds": layout.number(seeds),

@@ -5,13 +5,15 @@ import math
 import pandas as pd
 from IPython.display import HTML, Markdown
 
-from splitlab.core.labels import FIELD_WORDS, UNMEASURED, UNSCORED, percent
+from splitlab.core.labels import UNMEASURED, UNSCORED, percent
 from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words
 from splitlab.report import layout
 from splitlab.report.claims import HOLDS, REFUTED
 from splitlab.report.page import Material
-from splitlab.split.attacks import ATTACKS, FAMILIES, NO_INFORMATION, attack_label
+from splitlab.split.attacks import ATTACKS, FAMILIES, NO_INFORMATION, attack_label, fields_label
+from splitlab.split.config import Adversary
 from splitlab.split.privacy import DELTA
+from splitlab.study.results import by_adversary, by_run, words
 from splitlab.study.verdicts import STOPPED, SURVEY, pooled
 
 
@@ -33,14 +35,14 @@ def verdict_table(material: Material) -> HTML:
 
 
 def _verdict_row(row: pd.Series) -> dict[str, str]:
-    attack = row["strongest_attack"]
+    attack, denied = row["strongest_attack"], words(row["strongest_denied"])
     return {
         "defence, and why": layout.aside(
             row["setting"], f"({layout.in_words(row['defences'])})", row["reason"], _claim(row)
         ),
         "stops the paper's": _yes(row["stops_paper_attacks"]),
         "stops adaptive": _yes(row["stops_adaptive"]),
-        "strongest attack": UNMEASURED if pd.isna(attack) else attack_label(attack),
+        "strongest attack": UNMEASURED if pd.isna(attack) else attack_label(Adversary(attack, denied)),
         **layout.numbers(row, "psnr_db"),
         **layout.numbers(row, "id_top1 id_worst hint_id_top1 both_id_top1", missing=UNMEASURED),
         **layout.numbers(row, "control_iou"),
@@ -82,7 +84,7 @@ def families(material: Material) -> HTML:
     sections = []
     for family in FAMILIES:
         names = [name for name, record in ATTACKS.items() if record.family == family]
-        rows = every[every["attack"].str.partition("-without-")[0].isin(names)]
+        rows = every[every["attack"].isin(names)]
         if rows.empty:
             results = [layout.table([], notes=["Not run: see params.yaml."])]
         else:
@@ -102,19 +104,21 @@ def families(material: Material) -> HTML:
 def _family_rows(rows: pd.DataFrame) -> list[dict[str, str]]:
     """Return the rows of a family's table, by transcript the weakest attack first."""
     lines = []
-    for run, own in rows.groupby("run", sort=False):
-        of_attack = own.groupby("attack")
-        costs = of_attack[["n_evals", "cpu_s"]].max().assign(psnr_db_std=of_attack["psnr_db_std"].mean())
-        for mean in reversed(pooled(own)):
-            name = layout.aside(_transcript(run), attack_label(mean["attack"]))
-            row = mean | costs.loc[mean["attack"]].to_dict()
+    for _, of_run in rows.groupby("run", sort=False):
+        buckets = by_adversary(of_run)
+        for mean in reversed(pooled(of_run)):
+            name = layout.aside(_transcript(of_run), attack_label(mean["adversary"]))
+            own = buckets[mean["adversary"]]
+            row = mean | own[["n_evals", "cpu_s"]].max().to_dict() | {"psnr_db_std": own["psnr_db_std"].mean()}
             columns = "psnr_db psnr_db_std ssim id_top1 hint_id_top1 n n_seeds n_evals cpu_s"
             lines.append({"transcript, and the attack": name} | layout.numbers(row, columns, digits={"cpu_s": 1}))
     return lines
 
 
-def _transcript(run: object) -> str:
-    return str(run).removeprefix(SURVEY)
+def _transcript(rows: pd.DataFrame) -> str:
+    """Name the transcript of an attack table's rows: a setting of the survey by its data and its own name."""
+    first = rows.iloc[0]
+    return f"{first['dataset']}-{first['name']}" if first["kind"] == SURVEY else str(first["run"])
 
 
 def _guessing(rows: pd.DataFrame) -> str:
@@ -130,22 +134,18 @@ def _guessing(rows: pd.DataFrame) -> str:
     )
 
 
-def _fields(names: list[str]) -> str:
-    return ", ".join(FIELD_WORDS.get(name, name) for name in names)
-
-
 def prompts_table(material: Material) -> HTML:
     """Show what is recovered of the prompts."""
     every = pd.concat([material.evidence.attacks, material.surveyed])
     rows = []
-    for (run, attack), own in every[every["prompt_exact"].notna()].groupby(["run", "attack"], sort=False):
+    for (_, who), own in by_run(every[every["prompt_exact"].notna()]).items():
         (mean,) = pooled(own)
         rows.append(
             {
-                "transcript": _transcript(run),
+                "transcript": _transcript(own),
                 "defences": layout.in_words(own["defences"].iloc[0]),
-                "attack": attack_label(str(attack)),
-                "reads": _fields(own["knowledge"].iloc[0].split(" + ")),
+                "attack": attack_label(who),
+                "reads": fields_label(words(own["used"].iloc[0])) or "nothing",
                 **layout.numbers(mean, "n n_seeds"),
                 "exact": layout.number(mean["prompt_exact"], layout.PERCENT),
             }
@@ -156,11 +156,12 @@ def prompts_table(material: Material) -> HTML:
 def ablation_table(material: Material) -> HTML:
     """Show which single fact each attack lives on."""
     measures = {"id_top1": "top-1", "hint_id_top1": "hint top-1", "prompt_exact": "prompt exact"}
+    every = pd.concat([material.evidence.attacks, material.surveyed])
     rows = [
         {
-            "transcript": _transcript(row["run"]),
+            "transcript": _transcript(every[every["run"] == row["run"]]),
             "attack": attack_label(row["attack"]),
-            "denied": _fields(row["denied"].split("-")),
+            "denied": fields_label(words(row["denied"])),
             "measure": measures.get(row["measure"], ""),
             "with it": layout.number(row["with_it"], layout.PERCENT, missing=UNSCORED),
             "without it": layout.number(row["without_it"], layout.PERCENT, missing=UNSCORED),

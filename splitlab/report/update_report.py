@@ -9,13 +9,18 @@ from splitlab.core.labels import counted, percent
 from splitlab.federated.attacks import NO_INFORMATION, ON_IMAGES, inversion_label
 from splitlab.report import layout
 from splitlab.report.claims import Claim, judged
-from splitlab.report.figures.update_figures import granted
+from splitlab.study.results import words
 
 ALIKE = 0.9
 """SSIM from which a reconstruction is called near-identical."""
 
-BLIND = ("the update", "text", "batch_size")
-"""What an attacker knows who knows neither noise nor timestep."""
+TOLD = ("noise", "timesteps")
+"""What an attacker knows who does not start blind."""
+
+
+def told(rows: pd.DataFrame, *facts: str) -> "pd.Series[bool]":
+    """Say whose attackers were granted any of these facts."""
+    return rows["granted"].map(lambda cell: bool(set(words(cell)) & set(facts))).astype(bool)
 
 
 def alike(rows: pd.DataFrame) -> "pd.Series[bool]":
@@ -62,7 +67,7 @@ def conclusion(material: UpdateMaterial) -> Markdown:
                 f"{_refusals(plain, what.lower())}."
             )
     undefended = material.images[material.images["defence"] == "none"]
-    best = _best(undefended[undefended["knowledge"].isin(BLIND)])
+    best = _best(undefended[~told(undefended, *TOLD)])
     if len(best):
         lines.append(
             f"**Images, noise unknown to the attacker**: near-identical (SSIM ≥ {ALIKE}, or as near as the VAE gets) "
@@ -101,9 +106,9 @@ def _contrast(images: pd.DataFrame) -> list[str]:
 def claims_table(material: UpdateMaterial) -> HTML:
     """Set S2's claims against the measurements."""
     undefended = material.tried[material.tried["defence"] == "none"]
-    granted = undefended[undefended["knowledge"].str.contains("noise")]["cell"]
-    known = undefended[undefended["cell"].isin(granted)]  # who is granted a fact may do without it
-    blind = undefended[undefended["knowledge"].isin(BLIND)]
+    cells = undefended[told(undefended, "noise")]["cell"]
+    known = undefended[undefended["cell"].isin(cells)]  # who is granted a fact may do without it
+    blind = undefended[~told(undefended, *TOLD)]
     claims = [
         _images_claim(
             "Noise and timestep known, images come back nearly identical from a shared gradient.",
@@ -201,7 +206,7 @@ def table(material: UpdateMaterial) -> HTML:
 
 
 def _row(row: pd.Series) -> dict[str, str]:
-    label = inversion_label(row["attack"], granted(row["knowledge"]))
+    label = inversion_label(row["attack"], words(row["granted"]))
     return {
         "attack": label if pd.isna(row["refused"]) else layout.aside(label, f"refused: {row['refused']}"),
         **layout.numbers(row, "ssim ssim_std", digits={"ssim": 3, "ssim_std": 3}),

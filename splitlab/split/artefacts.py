@@ -11,7 +11,7 @@ from splitlab.core import checkpoint
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
 from splitlab.core.pixels import pictures, to_uint8
-from splitlab.split.config import TrainConfig
+from splitlab.split.config import Adversary, TrainConfig
 from splitlab.split.messages import Reconstruction
 
 MEASURED = ("control_iou", "control_edges", "eval_loss", "up_bytes_per_sample", "down_bytes_per_sample")
@@ -24,16 +24,14 @@ class SavedReconstruction:
 
     Attributes:
         result: images and hints, quantised to 8 bits.
-        attack: the attack's name with its ablation, e.g. "inverse_network-without-noise".
+        adversary: who made it.
         seed: the attacker's seed.
-        knowledge: the sent fields the attacker used.
         threat_model: (what, value) rows.
     """
 
     result: Reconstruction
-    attack: str
+    adversary: Adversary
     seed: int
-    knowledge: str
     threat_model: tuple[tuple[str, str], ...]
 
 
@@ -45,9 +43,9 @@ def save_reconstruction(path: Path, saved: SavedReconstruction) -> None:
         if getattr(result, name) is not None:
             tensors[name] = to_uint8(getattr(result, name))
     meta: dict[str, Any] = {
-        "attack": saved.attack,
+        "attack": saved.adversary.attack,
+        "denied": list(saved.adversary.denied),
         "seed": saved.seed,
-        "knowledge": saved.knowledge,
         "threat_model": [list(row) for row in saved.threat_model],
         "used": list(result.used),
         "n_evals": result.n_evals,
@@ -72,14 +70,14 @@ def load_reconstruction(path: Path) -> SavedReconstruction:
     objective = tuple(checkpoint.field(tensors, "objective", 1, (torch.float32,), path, finite=False).tolist())
     result = Reconstruction(images, hints, meta.prompts, meta.used, objective, meta.n_evals)
     rows = tuple((what, value) for what, value in meta.threat_model)
-    return SavedReconstruction(result, meta.attack, meta.seed, meta.knowledge, rows)
+    return SavedReconstruction(result, Adversary(meta.attack, meta.denied), meta.seed, rows)
 
 
 @dataclass(frozen=True)
 class _Meta:
     attack: str
+    denied: tuple[str, ...]
     seed: int
-    knowledge: str
     threat_model: tuple[tuple[str, ...], ...]
     used: tuple[str, ...]
     n_evals: int

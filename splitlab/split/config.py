@@ -8,7 +8,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.seeds import PUBLISHED, SECRET
 from splitlab.split.defences import DEFENCES, Defences, read_defences
 
-__all__ = ["SCHEMES", "SENDING", "SERVERS", "AttackSpec", "Defences", "TrainConfig", "read_defences"]
+__all__ = ["SCHEMES", "SENDING", "SERVERS", "Adversary", "AttackSpec", "Defences", "TrainConfig", "read_defences"]
 
 SCHEMES = ("central", "federated", "split_gradients", "split", "u_shaped")
 
@@ -92,6 +92,24 @@ class TrainConfig(Settings):
         return SECRET if self.published_key is None else PUBLISHED
 
 
+@dataclass(frozen=True, order=True)
+class Adversary:
+    """Who attacks: an attack, and the facts that it is denied.
+
+    Attributes:
+        attack: its name in `splitlab.split.attacks.ATTACKS`.
+        denied: fields of the messages, or "defences".
+    """
+
+    attack: str
+    denied: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A name for its files, which nobody takes apart again."""
+        return "-without-".join([self.attack, *(["-".join(self.denied)] if self.denied else [])])
+
+
 @dataclass(frozen=True)
 class AttackSpec:
     """One attack on one run.
@@ -116,6 +134,6 @@ class AttackSpec:
             raise InputError(f"attack {self.attack}: when={self.when!r} is no defence; there are {', '.join(DEFENCES)}")
 
     @property
-    def name(self) -> str:
-        """A file-name-safe name: the attack, and what it was denied."""
-        return "-without-".join([self.attack, *(["-".join(self.ignore)] if self.ignore else [])])
+    def adversary(self) -> Adversary:
+        """Who attacks."""
+        return Adversary(self.attack, self.ignore)

@@ -143,6 +143,12 @@ class Guarantee:
         return epsilon(self.events, DELTA) if self.events else math.inf
 
 
+def message_guarantee(defences: Defences, alphas_cumprod: Float[Tensor, " T"]) -> Guarantee:
+    """Account for one message of one sample; what acts on several samples together earns no ε and is left out."""
+    once = TrainConfig(scheme="split", steps=1, batch_size=1, defences=defences.of_one_sample)
+    return guarantee(once, alphas_cumprod, n=1)
+
+
 def guarantee(config: TrainConfig, alphas_cumprod: Float[Tensor, " T"], *, n: int) -> Guarantee:
     """Account for a run on `n` private samples: every image is sent once per epoch.
 

@@ -20,7 +20,7 @@ from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
 from splitlab.split.artefacts import SavedReconstruction, save_reconstruction
 from splitlab.split.attacks import ATTACKS
-from splitlab.split.config import AttackSpec, Defences
+from splitlab.split.config import Adversary, AttackSpec, Defences
 from splitlab.split.defences import disguised
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
 from splitlab.split.wire import Transcript, read_transcript
@@ -140,7 +140,7 @@ def attack_and_save(
     instead, and None is returned.
     """
     knowledge = make_knowledge(transcript, base, public, ignore=spec.ignore, cache=cache, server=server)
-    name = f"{spec.name}-{seed}"
+    name = f"{spec.adversary.name}-{seed}"
     try:
         result = attack_transcript(
             transcript,
@@ -156,10 +156,11 @@ def attack_and_save(
     except InputError as error:
         if not spec.ignore:
             raise
-        save_json(out / f"{spec.name}.refused.json", {"reason": str(error)})
+        refusal = {"attack": spec.attack, "denied": list(spec.ignore), "reason": str(error)}
+        save_json(out / f"{spec.adversary.name}.refused.json", refusal)
         return None
     rows = tuple(knowledge.describe(transcript.observations, result.used))
-    saved = SavedReconstruction(result, spec.name, seed, " + ".join(result.used) or "nothing", rows)
+    saved = SavedReconstruction(result, spec.adversary, seed, rows)
     save_reconstruction(out / f"{name}.safetensors", saved)
     save_json(out / f"{name}.timing.json", {"cpu_s": round(result.cpu_s, 3)})
     return saved
@@ -175,13 +176,13 @@ def attack_all(
     cache: Path,
     server: Mapping[str, Tensor] | None = None,
     workers: int = 1,
-) -> dict[tuple[str, int], SavedReconstruction]:
+) -> dict[tuple[Adversary, int], SavedReconstruction]:
     """Run every attack of a grid with each of its seeds on one transcript: `attack_and_save`, `workers` at a time.
 
-    Returns (attack, seed) -> what was found, without the attacks that could not run.
+    Returns (adversary, seed) -> what was found, without the attacks that could not run.
     """
     tries = [(spec, seed) for spec in specs for seed in range(spec.seeds)]
     work = partial(attack_and_save, out=out, cache=cache, server=server)
     calls = [(transcript, spec, seed, base, public) for spec, seed in tries]
     found = list(parallel(work, calls, desc="attacks", workers=workers))
-    return {(spec.name, seed): one for (spec, seed), one in zip(tries, found, strict=True) if one is not None}
+    return {(spec.adversary, seed): one for (spec, seed), one in zip(tries, found, strict=True) if one is not None}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitlab.core import checkpoint, storage
+from splitlab.core.checkpoint import load_json
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
 from splitlab.core.pixels import finite
@@ -23,73 +25,60 @@ from splitlab.data.overlap import refuse_overlap
 from splitlab.diffusion.base import Base
 from splitlab.params import load_split
 from splitlab.split.artefacts import SavedReconstruction, load_reconstruction, read_record
-from splitlab.split.config import TrainConfig
+from splitlab.split.config import Adversary, Defences, TrainConfig, read_defences
+from splitlab.split.privacy import message_guarantee
 from splitlab.split.train import control_scores
 from splitlab.study.config import EvaluateConfig
+from splitlab.study.results import KEY, SETTINGS, Results, adversaries, long_table, settings_table, write_part
 from splitlab.study.scoring import RunTruth, buckets, run_truth, score_samples
+from splitlab.study.survey import UTILITY_COLUMNS
 from splitlab.study.verdicts import ablations, verdicts
 
-COST = ("dataset", "defences", "control_iou", "eval_loss")
-"""Columns of the table of what each defence costs that verdicts need."""
+NO_INFORMATION_ROW = Adversary("mean_public")
+"""What every table of attacks must have."""
 
-TRAINING_COLUMNS = (
-    *("run", "dataset", "scheme", "defences", "n_clients", "steps", "eval_loss", "control_iou", "control_edges"),
-    *("up_bytes_per_sample", "down_bytes_per_sample", "client_s_per_sample", "server_s_per_sample", "peak_rss_mb"),
-    "server",
+METRICS = {name: name for name in ("psnr_db", "ssim", "mse", "hint_psnr_db", "hint_iou", "prompt_exact")} | {
+    "identified": "id_top1",
+    "hint_identified": "hint_id_top1",
+    "both_identified": "both_id_top1",
+}
+"""Score of one sample -> how its mean is called."""
+
+PER_SAMPLE = ("client_s_per_sample", "server_s_per_sample")
+TRAINED = (
+    *("eval_loss", "control_iou", "control_edges", "up_bytes_per_sample", "down_bytes_per_sample", "peak_rss_mb"),
+    *PER_SAMPLE,
 )
-ATTACK_COLUMNS = (
-    *("run", "dataset", "defences", "attack", "knowledge", "t_low", "t_high", "n", "n_seeds", "psnr_db", "psnr_db_std"),
-    *("ssim", "mse", "id_top1", "id_chance", "ceiling_psnr_db", "no_info_psnr_db"),
-    *("psnr_db_seed_std", "hint_psnr_db", "hint_iou", "hint_id_top1", "prompt_exact", "n_evals", "cpu_s"),
-    *("both_id_top1", "randomness"),
-)
+"""What is measured of a training."""
+
+Tries = Mapping[Adversary, Sequence[tuple[SavedReconstruction, Mapping[str, Tensor]]]]
+"""Who attacked -> by seed, the reconstruction and its scores."""
 
 
-def attack_rows(
-    run: str,
-    known: RunTruth,
-    scored: Mapping[str, Sequence[tuple[SavedReconstruction, dict[str, Tensor]]]],
-    config: EvaluateConfig,
-) -> list[dict[str, Any]]:
+def attack_rows(run: str, known: RunTruth, tries: Tries, config: EvaluateConfig) -> list[dict[str, Any]]:
     """Aggregate scores to table rows: per attack and timestep bucket, over images and attack seeds.
 
     `psnr_db_std` is the spread over images and seeds together, `psnr_db_seed_std` that of the seeds' means.
     """
     rows = []
     for (low, high), chosen in buckets(known.truth.timesteps, config).items():
-        guess = torch.stack([s["psnr_db"][chosen] for _, s in scored["mean_public"]])
-        for attack, tries in scored.items():
-            columns = {name: torch.stack([scores[name][chosen] for _, scores in tries]) for name in tries[0][1]}
-            mean = {name: value.mean().item() for name, value in columns.items()}
+        guess = torch.stack([scores["psnr_db"][chosen] for _, scores in tries[NO_INFORMATION_ROW]])
+        for adversary, scored in tries.items():
+            columns = {name: torch.stack([scores[name][chosen] for _, scores in scored]) for name in scored[0][1]}
             psnr = columns.get("psnr_db", torch.full((1, 1), torch.nan))
-            first = tries[0][0]
+            first = scored[0][0].result
             rows.append(
-                {
-                    "run": run,
-                    "dataset": known.config.dataset,
-                    "defences": str(known.config.defences),
-                    "attack": attack,
-                    "knowledge": first.knowledge,
-                    "t_low": low,
-                    "t_high": high,
-                    "n": len(chosen),
-                    "n_seeds": len(tries),
-                    "psnr_db": mean.get("psnr_db"),
+                {"setting": run, "dataset": known.config.dataset, "attack": adversary.attack}
+                | {"denied": adversary.denied, "used": first.used, "t_low": low, "t_high": high}
+                | {"n": len(chosen), "seeds": len(scored)}
+                | {METRICS[name]: value.mean().item() for name, value in columns.items() if name in METRICS}
+                | {
                     "psnr_db_std": psnr.std(unbiased=False).item(),
-                    "ssim": mean.get("ssim"),
-                    "mse": mean.get("mse"),
-                    "id_top1": mean.get("identified"),
+                    "psnr_db_seed_std": psnr.mean(1).std(unbiased=False).item(),
                     "id_chance": 1.0 / min(config.candidates, len(known.private)),
                     "ceiling_psnr_db": known.ceiling[chosen].mean().item(),
                     "no_info_psnr_db": guess.mean().item(),
-                    "psnr_db_seed_std": psnr.mean(1).std(unbiased=False).item(),
-                    "hint_psnr_db": mean.get("hint_psnr_db"),
-                    "hint_iou": mean.get("hint_iou"),
-                    "hint_id_top1": mean.get("hint_identified"),
-                    "both_id_top1": mean.get("both_identified"),
-                    "prompt_exact": mean.get("prompt_exact"),
-                    "n_evals": first.result.n_evals,
-                    "randomness": known.config.randomness,
+                    "n_evals": first.n_evals,
                 }
             )
     return rows
@@ -105,7 +94,7 @@ def evaluate_run(
     out: Path,
     every: bool = True,
 ) -> list[dict[str, Any]]:
-    """Score every reconstruction of a run; write the per-sample scores to `out`, return the table's rows.
+    """Score every reconstruction of a run; write the per-sample scores to `out`, return lines for the results.
 
     Args:
         run: folder with the run's `record.json` and `truth.safetensors`.
@@ -120,32 +109,28 @@ def evaluate_run(
         InputError: there are no reconstructions, or the no-information row is missing among them.
     """
     known = run_truth(run, base, private)
-    saved = [load_reconstruction(path) for path in sorted(reconstructions.glob("*.safetensors"))]
-    if "mean_public" not in {s.attack for s in saved}:
+    saved = {path: load_reconstruction(path) for path in sorted(reconstructions.glob("*.safetensors"))}
+    if NO_INFORMATION_ROW not in {reconstruction.adversary for reconstruction in saved.values()}:
         raise InputError(f"{reconstructions}: no reconstruction by mean_public, the no-information row; attack first")
     chosen = None if every else torch.cat(list(buckets(known.truth.timesteps, config).values()))
-    scored: dict[str, list[tuple[SavedReconstruction, dict[str, Tensor]]]] = {}
-    for one in saved:
-        scores = score_samples(one, known, config, localise=are_shapes(private.prompts), chosen=chosen)
-        scored.setdefault(one.attack, []).append((one, scores))
+    tries: dict[Adversary, list[tuple[SavedReconstruction, dict[str, Tensor]]]] = {}
+    seconds: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    for path, reconstruction in saved.items():
+        scores = score_samples(reconstruction, known, config, localise=are_shapes(private.prompts), chosen=chosen)
+        tries.setdefault(reconstruction.adversary, []).append((reconstruction, scores))
+        if (timing := path.with_suffix(".timing.json")).exists():
+            who = reconstruction.adversary
+            seconds.setdefault((who.attack, who.denied), []).append(float(load_json(timing, "cpu_s")["cpu_s"]))
     tensors = {
-        f"{attack}/{one.seed}/{name}": value
-        for attack, tries in scored.items()
-        for one, scores in tries
+        f"{adversary.name}/{reconstruction.seed}/{name}": value
+        for adversary, scored in tries.items()
+        for reconstruction, scores in scored
         for name, value in scores.items()
     }
     checkpoint.save(out, tensors | {"ceiling_psnr_db": known.ceiling}, {"run": run.name})
-    seconds = _seconds(reconstructions)
-    return [row | {"cpu_s": seconds.get(row["attack"])} for row in attack_rows(run.name, known, scored, config)]
-
-
-def _seconds(reconstructions: Path) -> dict[str, float]:
-    """Return each attack's CPU seconds, mean over its seeds; nothing for those that were not timed."""
-    tries: dict[str, list[float]] = {}
-    for path in reconstructions.glob("*.timing.json"):
-        attack = path.name.removesuffix(".timing.json").rpartition("-")[0]
-        tries.setdefault(attack, []).append(float(checkpoint.load_json(path, "cpu_s")["cpu_s"]))
-    return {attack: sum(own) / len(own) for attack, own in tries.items()}
+    rows = attack_rows(run.name, known, tries, config)
+    means = {who: sum(values) / len(values) for who, values in seconds.items()}
+    return [row | {"cpu_s": means.get((row["attack"], row["denied"]))} for row in rows]
 
 
 def evaluate_all(
@@ -159,11 +144,11 @@ def evaluate_all(
     metrics: Path,
     survey: Path | None = None,
     utility: Path | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Score every run and every attack; write the tables below `metrics`.
+) -> Results:
+    """Score every run and every attack; write split training's part of the results, and the tables that show it.
 
-    They are `training.csv`, `split_attacks.csv`, `split_verdicts.csv` and `ablations.csv` (`splitlab.study.verdicts`),
-    and `summary.json`.
+    Besides the views (`splitlab.study.results.VIEWS`) they are `split_verdicts.csv` and `ablations.csv`
+    (`splitlab.study.verdicts`), and `summary.json`.
 
     Args:
         runs: folder of runs.
@@ -177,39 +162,71 @@ def evaluate_all(
         utility: table of what each of the survey's defences costs (`splitlab.study.survey.utility`); None: there is
             none.
 
-    Returns the tables of training and of attacks.
-
     Raises:
         InputError: something is missing, or public and private data share images.
     """
     names = list(params["runs"])
-    configs = {name: parse(TrainConfig, params["runs"][name], where=f"runs.{name}") for name in names}
     training = [training_row(runs / name) for name in names]
-    for dataset in dict.fromkeys(one.dataset for one in configs.values()):
+    for dataset in dict.fromkeys(
+        parse(TrainConfig, params["runs"][name], where=f"runs.{name}").dataset for name in names
+    ):
         training += yardsticks(dataset, base, load_split(dataset, "heldout", params))
-    split = lru_cache(maxsize=None)(lambda dataset: disjoint(dataset, params))
+    training += [] if utility is None else cost_rows(read_table(utility, *UTILITY_COLUMNS))
     folders = [(runs / name, reconstructions / name) for name in params["attacks"]]
-    if survey is not None:
-        surveyed = sorted(path for path in (survey / "truth").iterdir() if path.is_dir())
-        folders += [(path, survey / "reconstructions" / path.name) for path in surveyed]
-    rows, refused = [], {}
-    for run, found in tqdm(folders, desc="evaluate"):
-        for path in sorted(found.glob("*.refused.json")):
-            refused[run.name, path.name.removesuffix(".refused.json")] = str(
-                checkpoint.load_json(path, "reason")["reason"]
-            )
-        dataset = read_record(run / "record.json")[1].dataset
-        out, every = scores / f"{run.name}.safetensors", run.parent == runs
-        rows += evaluate_run(run, found, base, split(dataset), config, out=out, every=every)
-    training_table, attack_table = table(training, TRAINING_COLUMNS), table(rows, ATTACK_COLUMNS)
-    judged = verdicts(attack_table, read_table(utility, *COST) if utility else None, base.alphas_cumprod)
-    frames = {"training": training_table, "split_attacks": attack_table, "split_verdicts": judged}
-    for name, frame in (frames | {"ablations": ablations(attack_table, refused)}).items():
-        write_table(frame, metrics / f"{name}.csv")
-    content = summary(training_table, attack_table)
+    surveyed = [] if survey is None else sorted(path for path in (survey / "truth").iterdir() if path.is_dir())
+    folders += [(path, path.parents[1] / "reconstructions" / path.name) for path in surveyed]
+    split = lru_cache(maxsize=None)(lambda dataset: disjoint(dataset, params))
+    attacks, refused = [], {}
+    for run, made in tqdm(folders, desc="evaluate"):
+        for path in sorted(made.glob("*.refused.json")):
+            refusal = load_json(path, "attack", "denied", "reason")
+            refused[run.name, Adversary(refusal["attack"], tuple(refusal["denied"]))] = str(refusal["reason"])
+        private = split(read_record(run / "record.json")[1].dataset)
+        out = scores / f"{run.name}.safetensors"
+        attacks += evaluate_run(run, made, base, private, config, out=out, every=run.parent == runs)
+    settings = training + [survey_setting(path, base) for path in surveyed]
+    measured = pd.concat([rounded(training), rounded(attacks)])
+    found = Results(long_table("split", measured), settings_table("split", pd.DataFrame(settings)))
+    write_part(found, metrics, "split")
+    views = {name: found.view(name) for name in ("training", "split_attacks", "costs")}
+    claims = found.settings.set_index("setting")
+    write_table(
+        verdicts(views["split_attacks"], views["costs"] if utility else None, claims), metrics / "split_verdicts.csv"
+    )
+    write_table(ablations(views["split_attacks"], refused), metrics / "ablations.csv")
+    content = summary(views["training"], views["split_attacks"])
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     storage.write_text(metrics / "summary.json", text + "\n")
-    return training_table, attack_table
+    return found
+
+
+def setting_of(setting: str, kind: str, config: TrainConfig, *, name: str = "") -> dict[str, Any]:
+    """Return all facts of a setting of split training; see `splitlab.study.results.SETTINGS`."""
+    facts = {key: getattr(config, key) for key in ("dataset", "scheme", "server", "n_clients", "steps", "randomness")}
+    return facts | {"setting": setting, "name": name or setting, "kind": kind} | defence_facts(config.defences)
+
+
+def defence_facts(defences: Defences) -> dict[str, Any]:
+    """Return which defences are on: one by one, and in words."""
+    return asdict(defences) | {"defences": str(defences)}
+
+
+def survey_setting(folder: Path, base: Base) -> dict[str, Any]:
+    """Return the facts of one of the survey's transcripts: with the ε that one message buys, or why it has none."""
+    record, config = read_record(folder / "record.json", "kind", "setting")
+    claim = message_guarantee(config.defences, base.alphas_cumprod)
+    facts = setting_of(folder.name, str(record["kind"]), config, name=str(record["setting"]))
+    return facts | {"epsilon_message": claim.epsilon if claim.events else None, "why_no_epsilon": claim.why}
+
+
+def cost_rows(utility: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return lines of what each of the survey's defences costs, by training seed."""
+    rows = []
+    for cells in utility.to_dict("records"):
+        row = {str(name): value for name, value in cells.items()}
+        facts = {"setting": f"cost-{row['dataset']}-{row['setting']}", "name": row["setting"], "kind": "cost"}
+        rows.append({"scheme": "split"} | row | facts | defence_facts(read_defences(row["defences"])))
+    return rows
 
 
 def disjoint(dataset: str, params: Mapping[str, Any]) -> ImageSet:
@@ -227,7 +244,8 @@ def yardsticks(dataset: str, base: Base, heldout: ImageSet, *, samples: int = 64
     """Return training-table rows for no control at all and for the VAE's own reconstruction, on held-out data."""
     asked = heldout.subset(range(min(samples, len(heldout))))
     return [
-        {"run": f"({name}: {dataset})", "dataset": dataset, "scheme": name, **control_scores(images, asked)}
+        {"setting": f"({name}: {dataset})", "name": name, "kind": "yardstick", "dataset": dataset, "scheme": name}
+        | control_scores(images, asked)
         for name, images in without_control(base, asked).items()
     ]
 
@@ -258,7 +276,8 @@ def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:
     What an attack does not answer with, a data set has no measure for, or was not scored in a bucket is left out.
     """
     control = training.dropna(subset=["steps"]).set_index("run")[["eval_loss", "control_iou", "control_edges"]]
-    buckets = attacks.groupby(["run", "attack"])[["psnr_db", "id_top1"]]
+    names = adversaries(attacks).map(lambda adversary: adversary.name)
+    buckets = attacks.groupby([attacks["run"], names.rename("attack")])[["psnr_db", "id_top1"]]
     leaks = buckets.mean().where(buckets.count().eq(buckets.size(), axis=0)).round(4)
     told: dict[str, Any] = {"train": per_row(control), "attack": {}}
     for run, part in leaks.dropna(how="all").groupby("run"):
@@ -272,17 +291,14 @@ def per_row(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def training_row(run: Path) -> dict[str, Any]:
-    """Return a run's row of the training table."""
+    """Return a run's line: its setting, and what was measured of its training."""
     (record, config), timed = read_record(run / "record.json"), run / "timing.json"
-    timing = checkpoint.load_json(timed) if timed.exists() else {}
-    row = {"run": run.name, "defences": str(config.defences)}
-    row |= {name: getattr(config, name) for name in ("dataset", "scheme", "n_clients", "steps", "server")}
-    return row | {name: record.get(name, timing.get(name)) for name in TRAINING_COLUMNS if name not in row}
+    timing = load_json(timed) if timed.exists() else {}
+    return setting_of(run.name, "trained", config) | {name: record.get(name, timing.get(name)) for name in TRAINED}
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, digits: int = 4) -> pd.DataFrame:
-    """Make a table of the given columns, numbers rounded so that equal results give equal files."""
-    frame = pd.DataFrame(rows, columns=list(columns))
-    return frame.round(
-        {"client_s_per_sample": 7, "server_s_per_sample": 7} | {c: digits for c in columns if "_s_per_" not in c}
-    )
+def rounded(rows: Sequence[Mapping[str, Any]], *, digits: int = 4) -> pd.DataFrame:
+    """Return lines with metrics rounded, so that equal results give equal files."""
+    frame = pd.DataFrame(rows)
+    metrics = [name for name in frame if name not in KEY and name not in SETTINGS]
+    return frame.round({name: 7 if name in PER_SAMPLE else digits for name in metrics})

@@ -7,6 +7,8 @@ import pandas as pd
 
 from splitlab.core.labels import counted, percent
 from splitlab.split.attacks import NO_INFORMATION, attack_label
+from splitlab.split.config import Adversary
+from splitlab.study.results import by_run, words
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Leak:
     """What one attack got out of one run, over its timestep buckets.
 
     Attributes:
-        run, attack: which.
+        run, adversary: which.
         psnr_db, std_db, ceiling_db, no_info_db: means over the buckets.
         least, most: the smallest and largest share, over the buckets, of the way from the no-information guess to the
             VAE's ceiling, in dB.
@@ -25,7 +27,7 @@ class Leak:
     """
 
     run: str
-    attack: str
+    adversary: Adversary
     psnr_db: float
     std_db: float
     ceiling_db: float
@@ -49,7 +51,7 @@ class Leak:
     def __str__(self) -> str:
         """Tell it in a sentence; the run is not named."""
         return (
-            f"{attack_label(self.attack)} reaches {self.psnr_db:.1f}\u00a0±\u00a0{self.std_db:.1f}\u00a0dB "
+            f"{attack_label(self.adversary)} reaches {self.psnr_db:.1f}\u00a0±\u00a0{self.std_db:.1f}\u00a0dB "
             f"(VAE ceiling {self.ceiling_db:.1f}, no information {self.no_info_db:.1f}), {percent(self.least)} of the "
             f"way in its worst bucket, and identifies {percent(self.id_top1)} (chance {percent(self.id_chance)}); "
             f"n = {self.n} in {counted(self.n_buckets, 'bucket')}, {counted(self.n_seeds, 'attack seed')}."
@@ -70,14 +72,13 @@ def shares(rows: pd.DataFrame) -> pd.Series:
 def leaks(attacks: pd.DataFrame) -> list[Leak]:
     """Summarise the attack table: one entry per run and attack that looks at the messages, over its scored buckets."""
     found = []
-    for (run, attack), rows in attacks.dropna(subset=["psnr_db"]).groupby(["run", "attack"], sort=False):
-        if attack in NO_INFORMATION:
-            continue
+    scored = attacks[attacks["psnr_db"].notna() & ~attacks["attack"].isin(NO_INFORMATION)]
+    for (run, adversary), rows in by_run(scored).items():
         mean, share = rows.mean(numeric_only=True, skipna=False), shares(rows)
         found.append(
             Leak(
                 run=str(run),
-                attack=str(attack),
+                adversary=adversary,
                 psnr_db=float(mean["psnr_db"]),
                 std_db=float(mean["psnr_db_std"]),
                 ceiling_db=float(mean["ceiling_psnr_db"]),
@@ -90,7 +91,7 @@ def leaks(attacks: pd.DataFrame) -> list[Leak]:
                 n_buckets=len(rows),
                 n=int(rows["n"].sum()),
                 n_seeds=int(rows["n_seeds"].max()),
-                uses_noise="noise" in str(rows["knowledge"].iloc[0]).split(" + "),
+                uses_noise="noise" in words(rows["used"].iloc[0]),
             )
         )
     return found

@@ -137,7 +137,7 @@ def best_order(saved: SavedReconstruction, known: RunTruth) -> Tensor:
     for name in ("images", "hints", "prompts"):
         value = getattr(result, name)
         if value is not None and len(value) != len(indices):
-            raise InputError(f"{saved.attack}: {len(value)} {name} for {len(indices)} samples; attack again")
+            raise InputError(f"{saved.adversary.name}: {len(value)} {name} for {len(indices)} samples; attack again")
     order, group = torch.arange(len(indices)), known.config.defences.key_mixing
     kind = "images" if result.images is not None else "hints"
     found = getattr(result, kind)

@@ -87,16 +87,32 @@ class SurveyConfig(Settings):
             published_key=self.published_key,
         )
 
-    def runs(self) -> dict[str, TrainConfig]:
-        """Return name -> run of every transcript of the chosen grid."""
-        found = {f"survey-{dataset}-{name}": self.run(dataset, name) for dataset, name in self.cells}
+    def transcripts(self) -> dict[str, "Planned"]:
+        """Return name -> every transcript of the chosen grid."""
+        planned = {
+            f"survey-{dataset}-{name}": Planned("survey", name, self.run(dataset, name)) for dataset, name in self.cells
+        }
+        count = self.epochs * self.epoch_samples // self.batch_size
         for dataset, name in self.cells:
             if name in self.accumulate:
-                config = self.run(dataset, name)
-                count = self.epochs * self.epoch_samples // self.batch_size
-                changes = {"samples": self.epoch_samples, "record_messages": count}
-                found[f"epochs-{dataset}-{name}"] = TrainConfig(**(vars(config) | changes))
-        return found
+                run = replace(self.run(dataset, name), samples=self.epoch_samples, record_messages=count)
+                planned[f"epochs-{dataset}-{name}"] = Planned("epochs", name, run)
+        return planned
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A transcript to record and attack.
+
+    Attributes:
+        kind: "survey", or "epochs": of many epochs over few images.
+        setting: the name of its defences.
+        config: the run.
+    """
+
+    kind: str
+    setting: str
+    config: TrainConfig
 
 
 def record_survey(
@@ -109,14 +125,16 @@ def record_survey(
     Raises:
         InputError: the splits of a data set share images.
     """
-    refuse_overlaps((one.dataset for one in config.runs().values()), load)
+    transcripts = config.transcripts()
+    refuse_overlaps((planned.config.dataset for planned in transcripts.values()), load)
     for folder in (seen, hidden):  # of an empty grid too
         folder.mkdir(parents=True, exist_ok=True)
-    for run, one in tqdm(config.runs().items(), desc="record"):
+    for run, planned in tqdm(transcripts.items(), desc="record"):
         files = {"transcript": seen / run / "transcript.safetensors", "truth": hidden / run / "truth.safetensors"}
-        record(run, one, base, load(one.dataset, "private"), cache=cache, **files)
-        checkpoint.save_json(hidden / run / "record.json", {"run": run, "config": recorded(one), "base": base.digest})
-    return list(config.runs())
+        record(run, planned.config, base, load(planned.config.dataset, "private"), cache=cache, **files)
+        facts = {"run": run, "kind": planned.kind, "setting": planned.setting, "base": base.digest}
+        checkpoint.save_json(hidden / run / "record.json", facts | {"config": recorded(planned.config)})
+    return list(transcripts)
 
 
 def utility(config: SurveyConfig, base: Base, load: LoadSplit, *, cache: Path, workers: int = 1) -> pd.DataFrame:

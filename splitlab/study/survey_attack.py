@@ -16,12 +16,11 @@ def attack_survey(
 ) -> None:
     """Run the catalogue on every transcript below `seen`; of the data, only public splits are read."""
     out.mkdir(parents=True, exist_ok=True)  # of an empty grid too
-    folders = sorted(path for path in seen.iterdir() if path.is_dir())
-    transcripts = {path.name: read_transcript(path / "transcript.safetensors") for path in folders}
     calls = [
         (transcript, spec, seed, base, load(transcript.header.dataset, "public"), out / run, cache)
-        for run, transcript in transcripts.items()
-        for spec in catalogue(config, run, transcript.header.defences)
+        for run, planned in sorted(config.transcripts().items())
+        for transcript in [read_transcript(seen / run / "transcript.safetensors")]
+        for spec in catalogue(config, planned.kind, transcript.header.defences)
         for seed in range(spec.seeds)
     ]
     for _ in parallel(_attack, calls, desc="attack", workers=workers):
@@ -34,8 +33,8 @@ def _attack(
     attack_and_save(transcript, spec, seed, base, public, out=out, cache=cache)
 
 
-def catalogue(config: SurveyConfig, run: str, defences: Defences) -> list[AttackSpec]:
-    """Return the attacks on one of the survey's transcripts."""
-    if run.startswith("epochs-"):
+def catalogue(config: SurveyConfig, kind: str, defences: Defences) -> list[AttackSpec]:
+    """Return the attacks on one of the survey's transcripts; `kind`: see `splitlab.study.survey.Planned`."""
+    if kind == "epochs":
         return list(config.epoch_attacks)
     return [spec for spec in config.attacks if not spec.when or getattr(defences, spec.when)]

@@ -18,9 +18,10 @@ from splitlab.core.tables import read_table
 from splitlab.federated.attacks import ON_IMAGES, inversion_label
 from splitlab.privacy.accounting import randomness_of
 from splitlab.split.attacks import NO_INFORMATION, attack_label
-from splitlab.split.config import TrainConfig, read_defences
-from splitlab.split.privacy import guarantee
+from splitlab.split.config import read_defences
+from splitlab.split.privacy import message_guarantee
 from splitlab.study.dp_survey import CONTRASTS, PUBLIC, REAL, START
+from splitlab.study.results import adversaries, words
 from splitlab.study.verdicts import SURVEY, WAYS, known, unscored
 
 COLUMNS = (
@@ -142,11 +143,11 @@ def _placed(row: dict[str, Any]) -> dict[str, Any]:
 def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFrame, alphas: Tensor) -> list[dict]:
     """Place the survey's settings: the strongest attack in its worst timestep bucket, one message per image."""
     rows = []
-    surveyed = attacks[attacks["run"].str.startswith(SURVEY) & ~attacks["attack"].isin(NO_INFORMATION)]
+    surveyed = attacks[attacks["kind"].eq(SURVEY) & ~attacks["attack"].isin(NO_INFORMATION)]
     for _, own in surveyed.groupby("run", sort=False):
-        dataset, defences = str(own["dataset"].iloc[0]), str(own["defences"].iloc[0])
+        dataset, setting, defences = (str(own[name].iloc[0]) for name in ("dataset", "name", "defences"))
         of_data = utility[utility["dataset"] == dataset]
-        cost = of_data[of_data["defences"] == defences]
+        cost = of_data[of_data["setting"] == setting]
         column = "control_iou" if of_data["control_iou"].notna().any() else "control_edges"
         best = max((_strongest(own, name) for name in WAYS), key=lambda one: known(one[0]))
         absent = unscored(own) if known(best[0]) < 1.0 else []  # more than all cannot be identified
@@ -154,7 +155,7 @@ def _surveyed(attacks: pd.DataFrame, utility: pd.DataFrame, training: pd.DataFra
         rows.append(
             _client(defences, alphas)
             | {
-                "setting": str(cost["setting"].iloc[0]) if len(cost) else defences,
+                "setting": setting,
                 "dataset": dataset,
                 "randomness": randomness_of(own),
                 "attack": best[1],
@@ -185,14 +186,15 @@ def _strongest(rows: pd.DataFrame, column: str) -> tuple[float, str, int]:
     if scored.empty:
         return math.nan, UNSCORED, 0
     best = scored.sort_values([column, "n_evals"], ascending=[False, True], kind="stable").iloc[0]
+    (who,) = adversaries(best.to_frame().T)
     by = {"id_top1": "image", "hint_id_top1": "hint", "both_id_top1": "image and hint"}[column]
-    return float(best[column]), f"{attack_label(str(best['attack']))}, by {by}", int(best["n"])
+    return float(best[column]), f"{attack_label(who)}, by {by}", int(best["n"])
 
 
 def _client(defences: str, alphas: Tensor) -> dict[str, Any]:
     """Say of a split client which scheme it is, and which ε one message of it buys or why none."""
-    config = read_defences(defences.removesuffix(" recoloured")).of_one_sample
-    found = guarantee(TrainConfig(scheme="split", steps=1, batch_size=1, defences=config), alphas, n=1)
+    config = read_defences(defences.removesuffix(" recoloured"))
+    found = message_guarantee(config, alphas)
     return {
         "scheme": MATCHED if config.matched else SPLIT,
         "epsilon": found.epsilon if found.events else math.nan,
@@ -289,13 +291,12 @@ def _federated(attacks: pd.DataFrame, training: pd.DataFrame) -> list[dict]:
         absent = bool((own["ssim"].notna() & own["id_top1"].isna()).any())
         trained = training[(training["scheme"] == "federated") & (training["dataset"] == dataset)]
         plain = float(trained["control_iou"].mean(skipna=False))
-        granted = tuple(str(best["knowledge"]).split(" + "))
         found.append(
             {
                 "scheme": FEDERATED,
                 "setting": "none" if defence == "none" else f"{defence}-{level:g}",
                 "dataset": dataset,
-                "attack": f"{inversion_label(str(best['attack']), granted)}, by image",
+                "attack": f"{inversion_label(str(best['attack']), words(best['granted']))}, by image",
                 "measure": IDENTIFICATION.format(1.0 / best["id_chance"]),
                 "success": float(best["id_top1"]),
                 "chance": float(best["id_chance"]),

@@ -1,5 +1,6 @@
 """The grid of shared updates: models, cases of them, and the attacks that each is given to."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -235,18 +236,25 @@ class UpdateConfig(Settings):
         return list(merged.values())
 
 
-def make_defence(words: str) -> UpdateDefence | None:
-    """Return the defence that `name=level` means; None for "none".
+def read_level(words: str) -> tuple[str, float]:
+    """Read `name=level`, as parameter files write a defence; the level of one without is NaN.
 
     Raises:
         InputError: no such defence, or a level that is no number.
     """
     name, _, level = words.partition("=")
-    if words == "none":
-        return None
-    if name not in DEFENCES:
+    if words != "none" and name not in DEFENCES:
         raise InputError(f"defence {words!r} is unknown; choose 'none' or <name>=<level>: {', '.join(DEFENCES)}")
     try:
-        return DEFENCES[name](float(level or 0.0))
+        value = float(level or 0.0)
+        if math.isnan(value):
+            raise ValueError
+        return name, value if level else math.nan
     except ValueError:
         raise InputError(f"defence {words!r}: {level!r} is no number; write {name}=<level>") from None
+
+
+def make_defence(words: str) -> UpdateDefence | None:
+    """Return the defence that `name=level` means; None for "none". Errors are those of `read_level`."""
+    name, level = read_level(words)
+    return None if name == "none" else DEFENCES[name](0.0 if math.isnan(level) else level)

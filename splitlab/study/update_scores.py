@@ -13,29 +13,25 @@ from tqdm import tqdm
 
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import generator
-from splitlab.core.tables import write_table
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base
 from splitlab.federated.attacks import NO_INFORMATION
 from splitlab.federated.saved import SavedInversion, load_inversion
 from splitlab.federated.update import UpdateTruth, read_update_truth
-from splitlab.study.update_grid import Cell, UpdateConfig
+from splitlab.study.results import Results, long_table, settings_table, write_part
+from splitlab.study.update_grid import Cell, UpdateConfig, read_level
 from splitlab.study.update_survey import LoadSplit, resized
 
-COLUMNS = (
-    *("model", "trained", "dataset", "size", "objective", "update", "defence", "level", "attack", "knowledge"),
-    *("t", "batch", "n", "n_seeds", "ssim", "ssim_std", "psnr_db", "mse", "timestep_exact", "prompt_exact", "n_evals"),
-    *("cpu_s", "id_top1", "id_chance", "trainable", "dtype", "ceiling_ssim", "cell", "refused"),
-)
-"""t is empty where each image draws its own; cpu_s is per image; ceiling_ssim is that of the VAE's own decoding."""
+ROUNDED = ("ssim", "ssim_std", "psnr_db", "cpu_s", "id_top1", "ceiling_ssim")
+"""Metrics written to four digits; the others are shares of few samples, or counts."""
 
 CANDIDATES = 100
 
 
 def evaluate_updates(
-    config: UpdateConfig, base: Base, load: LoadSplit, *, recorded: Path, inversions: Path, out: Path
-) -> pd.DataFrame:
-    """Score every inversion of the grid.
+    config: UpdateConfig, base: Base, load: LoadSplit, *, recorded: Path, inversions: Path, metrics: Path
+) -> Results:
+    """Score every inversion of the grid; write federated training's part of the results, and the table that shows it.
 
     Args:
         config: the grid.
@@ -43,9 +39,7 @@ def evaluate_updates(
         load: `(dataset, split) -> data`.
         recorded: the folder that `record_updates` filled.
         inversions: the folder that `attack_updates` filled.
-        out: the CSV file to write.
-
-    Returns a table of `COLUMNS`.
+        metrics: folder for the tables.
 
     Raises:
         InputError: a file is missing or damaged, or a cell has no row without information.
@@ -54,57 +48,55 @@ def evaluate_updates(
     for cell, _, seeds in tqdm(config.cells, desc="evaluate", mininterval=2):
         private = load(cell.dataset, "private").images
         truths = [read_update_truth(recorded / "truth" / cell.name / f"{seed}.safetensors") for seed in range(seeds)]
+        facts = _facts(config, cell, truths)
         for name in (NO_INFORMATION, *(spec.name for spec in cell.attacks)):
             saved = [load_inversion(inversions / cell.name / f"{name}-{seed}.safetensors") for seed in range(seeds)]
-            rows.append(_row(config, cell, saved, truths, private) | {"ceiling_ssim": _ceiling(base, truths)})
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    table = table.round({c: 4 for c in ("ssim", "ssim_std", "psnr_db", "cpu_s", "id_top1", "ceiling_ssim")})
-    write_table(table, out)
-    return table
+            rows.append(facts | _row(cell, saved, truths, private) | {"ceiling_ssim": _ceiling(base, truths)})
+    table = pd.DataFrame(rows).round({name: 4 for name in ROUNDED})
+    found = Results(long_table("federated", table), settings_table("federated", table))
+    write_part(found, metrics, "federated")
+    return found
 
 
-def _row(
-    config: UpdateConfig, cell: Cell, saved: Sequence[SavedInversion], truths: Sequence[UpdateTruth], private: Tensor
-) -> dict[str, Any]:
-    spec = config.models[cell.model]
-    defence, _, level = cell.defence.partition("=")
+def _facts(config: UpdateConfig, cell: Cell, truths: Sequence[UpdateTruth]) -> dict[str, Any]:
+    """Return all facts of a cell; see `splitlab.study.results.SETTINGS`."""
+    defence, level = read_level(cell.defence)
+    shared = ("model", "dataset", "objective", "batch", "trainable", "dtype")
+    return {name: getattr(cell, name) for name in shared} | {
+        "setting": cell.name,
+        "name": cell.name,
+        "kind": "update",
+        "trained": config.models[cell.model].trained,
+        "size": pictures(truths[0]).shape[-1],
+        "update": cell.update.replace("=", " "),
+        "defence": defence,
+        "level": level,
+        "t": math.nan if cell.timestep < 0 else cell.timestep,
+    }
+
+
+def _row(cell: Cell, saved: Sequence[SavedInversion], truths: Sequence[UpdateTruth], private: Tensor) -> dict[str, Any]:
     scores: dict[str, list[Tensor]] = {}
-    for seed, (one, truth) in enumerate(zip(saved, truths, strict=True)):
-        for key, values in score_inversion(one, truth, cell, private, seed=seed).items():
+    for seed, (inversion, truth) in enumerate(zip(saved, truths, strict=True)):
+        for key, values in score_inversion(inversion, truth, cell, private, seed=seed).items():
             scores.setdefault(key, []).append(values)
     whole = {key: values for key, values in scores.items() if len(values) == len(saved)}  # refused once: no mean
     pooled = {key: torch.cat(values).double() for key, values in whole.items()}
     mean: Mapping[str, float] = {key: float(values.mean()) for key, values in pooled.items()}
     n = sum(len(truth) for truth in truths)
     return {
-        "model": cell.model,
-        "trained": spec.trained,
-        "dataset": cell.dataset,
-        "size": pictures(truths[0]).shape[-1],
-        "objective": cell.objective,
-        "update": cell.update.replace("=", " "),
-        "defence": defence,
-        "level": float(level) if level else math.nan,
         "attack": saved[0].attack,
-        "knowledge": saved[0].knowledge,
-        "t": math.nan if cell.timestep < 0 else cell.timestep,
-        "batch": cell.batch,
+        "granted": saved[0].granted,
         "n": n // len(truths),
-        "n_seeds": len(truths),
-        "ssim": mean.get("ssim"),
+        "seeds": len(truths),
+        "note": next((inversion.refused for inversion in saved if inversion.refused), None),
+        **{name: mean.get(name) for name in ("ssim", "psnr_db", "timestep_exact", "prompt_exact")},
         "ssim_std": float(pooled["ssim"].std()) if len(pooled.get("ssim", ())) > 1 else None,
-        "psnr_db": mean.get("psnr_db"),
         "mse": float(f"{mean['mse']:.3g}") if "mse" in mean else None,
-        "timestep_exact": mean.get("timestep_exact"),
-        "prompt_exact": mean.get("prompt_exact"),
-        "n_evals": max(one.n_evals for one in saved),
-        "cpu_s": sum(one.cpu_s for one in saved) / n,
+        "n_evals": max(inversion.n_evals for inversion in saved),
+        "cpu_s": sum(inversion.cpu_s for inversion in saved) / n,
         "id_top1": mean.get("identified"),
         "id_chance": 1 / min(CANDIDATES, len(private)) if "identified" in mean else None,
-        "trainable": cell.trainable,
-        "dtype": cell.dtype,
-        "cell": cell.name,
-        "refused": next((one.refused for one in saved if one.refused), None),
     }
 
 

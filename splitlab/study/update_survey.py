@@ -189,7 +189,6 @@ def _attack(
 ) -> SavedInversion:
     """Run one attack; one that cannot says why instead."""
     attack, draw = INVERSIONS[spec.attack].function, generator("inversion", cell.name, spec.name, seed)
-    knowledge = " + ".join(spec.grant) or "the update"
     together = spec.attack in ON_IMAGES
     try:
         found, cpu_s = timed(
@@ -200,7 +199,5 @@ def _attack(
             )
         )
     except InputError as error:
-        return SavedInversion(spec.attack, knowledge, refused=str(error))
-    return saved_inversion(
-        found, attack=spec.attack, knowledge=knowledge, n_updates=len(updates), granted=spec.grant, cpu_s=cpu_s
-    )
+        return SavedInversion(spec.attack, spec.grant, refused=str(error))
+    return saved_inversion(found, attack=spec.attack, n_updates=len(updates), granted=spec.grant, cpu_s=cpu_s)

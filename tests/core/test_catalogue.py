@@ -8,6 +8,7 @@ import pytest
 from splitlab.core.catalogue import catalogue
 from splitlab.federated.attacks import INVERSIONS
 from splitlab.split.attacks import ATTACKS, FAMILIES, NO_INFORMATION, attack_label
+from splitlab.split.config import Adversary
 
 RECORD = """
 from splitlab.split.attacks.record import Attack
@@ -40,5 +41,5 @@ def test_records_say_what_tables_and_menus_need() -> None:
     assert len(set(labels)) == len(labels)
     assert all(record.family in FAMILIES for record in ATTACKS.values() if record.family)
     assert {record.finds for record in INVERSIONS.values()} == {"images", "timesteps", "prompts"}
-    assert attack_label("closed_form-without-noise") == "closed form without noise label"
+    assert attack_label(Adversary("closed_form", ("noise",))) == "closed form without noise label"
     assert attack_label("of_somebody") == "of somebody"

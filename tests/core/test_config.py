@@ -120,5 +120,5 @@ def test_defences_name_themselves():
 
 
 def test_attack_names_tell_ablations_apart():
-    assert AttackSpec("inverse").name == "inverse"
-    assert AttackSpec("inverse", ignore=("noise", "timesteps")).name == "inverse-without-noise-timesteps"
+    assert AttackSpec("inverse").adversary.name == "inverse"
+    assert AttackSpec("inverse", ignore=("noise", "timesteps")).adversary.name == "inverse-without-noise-timesteps"

@@ -9,7 +9,7 @@ from world import tiny
 
 from splitlab.explorer import markup
 from splitlab.explorer.run_view import Attempt, RunView, comparison, sample_scores
-from splitlab.split.config import TrainConfig
+from splitlab.split.config import Adversary, TrainConfig
 from splitlab.split.messages import Observation, Truth
 from splitlab.split.wire import Header, Transcript
 from splitlab.study.scoring import RunTruth
@@ -36,7 +36,8 @@ def view(**scores: dict[str, list[float]] | list[dict[str, list[float]]]) -> Run
 
 def attempt(name: str, seed: int, scores: dict[str, list[float]]) -> Attempt:
     tensors: dict[str, Tensor] = {key: torch.tensor(values, dtype=torch.float32) for key, values in scores.items()}
-    return Attempt(name, seed, "nothing", (), None, None, tensors)
+    live, plain = name.startswith("live: "), name.removeprefix("live: ")
+    return Attempt(Adversary(plain), seed, (), (), None, None, tensors, live=live)
 
 
 def by_image(*identified: float, psnr_db: float = 20.0) -> dict[str, list[float]]:

@@ -125,7 +125,9 @@ def test_every_section_of_the_parameter_file_parses() -> None:
     parse(EvaluateConfig, params["evaluate"], where="evaluate")
     survey = parse(SurveyConfig, params["survey"], where="survey")
     assert all(spec.attack in ATTACKS for spec in survey.attacks)
-    assert len({spec.name for spec in survey.attacks}) == len(survey.attacks), "two attacks would write the same file"
+    assert len({spec.adversary for spec in survey.attacks}) == len(survey.attacks), (
+        "two attacks would write the same file"
+    )
     updates = parse(UpdateConfig, params["updates"], where="updates")
     assert updates.cells
     assert replace(updates, grid="full").cells
@@ -135,7 +137,7 @@ def test_every_section_of_the_parameter_file_parses() -> None:
     runs = {name: parse(TrainConfig, run, where=name) for name, run in params["runs"].items()}
     for run, specs in params["attacks"].items():
         assert runs[run].scheme in SENDING
-        names = [parse(AttackSpec, spec, where=run).name for spec in specs]
+        names = [parse(AttackSpec, spec, where=run).adversary.name for spec in specs]
         assert len(set(names)) == len(names), "two attacks would write the same file"
         assert "mean_public" in names, "no table without its no-information row"
 

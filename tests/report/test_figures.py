@@ -7,18 +7,24 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from world.project import World
+from world import project as fabricated
 
 from splitlab.core.errors import InputError
 from splitlab.report.figures import run_figures as figures
 from splitlab.report.figures import style as canvas
 from splitlab.split.artefacts import Recorded
 from splitlab.split.attacks import attack_label
+from splitlab.split.config import Adversary
 from splitlab.study.config import EvaluateConfig
 
 
 @pytest.fixture(scope="module")
-def drawn(world: World) -> list[Path]:
+def world(base_path: Path) -> fabricated.World:
+    return fabricated.world(base_path)
+
+
+@pytest.fixture(scope="module")
+def drawn(world: fabricated.World) -> list[Path]:
     return sorted(world.folders["figures"].glob("*.png"))
 
 
@@ -31,7 +37,7 @@ def test_every_figure_is_drawn(drawn: list[Path]) -> None:
         assert min(Image.open(path).size) > 150
 
 
-def test_drawn_again_in_another_style_the_bytes_are_equal(world: World, drawn: list[Path]) -> None:
+def test_drawn_again_in_another_style_the_bytes_are_equal(world: fabricated.World, drawn: list[Path]) -> None:
     with plt.style.context("dark_background"), plt.rc_context({"figure.dpi": 40, "savefig.bbox": "tight"}):
         again = world.draw(world.root / "twice")
     for first, second in zip(drawn, sorted(again), strict=True):
@@ -43,7 +49,7 @@ def test_no_software_and_no_date_in_the_files(drawn: list[Path]) -> None:
         assert not {"Software", "Date", "Creation Time"} & set(Image.open(path).info), path.name
 
 
-def test_samples_are_picked_by_bucket_in_order_of_timestep(world: World) -> None:
+def test_samples_are_picked_by_bucket_in_order_of_timestep(world: fabricated.World) -> None:
     recorded = Recorded.of_run("split", world.root / "runs", world.root)
     picked = figures.pick(recorded, EvaluateConfig(buckets=(0, 500, 1000)))
     assert (picked.timesteps.diff() >= 0).all()
@@ -53,12 +59,13 @@ def test_samples_are_picked_by_bucket_in_order_of_timestep(world: World) -> None
 
 def test_attacks_are_ordered_by_measured_strength() -> None:
     table = pd.DataFrame({"attack": ["strong", "weak", "strong", "weak"], "psnr_db": [30.0, 9.0, 20.0, 11.0]})
-    assert figures.by_strength(table) == ["weak", "strong"]
+    assert figures.by_strength(table) == [Adversary("weak"), Adversary("strong")]
 
 
 def test_attacks_have_words_and_what_they_were_denied() -> None:
     assert attack_label("closed_form") == "closed form"
-    assert attack_label("inverse_network-without-noise-defences") == "inverse network without noise label, defences"
+    denied = Adversary("inverse_network", ("noise", "defences"))
+    assert attack_label(denied) == "inverse network without noise label, defences"
     assert attack_label("live: new_idea") == "live: new idea"
 
 

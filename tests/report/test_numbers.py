@@ -16,6 +16,8 @@ from splitlab.core.labels import percent
 from splitlab.core.paths import ROOT
 from splitlab.core.tables import read_table
 from splitlab.split.attacks import NO_INFORMATION
+from splitlab.split.config import Adversary
+from splitlab.study.results import by_adversary
 from splitlab.study.tradeoff import nominal
 from splitlab.study.verdicts import pooled
 
@@ -87,15 +89,15 @@ def by_seed(trainable: str, epsilon: float) -> list[float]:
     return rows.sort_values("seed")["downstream_acc"].tolist()
 
 
-def attack(run: str, name: str) -> pd.DataFrame:
+def attack(run: str, name: str, *denied: str) -> pd.DataFrame:
     rows = TABLES["split_attacks"]
-    return rows[rows["run"].eq(run) & rows["attack"].eq(name)].sort_values("t_low")
+    return by_adversary(rows[rows["run"].eq(run)])[Adversary(name, denied)].sort_values("t_low")
 
 
 def everywhere(run: str, name: str) -> dict[str, float]:
     """Return an attack's numbers over all timesteps."""
     rows = TABLES["split_attacks"]
-    return next(one for one in pooled(rows[rows["run"].eq(run)]) if one["attack"] == name)
+    return next(pool for pool in pooled(rows[rows["run"].eq(run)]) if pool["adversary"] == Adversary(name))
 
 
 def whole(run: str, name: str) -> tuple[str, str]:
@@ -216,7 +218,7 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
             r"\(closed form (\S+)\)",
             lambda: (
                 "{psnr_db:.1f} ± {psnr_db_seed_std:.1f}".format(
-                    **attack("shapes-split", "inverse_network-without-noise").iloc[0]
+                    **attack("shapes-split", "inverse_network", "noise").iloc[0]
                 ),
                 f"{attack('shapes-split', 'closed_form')['psnr_db'].iloc[0]:.1f}",
             ),
@@ -239,8 +241,8 @@ STATED: dict[str, list[tuple[str, Callable[[], tuple[str, ...]]]]] = {
         (
             r"the same without the noise above one-step denoising at t < 200 \| (\S+) against (\S+) dB",
             lambda: tuple(
-                f"{attack('shapes-split', name)['psnr_db'].iloc[0]:.2f}"
-                for name in ("likelihood-without-noise", "one_step")
+                f"{attack('shapes-split', *who)['psnr_db'].iloc[0]:.2f}"
+                for who in (("likelihood", "noise"), ("one_step",))
             ),
         ),
         (

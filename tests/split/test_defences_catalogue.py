@@ -46,7 +46,8 @@ test_defences.test_rounded_latents_lie_on_the_grid()
 test_defences.test_a_defence_changes_the_fields_it_declares_and_no_other(each)
 survey = {"grid": "full", "datasets": ["tiny"], "settings": {"rounded": {"round_latents": 0.5}}, "attacks": []}
 settings = parse(SurveyConfig, survey | {"published_key": 0, "messages": 2, "batch_size": 4}, where="survey")
-(run, config), = settings.runs().items()
+(run, planned), = settings.transcripts().items()
+config = planned.config
 base, private = load_base(tiny.save_base(Path("base"))), tiny.small_set(12)
 client = Client(0, base, encoded(base, private), torch.arange(12), config.defences, Key.published(0))
 sent = from_bytes(client_send(client, 0, 4)[0])

@@ -15,21 +15,21 @@ from splitlab.data.generate import write_split
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
 from splitlab.split.artefacts import SavedReconstruction, load_reconstruction, save_reconstruction
-from splitlab.split.config import Defences
+from splitlab.split.config import Adversary, Defences
 from splitlab.split.defences import disguised
 from splitlab.split.messages import Reconstruction
 from splitlab.split.train import train
 from splitlab.study.config import EvaluateConfig
 from splitlab.study.evaluate import (
-    ATTACK_COLUMNS,
-    TRAINING_COLUMNS,
     disjoint,
     evaluate_run,
+    rounded,
+    setting_of,
     summary,
-    table,
     training_row,
     yardsticks,
 )
+from splitlab.study.results import Results, long_table, settings_table
 from splitlab.study.scoring import best_order, buckets, run_truth, score_samples
 
 CONFIG = EvaluateConfig(buckets=(0, 500, 1000), candidates=6, samples=5)
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Base, private: ImageSet,
 
 
 def saved(attack: str, images: torch.Tensor, seed: int = 0, hints: torch.Tensor | None = None) -> SavedReconstruction:
-    return SavedReconstruction(Reconstruction(images, hints), attack, seed, "noise", (("adversary", "a test"),))
+    return SavedReconstruction(Reconstruction(images, hints), Adversary(attack), seed, (("adversary", "a test"),))
 
 
 @pytest.fixture
@@ -65,8 +65,10 @@ def test_the_truth_scores_perfectly_and_noise_does_not(
 ) -> None:
     out = tmp_path / "scores" / "tiny.safetensors"
     rows = evaluate_run(run, reconstructions, base, private, CONFIG, out=out)
-    frame = table(rows, ATTACK_COLUMNS)
-    assert list(frame.columns) == list(ATTACK_COLUMNS)
+    setting = {**setting_of("tiny", "trained", tiny.config(steps=4, record_messages=4))}
+    found = Results(long_table("split", rounded(rows)), settings_table("split", pd.DataFrame([setting])))
+    frame = found.view("split_attacks")
+    assert set(frame["run"]) == {"tiny"}
     oracle, noise = (frame[frame.attack == name] for name in ("oracle", "noise"))
     assert (oracle.psnr_db > 45).all()  # 8-bit quantisation of the saved images is all that is lost
     assert (oracle.id_top1 == 1).all()
@@ -86,7 +88,7 @@ def test_equal_reconstructions_give_equal_tables(
     tables = []
     for name in ("a", "b"):
         rows = evaluate_run(run, reconstructions, base, private, CONFIG, out=tmp_path / f"{name}.scores")
-        tables.append(table(rows, ATTACK_COLUMNS).to_csv())
+        tables.append(rounded(rows).to_csv())
     assert tables[0] == tables[1]
     assert (tmp_path / "a.scores").read_bytes() == (tmp_path / "b.scores").read_bytes()
 
@@ -123,12 +125,13 @@ def test_buckets_hold_the_first_samples_of_their_timesteps() -> None:
 
 def test_training_rows_and_yardsticks_fill_the_table(run: Path, base: Base, heldout: ImageSet) -> None:
     rows = [training_row(run), *yardsticks("shapes", base, heldout, samples=2)]
-    frame = table(rows, TRAINING_COLUMNS)
-    assert list(frame.columns) == list(TRAINING_COLUMNS)
+    frame = pd.DataFrame(rows)
+    frame = Results(long_table("split", rounded(rows)), settings_table("split", frame)).view("training")
     assert frame.run.tolist() == ["tiny", "(no control: shapes)", "(VAE ceiling: shapes)"]
     assert frame.iloc[0][["eval_loss", "up_bytes_per_sample", "peak_rss_mb"]].notna().all()
     found = {"oracle": (50.0, 1.0), "hints only": (np.nan, 0.5), "prompts only": (np.nan, np.nan)}
-    attacks = pd.DataFrame([{"run": "tiny", "attack": k, "psnr_db": a, "id_top1": b} for k, (a, b) in found.items()])
+    attacks = pd.DataFrame([{"attack": k, "psnr_db": a, "id_top1": b} for k, (a, b) in found.items()])
+    attacks = attacks.assign(run="tiny", denied=None)
     boiled = summary(frame, attacks)
     assert boiled["attack"]["tiny"] == {"oracle": {"psnr_db": 50.0, "id_top1": 1.0}, "hints only": {"id_top1": 0.5}}
     assert set(boiled["train"]) == {"tiny"}

@@ -24,10 +24,16 @@ def write(folder: Path, **tables: list[dict]) -> Path:
 
 
 def message(defences: str, attack: str, by_image: float, by_hint: float, t_low: int = 0) -> dict:
-    run = f"survey-shapes-{'none' if defences == 'none' else 'hidden'}"
+    name = "none" if defences == "none" else "hidden"
+    setting = {
+        "run": f"survey-shapes-{name}",
+        "kind": "survey",
+        "name": name,
+        "dataset": "shapes",
+        "defences": defences,
+    }
     found = {"id_top1": by_image, "hint_id_top1": by_hint, "both_id_top1": by_hint, "id_chance": 0.01, "psnr_db": 20.0}
-    return {"run": run, "dataset": "shapes", "defences": defences, "attack": attack, "t_low": t_low, "n": 64,
-            "n_evals": 1} | found  # fmt: skip
+    return setting | {"attack": attack, "denied": None, "t_low": t_low, "n": 64, "n_evals": 1} | found
 
 
 def tuned(trainable: str, epsilon: float, accuracy: float | None, *, auc: float = 0.5, dataset: str = "digits") -> dict:
@@ -52,7 +58,7 @@ def metrics(tmp_path: Path) -> Path:
         {"dataset": "shapes", "scheme": "no control", "control_iou": 0.2},
         {"dataset": "shapes", "scheme": "federated", "control_iou": 0.7},
     ]
-    update = {"model": "controlnet", "dataset": "shapes", "knowledge": "noise", "id_chance": 0.01, "n": 2, "n_seeds": 1}
+    update = {"model": "controlnet", "dataset": "shapes", "granted": "noise", "id_chance": 0.01, "n": 2, "n_seeds": 1}
     update |= {"ssim": 0.9}
     updates = [
         update | {"defence": "none", "level": None, "attack": "known_noise", "id_top1": 1.0},

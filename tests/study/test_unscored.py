@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from IPython.display import HTML
-from world.evidence import attack_at, evidence, verdicts
-from world.project import World
+from test_report import attack_at, evidence, verdicts
+from world import project as fabricated
 
 from splitlab.core.labels import UNMEASURED, UNSCORED, percent
 from splitlab.report import claims, layout, survey_report, update_report
@@ -25,8 +25,8 @@ Change = Callable[[pd.DataFrame, pd.DataFrame], None]
 
 
 @pytest.fixture(scope="module")
-def material(world: World) -> report.Material:
-    return report.load_material(**world.folders)
+def material(base_path: Path) -> report.Material:
+    return report.load_material(**fabricated.world(base_path).folders)
 
 
 def unscored(column: str, *, run: str = "s1", whole: bool = True) -> Change:
@@ -181,7 +181,7 @@ def test_a_curve_has_no_point_where_a_seed_is_missing() -> None:
 
 
 def updates(tmp_path: Path, *rows: dict) -> update_report.UpdateMaterial:
-    common = {"defence": "none", "level": math.nan, "knowledge": "the update", "ceiling_ssim": math.nan, "cpu_s": 1.0}
+    common = {"defence": "none", "level": math.nan, "granted": None, "ceiling_ssim": math.nan, "cpu_s": 1.0}
     common |= dict.fromkeys(("ssim", "ssim_std", "psnr_db", "timestep_exact", "prompt_exact", "id_top1"), math.nan)
     common |= {"id_chance": 0.01, "n": 2, "n_seeds": 1, "n_evals": 5, "refused": None}
     table = pd.DataFrame([common | row for row in rows]).astype({"refused": object})

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from world import project as fabricated
 from world import tiny
-from world.project import World
 
 from splitlab.core import checkpoint
 from splitlab.core.config import parse
@@ -22,8 +22,9 @@ from splitlab.federated.external import attack_gradient
 from splitlab.federated.saved import SavedInversion, load_inversion, save_inversion
 from splitlab.federated.update import UpdateTruth, read_update, read_update_truth, write_update
 from splitlab.report import update_report
+from splitlab.study.results import VIEWS
 from splitlab.study.update_grid import Case, Cell, InversionSpec, ModelSpec, UpdateConfig, make_defence
-from splitlab.study.update_scores import COLUMNS, _row, matched, score_inversion
+from splitlab.study.update_scores import _row, matched, score_inversion
 from splitlab.study.update_survey import attack_updates, public_model, record_updates
 
 SIZE = 8
@@ -31,7 +32,12 @@ PIXEL = ModelSpec("pixel", size=SIZE, channels=(32, 32))
 
 
 @pytest.fixture(scope="module")
-def table(world: World) -> pd.DataFrame:
+def world(base_path: Path) -> fabricated.World:
+    return fabricated.world(base_path)
+
+
+@pytest.fixture(scope="module")
+def table(world: fabricated.World) -> pd.DataFrame:
     return update_report.load_updates(world.root / "metrics", world.root / "figures-updates").table
 
 
@@ -72,7 +78,7 @@ def test_what_means_nothing_is_refused(make, reason: str):
         make()
 
 
-def test_what_the_server_may_know_holds_no_image(world: World):
+def test_what_the_server_may_know_holds_no_image(world: fabricated.World):
     for path in (world.root / "updates" / "granted").glob("*/*.safetensors"):
         tensors, _ = checkpoint.load(path)
         assert set(tensors) <= {"timesteps", "noise", "text", "hint_latents"}
@@ -83,7 +89,7 @@ def test_what_the_server_may_know_holds_no_image(world: World):
 
 
 def test_the_table_has_every_column_and_a_row_without_information_in_every_cell(table: pd.DataFrame):
-    assert set(COLUMNS) <= set(table.columns)
+    assert set(VIEWS["gradient_attacks"].columns) <= set(table.columns)
     assert (table["cpu_s"] >= 0).all()
     for _, rows in table.groupby("cell"):
         assert rows["attack"].iloc[0] == NO_INFORMATION
@@ -109,7 +115,7 @@ def test_timesteps_are_exact_without_a_defence(table: pd.DataFrame):
 def test_what_was_granted_is_not_counted_as_found(table: pd.DataFrame):
     gidm = table[table["attack"] == "gidm"]
     assert gidm["timestep_exact"].isna().all()
-    assert set(gidm["knowledge"]) == {"timesteps + noise"}
+    assert set(gidm["granted"]) == {"timesteps noise"}
 
 
 def test_an_interrupted_attack_goes_on_where_it_was(base: Base, private: ImageSet, tmp_path: Path):
@@ -140,12 +146,12 @@ def test_an_attack_that_was_refused_once_has_no_mean_over_the_other_seeds(
     ((cell, _, _),) = one.cells
     truth = read_update_truth(tmp_path / "truth" / cell.name / "0.safetensors")
     found = load_inversion(tmp_path / "inv" / cell.name / "timesteps-0.safetensors")
-    refused = SavedInversion(found.attack, found.knowledge, refused="no gradient")
-    rows = [_row(one, cell, saved, [truth, truth], private.images) for saved in ([found, found], [found, refused])]
-    assert [row["n_seeds"] for row in rows] == [2, 2]
+    refused = SavedInversion(found.attack, found.granted, refused="no gradient")
+    rows = [_row(cell, saved, [truth, truth], private.images) for saved in ([found, found], [found, refused])]
+    assert [row["seeds"] for row in rows] == [2, 2]
     assert rows[0]["timestep_exact"] == 1.0
     assert rows[1]["timestep_exact"] is None
-    assert rows[1]["refused"] == "no gradient"
+    assert rows[1]["note"] == "no gradient"
 
 
 def test_aggregated_clients_stand_behind_one_update(base: Base, private: ImageSet, tmp_path: Path):
@@ -192,7 +198,7 @@ def test_images_of_one_update_are_matched_in_the_order_that_suits_them():
 def test_the_truth_itself_scores_perfectly():
     truth = UpdateTruth(tiny.small_set(2).images, torch.tensor([3, 5]), torch.zeros(2, 3, 32, 32))
     cell = Cell("m", "tiny", -1, 2, "none", "epsilon", "gradient", "all", "float32", ())
-    saved = SavedInversion("a", "b", images=truth.clean[[1, 0]], timesteps=((3, 5),))
+    saved = SavedInversion("a", ("b",), images=truth.clean[[1, 0]], timesteps=((3, 5),))
     scores = score_inversion(saved, truth, cell, tiny.small_set(6).images, seed=0)
     assert {key: float(value.mean()) for key, value in scores.items() if key != "psnr_db"} == pytest.approx(
         {"timestep_exact": 1.0, "ssim": 1.0, "mse": 0.0, "identified": 1.0}
@@ -203,7 +209,7 @@ def test_the_truth_itself_scores_perfectly():
 
 def test_an_inversion_survives_the_disk(tmp_path: Path):
     images = torch.rand(2, 3, 4, 4).mul(255).round().div(127.5).sub(1.0)
-    saved = SavedInversion("a", "b", images, ((1, 2),), (("x", "y"),), ((3, images),), (0.5,), 7, 1.5)
+    saved = SavedInversion("a", ("b",), images, ((1, 2),), (("x", "y"),), ((3, images),), (0.5,), 7, 1.5)
     save_inversion(tmp_path / "one.safetensors", saved)
     back = load_inversion(tmp_path / "one.safetensors")
     torch.testing.assert_close(back.images, images)
@@ -234,7 +240,7 @@ def test_a_gradient_that_somebody_brings_is_attacked(tmp_path: Path):
         attack_gradient(tmp_path / "update.safetensors", model=other, attack="timesteps")
 
 
-def test_the_report_draws_strips_and_a_curve_and_judges_the_claims(world: World):
+def test_the_report_draws_strips_and_a_curve_and_judges_the_claims(world: fabricated.World):
     material = update_report.load_updates(world.root / "metrics", world.root / "figures-updates")
     names = {path.name for path in material.figures.iterdir()}
     assert names == {"strip-pixel.png", "images-pixel.png", "curve.png"}
@@ -250,7 +256,7 @@ def test_the_report_draws_strips_and_a_curve_and_judges_the_claims(world: World)
         update_report.load_updates(world.root, world.root)
 
 
-def test_an_inversion_is_played_frame_by_frame(world: World):
+def test_an_inversion_is_played_frame_by_frame(world: fabricated.World):
     recorded = world.root / "updates"
     inverted = Inverted(world.params, recorded=recorded, inversions=recorded / "inversions")
     panel = InversionPanel(inverted)
@@ -270,7 +276,7 @@ def gidm_name() -> str:
     return "gidm-with-timesteps-noise"
 
 
-def test_an_explorer_without_inversions_says_what_makes_them(tmp_path: Path, world: World):
+def test_an_explorer_without_inversions_says_what_makes_them(tmp_path: Path, world: fabricated.World):
     panel = InversionPanel(Inverted(world.params, recorded=tmp_path, inversions=tmp_path))
     assert "no inverted updates" in panel.message.value
 

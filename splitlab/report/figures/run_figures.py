@@ -28,9 +28,11 @@ from splitlab.report.figures.survey_figures import draw_frontier, draw_matrix
 from splitlab.report.figures.tradeoff_figures import draw_tradeoff
 from splitlab.split.artefacts import Recorded, load_reconstruction, read_record, read_samples, read_scores
 from splitlab.split.attacks import ATTACKS, attack_label
+from splitlab.split.config import Adversary
 from splitlab.split.messages import stack
 from splitlab.split.wire import read_transcript, read_truth
 from splitlab.study.config import EvaluateConfig
+from splitlab.study.results import by_adversary
 from splitlab.study.scoring import buckets
 from splitlab.study.tradeoff import tradeoff
 
@@ -41,10 +43,11 @@ _RUN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 _GRID_COLUMNS = 10
 
 
-def by_strength(attacks: pd.DataFrame) -> list[str]:
-    """Return the attacks' names, weakest first, by mean PSNR over all runs and buckets of the table."""
-    means = attacks.groupby("attack")["psnr_db"].mean()
-    return list(means.sort_values(kind="stable").index)
+def by_strength(attacks: pd.DataFrame) -> list[Adversary]:
+    """Return who attacked, weakest first, by mean PSNR over all runs and buckets of the table."""
+    means = {who.name: (who, rows["psnr_db"].mean()) for who, rows in by_adversary(attacks).items()}
+    order = pd.Series({name: mean for name, (_, mean) in sorted(means.items())}).sort_values(kind="stable")
+    return [means[name][0] for name in order.index]
 
 
 @style.context(["default", STYLE])  # in this module's style, whatever the user's is
@@ -121,7 +124,7 @@ def _defended(recorded: Sequence[Recorded], base: Base, scores: Path, params: Ma
     place = max(range(len(runs)), key=lambda i: (active[i], i))
     run, seen = runs[place], stack(read_transcript(runs[place].transcript).observations)
     truth, scored = read_truth(run.truth), read_scores(scores / f"{run.name}.safetensors")
-    attempts = [name.split("/")[0] for name in scored if name.endswith("/0/identified") and "-without-" not in name]
+    attempts = [name for name in sorted(ATTACKS) if f"{name}/0/identified" in scored]
     attack = max(attempts, key=lambda name: float(scored[f"{name}/0/identified"].nanmean()))
     psnr_db = scored[f"{attack}/0/psnr_db"]
     distance = (seen.need("timesteps") - len(base.alphas_cumprod) // 2).abs().float()
@@ -176,21 +179,26 @@ class Shown:
     psnr_db: Tensor
 
 
-def _reconstructed(recorded: Recorded, scores: Path, order: Sequence[str], picked: Picked) -> dict[str, Shown]:
+def _reconstructed(
+    recorded: Recorded, scores: Path, order: Sequence[Adversary], picked: Picked
+) -> dict[Adversary, Shown]:
     """Load every attack's first try on the picked samples; those that recover no picture are left out."""
     scored = read_scores(scores)
     shown = {}
-    for attack in order:
-        result = load_reconstruction(recorded.reconstructions / f"{attack}-0.safetensors").result
-        place = scored.get(f"{attack}/0/place", torch.arange(len(scored["ceiling_psnr_db"]))).long()[picked.positions]
+    for adversary in order:
+        attempt = f"{adversary.name}/0"
+        result = load_reconstruction(recorded.reconstructions / f"{adversary.name}-0.safetensors").result
+        place = scored.get(f"{attempt}/place", torch.arange(len(scored["ceiling_psnr_db"]))).long()[picked.positions]
         images, hints = (None if part is None else part[place] for part in (result.images, result.hints))
         if images is not None or hints is not None:
             measure = "psnr_db" if images is not None else "hint_psnr_db"
-            shown[attack] = Shown(images, hints, scored[f"{attack}/0/{measure}"][picked.positions])
+            shown[adversary] = Shown(images, hints, scored[f"{attempt}/{measure}"][picked.positions])
     return shown
 
 
-def draw_grid(recorded: Recorded, base: Base, private: ImageSet, picked: Picked, shown: Mapping[str, Shown]) -> Figure:
+def draw_grid(
+    recorded: Recorded, base: Base, private: ImageSet, picked: Picked, shown: Mapping[Adversary, Shown]
+) -> Figure:
     """Draw what was sent and what came back: private images, received latents, each attack, then the hints.
 
     Args:
@@ -209,7 +217,7 @@ def draw_grid(recorded: Recorded, base: Base, private: ImageSet, picked: Picked,
     rows["private hint"] = private.need_hints()[picked.indices]
     of_hints = {name: one for name, one in shown.items() if one.hints is not None and one.images is None}
     rows |= {f"hint by {_wrapped(name)}": torch.as_tensor(one.hints) for name, one in of_hints.items()}
-    for name in ("inverse_network", "closed_form"):
+    for name in map(Adversary, ("inverse_network", "closed_form")):
         if name in of_images and (hints := of_images[name].hints) is not None:
             rows[f"hint by {attack_label(name)}"] = hints
     n = len(picked.positions)
@@ -225,11 +233,11 @@ def draw_grid(recorded: Recorded, base: Base, private: ImageSet, picked: Picked,
     return figure
 
 
-def _wrapped(attack: str) -> str:
-    return attack_label(attack).replace(" (", "\n(").replace(" without ", "\nwithout ").replace(": ", ":\n")
+def _wrapped(adversary: Adversary) -> str:
+    return attack_label(adversary).replace(" (", "\n(").replace(" without ", "\nwithout ").replace(": ", ":\n")
 
 
-def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfig) -> Figure:
+def draw_leakage(rows: pd.DataFrame, order: Sequence[Adversary], config: EvaluateConfig) -> Figure:
     """Draw one run's PSNR and identification against the timestep bucket, with what bounds them.
 
     Args:
@@ -246,14 +254,14 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfi
     left.plot(where, bounds["ceiling_psnr_db"], color="#222222", lw=6, alpha=0.22, label="VAE ceiling", zorder=1)
     left.plot(where, bounds["no_info_psnr_db"], color="#555555", ls=":", lw=2, label=attack_label("mean_public"))
     right.plot(where, bounds["id_chance"], color="#555555", ls="--", lw=1.5, label="chance")
-    looks = attack_looks(order)
-    for attack in order:
-        own = rows[rows["attack"] == attack].sort_values("t_low")
-        if attack == "mean_public" or own["psnr_db"].isna().all():
+    looks, lines = attack_looks(order), by_adversary(rows)
+    for adversary in order:
+        own = lines[adversary].sort_values("t_low")
+        if adversary.attack == "mean_public" or own["psnr_db"].isna().all():
             continue  # the first is the reference line, the others recover no image
         x = [place[low] for low in own["t_low"]]
-        look = looks[attack]
-        left.plot(x, own["psnr_db"], label=attack_label(attack), **look)
+        look = looks[adversary]
+        left.plot(x, own["psnr_db"], label=attack_label(adversary), **look)
         spread = own["psnr_db_std"]
         left.fill_between(x, own["psnr_db"] - spread, own["psnr_db"] + spread, color=look["color"], alpha=0.12, lw=0)
         right.plot(x, own["id_top1"], **look)
@@ -265,12 +273,12 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[str], config: EvaluateConfi
     return figure
 
 
-def attack_looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
+def attack_looks(attacks: Sequence[Adversary]) -> dict[Adversary, dict[str, Any]]:
     """Return matplotlib's keywords for each attack's line: its own colour, or one that no other attack here has."""
-    own = {name: ATTACKS[name].colour for name in attacks if name in ATTACKS}
+    own = {who: ATTACKS[who.attack].colour for who in attacks if who.attack in ATTACKS and not who.denied}
     spare = itertools.cycle([colour for colour in _PALETTE if colour not in own.values()])
     markers = itertools.cycle("oDs^vPX*")
-    return {name: {"color": own.get(name) or next(spare), "marker": next(markers), "zorder": 2} for name in attacks}
+    return {who: {"color": own.get(who) or next(spare), "marker": next(markers), "zorder": 2} for who in attacks}
 
 
 def _timestep_axis(axis: Axes, edges: Sequence[tuple[int, int]], sent: set[int]) -> None:

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from splitlab.report.figures.style import subplots
 from splitlab.split.attacks import attack_label
+from splitlab.split.config import Adversary
+from splitlab.study.results import by_adversary
 from splitlab.study.verdicts import PAPER, STOPPED, SURVEY, pooled
 
 PAPER_COLOUR, ADAPTIVE_COLOUR, HINT_COLOUR = "#E69F00", "#D55E00", "#0072B2"
@@ -47,6 +49,13 @@ def draw_frontier(verdicts: pd.DataFrame) -> Figure:
     return figure
 
 
+def _short(adversary: Adversary) -> str:
+    """Name an attack without what stands behind it in brackets; the paper's, which is denied two facts, by that."""
+    papers = adversary.denied == PAPER
+    label = attack_label(Adversary(adversary.attack) if papers else adversary).split(" (")[0]
+    return label + (", paper's" if papers else "")
+
+
 def draw_matrix(attacks: pd.DataFrame, dataset: str, order: Sequence[str]) -> Figure:
     """Draw how often each attack identifies the private image under each defence of the survey, over all timesteps.
 
@@ -55,10 +64,10 @@ def draw_matrix(attacks: pd.DataFrame, dataset: str, order: Sequence[str]) -> Fi
         dataset: which data set's rows.
         order: the settings, from top to bottom.
     """
-    rows = attacks[attacks["run"].str.startswith(f"{SURVEY}{dataset}-")]
+    rows = attacks[attacks["kind"].eq(SURVEY) & attacks["dataset"].eq(dataset)]
     cells = {
-        str(run).removeprefix(f"{SURVEY}{dataset}-"): {one["attack"]: one["id_top1"] for one in pooled(own)}
-        for run, own in rows.groupby("run", sort=False)
+        name: {pool["adversary"].name: pool["id_top1"] for pool in pooled(of_setting)}
+        for name, of_setting in rows.groupby("name", sort=False)
     }
     table = pd.DataFrame(cells).T.dropna(axis="columns", how="all")
     table = table.loc[[name for name in order if name in table.index], table.mean().sort_values(kind="stable").index]
@@ -66,10 +75,8 @@ def draw_matrix(attacks: pd.DataFrame, dataset: str, order: Sequence[str]) -> Fi
     axis = axes[0, 0]
     sns.heatmap(table, ax=axis, vmin=0.0, vmax=1.0, cmap="rocket_r", annot=True, fmt=".2f", linewidths=0.5,
                 cbar=False, annot_kws={"fontsize": 8})  # fmt: skip
-    names = [
-        attack_label(name.removesuffix(PAPER)).split(" (")[0] + (", paper's" if name.endswith(PAPER) else "")
-        for name in table.columns
-    ]
+    adversaries = {who.name: who for who in by_adversary(rows)}
+    names = [_short(adversaries[str(name)]) for name in table.columns]
     axis.set_xticks(axis.get_xticks(), names, rotation=30, ha="right")
     axis.tick_params(axis="y", rotation=0)
     axis.grid(visible=False)

@@ -12,6 +12,7 @@ from splitlab.federated.attacks import NO_INFORMATION, inversion_label
 from splitlab.federated.saved import load_inversion
 from splitlab.federated.update import read_update_truth
 from splitlab.report.figures.style import save_figure, show_images, subplots
+from splitlab.study.results import words
 from splitlab.study.update_grid import Cell, UpdateConfig
 from splitlab.study.update_scores import matched, pictures
 from splitlab.study.update_survey import resized
@@ -119,21 +120,16 @@ def draw_curve(table: pd.DataFrame) -> Figure:
         (axes[0, 0], ("ssim",), "images: SSIM"),
         (axes[0, 1], ("timestep_exact", "prompt_exact"), "share of updates read exactly"),
     ):
-        for (model, attack, knowledge), own in rows.groupby(["model", "attack", "knowledge"], sort=False):
+        for (model, attack, granted), own in rows.groupby(["model", "attack", "granted"], sort=False, dropna=False):
             for column in columns:
                 line = own.dropna(subset=[column]).sort_values("level")
                 blind = attack == NO_INFORMATION and (column != "ssim" or model not in with_images)
                 if len(line) < 2 or blind:
                     continue
-                label = f"{model}: {inversion_label(str(attack), granted(str(knowledge)))}"
+                label = f"{model}: {inversion_label(str(attack), words(granted))}"
                 grey = {"color": "#7f7f7f", "ls": "--"} if attack == NO_INFORMATION else {"marker": "o"}
                 axis.plot([places[level] for level in line["level"]], line[column], label=label, **grey)
         axis.set(title=title, ylim=(-0.05, 1.05), xlabel="noise std / RMS of each tensor of the update")
         axis.set_xticks(list(places.values()), [f"{level:g}" for level in places])
         axis.legend(fontsize=8, loc="lower left")
     return figure
-
-
-def granted(knowledge: str) -> tuple[str, ...]:
-    """Return what an attack is granted by the table's `knowledge`."""
-    return () if knowledge in ("the update", "nothing") else tuple(knowledge.split(" + "))

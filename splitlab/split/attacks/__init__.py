@@ -3,9 +3,12 @@
 Every module here with `ATTACKS`, a tuple of `Attack` records, joins the catalogue: tables, report and explorer follow.
 """
 
+from collections.abc import Iterable
+
 from splitlab.core.catalogue import catalogue
 from splitlab.core.labels import FIELD_WORDS
 from splitlab.split.attacks.record import Attack
+from splitlab.split.config import Adversary
 
 ATTACKS: dict[str, Attack] = catalogue(__name__, __path__)
 """By name, simplest first."""
@@ -17,10 +20,13 @@ FAMILIES = tuple(dict.fromkeys(record.family for record in ATTACKS.values() if r
 """The ideas, in the order of their simplest attacks."""
 
 
-def attack_label(attack: str) -> str:
+def attack_label(attack: str | Adversary) -> str:
     """Say in words which attack it is, and what it was denied."""
-    live = "live: " if attack.startswith("live: ") else ""
-    plain, _, denied = attack.removeprefix("live: ").partition("-without-")
-    words = ATTACKS[plain].label if plain in ATTACKS else plain.replace("_", " ")
-    facts = ", ".join(FIELD_WORDS.get(name, name) for name in denied.split("-")) if denied else ""
-    return f"{live}{words}" + (f" without {facts}" if facts else "")
+    who = attack if isinstance(attack, Adversary) else Adversary(attack)
+    words = ATTACKS[who.attack].label if who.attack in ATTACKS else who.attack.replace("_", " ")
+    return words + (f" without {fields_label(who.denied)}" if who.denied else "")
+
+
+def fields_label(names: Iterable[str]) -> str:
+    """Say in words which fields are meant."""
+    return ", ".join(FIELD_WORDS.get(name, name) for name in names)

@@ -207,7 +207,9 @@ def check_reconstruction(saved: SavedReconstruction, content: bytes) -> list[str
         "range": not (_in_range(result.images) and _in_range(result.hints)),
         "lengths": len(lengths) > 1,
         "types": type(saved.seed) is not int or type(result.n_evals) is not int,
-        "words": any(type(word) is not str for word in (saved.attack, saved.knowledge, *(result.prompts or ()))),
+        "words": any(
+            type(word) is not str for word in (saved.adversary.attack, *saved.adversary.denied, *(result.prompts or ()))
+        ),
         "rows": any(len(row) != 2 or any(type(word) is not str for word in row) for row in saved.threat_model),
     }
     return [name for name, bad in wrong.items() if bad]
@@ -220,7 +222,7 @@ def check_inversion(saved: SavedInversion, content: bytes) -> list[str]:
         "counts": any(type(count) is not int for count, _ in saved.history) or type(saved.n_evals) is not int,
         "timesteps": any(type(t) is not int for row in saved.timesteps or () for t in row),
         "prompts": any(type(text) is not str for row in saved.prompts or () for text in row),
-        "words": any(type(word) is not str for word in (saved.attack, saved.knowledge, saved.refused)),
+        "words": any(type(word) is not str for word in (saved.attack, *saved.granted, saved.refused)),
         "seconds": not isinstance(saved.cpu_s, int | float),
     }
     return [name for name, bad in wrong.items() if bad]

@@ -32,7 +32,7 @@ from splitlab.split.artefacts import (
     read_scores,
     save_reconstruction,
 )
-from splitlab.split.config import Defences, TrainConfig
+from splitlab.split.config import Adversary, Defences, TrainConfig
 from splitlab.split.messages import Observation, Reconstruction, Truth
 from world.fuzz import checks, mutations
 from world.fuzz.changes import Kind, changed_tensors, changed_text, parts, put_together
@@ -85,8 +85,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
     granted = {"timesteps": facts.timesteps, "noise": facts.noise, "text": facts.text}
     pictures = noise(2, 3, 4, 4).clamp(-1, 1)
     made = Reconstruction(pictures, pictures, ("a", "b"), ("noise",), (2.0, 1.0), 7)
-    saved = SavedReconstruction(made, "posterior", 0, "noise", (("adversary", "server"), ("scheme", "split")))
-    inverted = SavedInversion("dlg", "noise", pictures, ((1, 2), (3,)), (("a",), ()), ((1, pictures),), (2.0,), 7)
+    saved = SavedReconstruction(made, Adversary("posterior"), 0, (("adversary", "server"), ("scheme", "split")))
+    inverted = SavedInversion("dlg", ("noise",), pictures, ((1, 2), (3,)), (("a",), ()), ((1, pictures),), (2.0,), 7)
     config = asdict(TrainConfig(defences=Defences(feature_noise=1.0)))
     record = json.dumps({"run": "r", "config": config, "loss": [1.0, 0.5], "control_iou": 0.5}).encode()
     samples = {"images": to_uint8(pictures), "hints": to_uint8(-pictures)}
