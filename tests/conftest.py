@@ -17,7 +17,8 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
-from world import tiny  # noqa: E402
+from world import project, tiny  # noqa: E402
+from world.once import once  # noqa: E402
 
 from splitlab.data.image_set import ImageSet  # noqa: E402
 from splitlab.diffusion.base import Base, load_base  # noqa: E402
@@ -32,8 +33,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("base") / "tiny")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def base_path(session_folder: Path) -> Path:
+    return once(session_folder / "base", tiny.save_base)
+
+
+@pytest.fixture(scope="session")
+def world(session_folder: Path, base_path: Path) -> project.World:
+    """What figures and report are made of; files of one test module may add to it, none may change it."""
+    return project.world(session_folder / "world", base_path)
+
+
+@pytest.fixture(scope="session")
+def explored(session_folder: Path, base_path: Path) -> Path:
+    """The explorer's project; tests copy it."""
+    return project.explored(session_folder / "explored", base_path)
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +62,8 @@ def base(base_path: Path) -> Base:
 
 
 @pytest.fixture(scope="session")
-def sd15_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return load_base(tiny.save_sd15_base(tmp_path_factory.mktemp("base") / "sd15"))
+def sd15_base(session_folder: Path) -> Base:
+    return load_base(once(session_folder / "sd15", tiny.save_sd15_base))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from world import project as fabricated
+from world.project import World
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
@@ -16,11 +16,6 @@ from splitlab.report import update_report
 
 MEASURED = re.compile(r"(^|_)(s|ms|seconds?|minutes|hours|mb|gb|rss|memory|time|wall|cpu)(_|$)", re.I)
 """Column names that say seconds or memory."""
-
-
-@pytest.fixture(scope="module")
-def world(base_path: Path) -> fabricated.World:
-    return fabricated.world(base_path)
 
 
 def test_every_machine_column_is_known_by_its_name() -> None:
@@ -37,7 +32,7 @@ def test_no_tracked_table_has_a_column_of_seconds_or_memory() -> None:
         assert not [name for name in columns if MEASURED.search(name)], table
 
 
-def test_stages_write_seconds_to_files_that_git_does_not_track(world: fabricated.World) -> None:
+def test_stages_write_seconds_to_files_that_git_does_not_track(world: World) -> None:
     tables = sorted((world.root / "metrics").glob("*.csv"))
     assert {"training.csv", "split_attacks.csv", "gradient_attacks.csv", "dp.csv"} <= {path.name for path in tables}
     for path in tables:
@@ -70,7 +65,7 @@ def test_a_table_of_before_keeps_the_seconds_it_has(tmp_path: Path) -> None:
     assert read_timed(tmp_path / "table.csv")["cpu_s"].tolist() == [3.0]
 
 
-def test_the_report_does_without_seconds(world: fabricated.World, tmp_path: Path) -> None:
+def test_the_report_does_without_seconds(world: World, tmp_path: Path) -> None:
     updates = update_report.load_updates(world.root / "metrics", world.root / "figures-updates")
     assert "CPU s per image" in update_report.claims_table(updates).data
     assert "less CPU time" in update_report.conclusion(updates).data

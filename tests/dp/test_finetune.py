@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 from world import tiny
+from world.interrupts import Interrupt, interrupted_at
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError
@@ -40,18 +41,6 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted((folder / "out").rglob("*.safetensors"))
     assert files
     return {f"{file.parent.name}/{n}": v for file in files for n, v in checkpoint.load(file)[0].items()}
-
-
-class Interrupt(Exception):
-    """Stands in for a machine that fails."""
-
-
-def interrupted_at(step: int):
-    def callback(what: str, done: int, total: int, objective: float) -> None:
-        if done == step:
-            raise Interrupt
-
-    return callback
 
 
 @pytest.mark.parametrize("changes", [{}, {"multiplicity": 2, "trainable": "lora"}, {"noise_multiplier": 0.0}])

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from test_widgets import opened
-from world import explored as fabricate
+from world.project import opened
 
 from splitlab.core.paths import ROOT
 
@@ -22,6 +21,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH"),
 ]
 
@@ -35,8 +35,8 @@ PICTURES = "Array.from(document.querySelector('.sl-groups').querySelectorAll('im
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Path:
-    root = fabricate.project(tmp_path_factory.mktemp("browser") / "project", base_path)
+def project(tmp_path_factory: pytest.TempPathFactory, explored: Path) -> Path:
+    root = Path(shutil.copytree(explored, tmp_path_factory.mktemp("browser") / "project"))
     (root / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / "explore.ipynb", root / "notebooks")
     shutil.copytree(ROOT / "reports" / "metrics", root / "reports" / "metrics", dirs_exist_ok=True)

@@ -7,15 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from world import explored as fabricate
 from world import names
+from world.project import opened
 
 from splitlab.core import checkpoint
 from splitlab.core.paths import ROOT
 from splitlab.core.pixels import to_uint8
-from splitlab.data.datasets import SPLITS
 from splitlab.diffusion import metrics
 from splitlab.explorer import AttackPanel, Explorer, Gallery, PlannerPanel, PlaygroundPanel, explore, markup
 from splitlab.explorer.explore import Artefacts
@@ -24,14 +22,9 @@ from splitlab.explorer.run_view import comparison, sample_scores
 from splitlab.split.defences import DEFENCES, Defences
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Path:
-    return fabricate.project(tmp_path_factory.mktemp("project") / "p", base_path)
-
-
 @pytest.fixture
-def project(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "project"))
+def project(explored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(explored, tmp_path / "project"))
 
 
 @pytest.fixture
@@ -42,14 +35,6 @@ def artefacts(project: Path) -> Artefacts:
 @pytest.fixture
 def explorer(artefacts: Artefacts) -> Explorer:
     return Explorer(artefacts)
-
-
-def opened(project: Path) -> Artefacts:
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    params["base"]["source"] = str(project / "models/base")
-    params["datasets"] = {"shapes": {split: str(project / "data" / split / "shapes.zip") for split in SPLITS}}
-    folders = {name: project / name for name in ("runs", "reconstructions", "scores", "survey")}
-    return Artefacts(params, cache=project / ".cache", **folders)
 
 
 def files(project: Path) -> dict[Path, int]:

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from world import lookalikes, tiny
+from world.foreign import Predict, gradient, images, made, psnr_db
 from world.lookalikes import CLASSES, SIZE
 from world.tiny import ALPHAS
 
@@ -21,36 +22,6 @@ from splitlab.federated.attacks.problem import Problem
 from splitlab.federated.attacks.time_layers import TimeProbe
 from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, pixel_unet
 from splitlab.federated.external_model import external_model
-from splitlab.study.update_scores import matched
-
-Predict = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def images(n: int, *shape: int) -> Tensor:
-    channels, height, width = shape or (3, SIZE, SIZE)
-    shapes = torch.nn.functional.interpolate(tiny.small_set(n, seed=3).images, size=(height, width), mode="area")
-    return shapes.repeat(1, 2, 1, 1)[:, :channels]
-
-
-def made(kind: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return kind().eval()
-
-
-def gradient(model: nn.Module, clean: Tensor, times: list[int], run: Predict) -> tuple[dict[str, Tensor], Tensor]:
-    """Return a client's gradient as any training loop makes it, and its noise."""
-    noise, t = torch.randn(clean.shape, generator=tiny.draw(5)), torch.tensor(times)
-    alphas = ALPHAS[t][:, None, None, None]
-    loss = (run(model, alphas.sqrt() * clean + (1 - alphas).sqrt() * noise, t) - noise).square().mean()
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {name: value for name, value in zip(names, found, strict=True) if value is not None}, noise
-
-
-def psnr_db(found: Tensor, truth: Tensor) -> float:
-    error = (matched(found, truth, len(truth)) - truth).square().mean((1, 2, 3)).max()
-    return float(-10 * torch.log10(error / 4))
 
 
 def plain(model: nn.Module, noisy: Tensor, t: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Gradients and facts are read as people have them: files, lists, vectors, per-sample gradients; or refused once."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,37 +9,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
-from test_external_models import gradient, images, made, psnr_db
 from torch import Tensor, nn
-from world import lookalikes
-from world.lookalikes import SIZE
+from world.foreign import TOLD, attacked, gradient, images, psnr_db, run
 from world.tiny import ALPHAS
 
 from splitlab import attack_gradient
 from splitlab.core.errors import InputError
-
-TOLD = {"size": SIZE, "alphas_cumprod": ALPHAS}
-
-
-def run(model: nn.Module, noisy: Tensor, t: Tensor) -> Tensor:
-    return model(noisy, t.float())["sample"]
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return made(lookalikes.ConvTimeNet)
-
-
-@pytest.fixture(scope="module")
-def shared(model: nn.Module) -> dict[str, Tensor]:
-    return gradient(model, images(1), [137], run)[0]
-
-
-def attacked(shared: Any, model: nn.Module, **told: Any) -> Any:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = attack_gradient(shared, model=model, **(TOLD | told))
-    return found, " ".join(str(entry.message) for entry in caught)
 
 
 def npz(path: Path, *arrays: np.ndarray, **named: np.ndarray) -> Path:

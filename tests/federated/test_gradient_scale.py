@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_external_models import gradient, images, made, psnr_db
-from test_gradient_files import attacked, model, run, shared  # noqa: F401
 from torch import Tensor, nn
 from world import lookalikes
+from world.foreign import attacked, gradient, images, made, psnr_db, run
 from world.tiny import ALPHAS
 
 from splitlab.federated.attacks.scale import clipped_to
@@ -16,23 +15,23 @@ from splitlab.federated.update import Update
 N = 3 * 8 * 8
 
 
-def times(shared: dict[str, Tensor], factor: float) -> dict[str, Tensor]:  # noqa: F811
+def times(shared: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
     return {name: value * factor for name, value in shared.items()}
 
 
-def length(shared: dict[str, Tensor]) -> float:  # noqa: F811
+def length(shared: dict[str, Tensor]) -> float:
     return float(torch.stack([value.norm() for value in shared.values()]).norm())
 
 
 @pytest.mark.parametrize("factor", [65536.0, 0.25, N, 1e-4, -1.0, -0.25, 1 / 3, 16384.0, 1e8, -1e-8])
-def test_usual_factors_are_found_and_said(factor: float, model: nn.Module, shared: dict[str, Tensor]) -> None:  # noqa: F811
+def test_usual_factors_are_found_and_said(factor: float, model: nn.Module, shared: dict[str, Tensor]) -> None:
     found, words = attacked(times(shared, factor), model)
     assert found.scale == pytest.approx(factor, rel=1e-6)
     assert psnr_db(found.images, images(1)) > 60
     assert f"is taken to be {factor:.6g} times that of the mean loss" in words
 
 
-def test_the_gradient_as_it_should_be_needs_no_words(model: nn.Module, shared: dict[str, Tensor]) -> None:  # noqa: F811
+def test_the_gradient_as_it_should_be_needs_no_words(model: nn.Module, shared: dict[str, Tensor]) -> None:
     found, words = attacked(shared, model)
     assert (found.scale, words) == (1.0, "")
 
@@ -51,8 +50,8 @@ def test_the_gradient_as_it_should_be_needs_no_words(model: nn.Module, shared: d
 def test_what_is_told_is_used(
     factor: float,
     told: dict[str, Any],
-    model: nn.Module,  # noqa: F811
-    shared: dict[str, Tensor],  # noqa: F811
+    model: nn.Module,
+    shared: dict[str, Tensor],
 ) -> None:
     kind = {} if "scale" in told else {"kind": "weight_difference"}
     found, words = attacked(times(shared, factor), model, **told, **kind)
@@ -63,8 +62,8 @@ def test_what_is_told_is_used(
 @pytest.mark.parametrize("told", [{}, {"clipped": True}])
 def test_clipped_gradients_are_known_by_their_length(
     told: dict[str, Any],
-    model: nn.Module,  # noqa: F811
-    shared: dict[str, Tensor],  # noqa: F811
+    model: nn.Module,
+    shared: dict[str, Tensor],
 ) -> None:
     """Their scale is known as well as the noise's variance: to 5 % for 192 numbers, so 35 dB."""
     found, words = attacked(times(shared, 1 / length(shared)), model, **told)
@@ -76,7 +75,7 @@ def test_clipped_gradients_are_known_by_their_length(
     assert clipped_to([update]) is None
 
 
-def test_a_scale_of_no_use_is_doubted(model: nn.Module, shared: dict[str, Tensor]) -> None:  # noqa: F811
+def test_a_scale_of_no_use_is_doubted(model: nn.Module, shared: dict[str, Tensor]) -> None:
     _, words = attacked(times(shared, float(N)), model, scale=1.0)
     assert "the noise found has mean square" in words
     _, words = attacked(times(shared, 3.7), model, scale=4.2)
@@ -84,7 +83,7 @@ def test_a_scale_of_no_use_is_doubted(model: nn.Module, shared: dict[str, Tensor
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "v_prediction"])
-def test_the_wrong_objective_is_doubted(objective: str, model: nn.Module) -> None:  # noqa: F811
+def test_the_wrong_objective_is_doubted(objective: str, model: nn.Module) -> None:
     alphas, clean = ALPHAS[400], images(1)
 
     def turned(net: nn.Module, noisy: Tensor, t: Tensor) -> Tensor:
@@ -102,13 +101,13 @@ def test_the_wrong_objective_is_doubted(objective: str, model: nn.Module) -> Non
     assert "check objective, alphas_cumprod" in words
 
 
-def test_a_wrong_schedule_is_doubted_by_the_noise_it_leaves(model: nn.Module, shared: dict[str, Tensor]) -> None:  # noqa: F811
+def test_a_wrong_schedule_is_doubted_by_the_noise_it_leaves(model: nn.Module, shared: dict[str, Tensor]) -> None:
     found, words = attacked(shared, model, alphas_cumprod=ALPHAS**1.5)
     assert psnr_db(found.images, images(1)) < 40
     assert "an image is smoother, as added noise never makes it" in words
 
 
-def test_a_model_of_other_weights_is_doubted(model: nn.Module, shared: dict[str, Tensor]) -> None:  # noqa: F811
+def test_a_model_of_other_weights_is_doubted(model: nn.Module, shared: dict[str, Tensor]) -> None:
     other = made(lookalikes.ConvTimeNet)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -119,13 +118,13 @@ def test_a_model_of_other_weights_is_doubted(model: nn.Module, shared: dict[str,
     )
 
 
-def test_images_that_were_fitted_only_are_doubted(model: nn.Module, shared: dict[str, Tensor]) -> None:  # noqa: F811
+def test_images_that_were_fitted_only_are_doubted(model: nn.Module, shared: dict[str, Tensor]) -> None:
     part = {name: value for name, value in shared.items() if name.startswith("embed")}
     _, words = attacked(part, model, n_starts=1, n_evals=20)
     assert "others may fit as well: see whether another seed= gives the same images" in words
 
 
-def test_attacks_as_published_say_that_they_find_no_scale(model: nn.Module, shared: dict[str, Tensor]) -> None:  # noqa: F811
+def test_attacks_as_published_say_that_they_find_no_scale(model: nn.Module, shared: dict[str, Tensor]) -> None:
     clean = images(1)
     noise = gradient(model, clean, [137], run)[1]
     told = {"attack": "inverting_gradients", "n_evals": 2, "noise": noise, "timesteps": 137}

@@ -13,6 +13,7 @@ from pipeline import checkout
 from splitlab.core.paths import ROOT
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs git's list of the files"),
     pytest.mark.skipif(shutil.which("make") is None, reason="needs make"),
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from world import project as fabricated
+from world.project import World
 
 from splitlab.core.errors import InputError
 from splitlab.report.figures import run_figures as figures
@@ -19,12 +19,7 @@ from splitlab.study.config import EvaluateConfig
 
 
 @pytest.fixture(scope="module")
-def world(base_path: Path) -> fabricated.World:
-    return fabricated.world(base_path)
-
-
-@pytest.fixture(scope="module")
-def drawn(world: fabricated.World) -> list[Path]:
+def drawn(world: World) -> list[Path]:
     return sorted(world.folders["figures"].glob("*.png"))
 
 
@@ -37,7 +32,7 @@ def test_every_figure_is_drawn(drawn: list[Path]) -> None:
         assert min(Image.open(path).size) > 150
 
 
-def test_drawn_again_in_another_style_the_bytes_are_equal(world: fabricated.World, drawn: list[Path]) -> None:
+def test_drawn_again_in_another_style_the_bytes_are_equal(world: World, drawn: list[Path]) -> None:
     with plt.style.context("dark_background"), plt.rc_context({"figure.dpi": 40, "savefig.bbox": "tight"}):
         again = world.draw(world.root / "twice")
     for first, second in zip(drawn, sorted(again), strict=True):
@@ -49,7 +44,7 @@ def test_no_software_and_no_date_in_the_files(drawn: list[Path]) -> None:
         assert not {"Software", "Date", "Creation Time"} & set(Image.open(path).info), path.name
 
 
-def test_samples_are_picked_by_bucket_in_order_of_timestep(world: fabricated.World) -> None:
+def test_samples_are_picked_by_bucket_in_order_of_timestep(world: World) -> None:
     recorded = Recorded.of_run("split", world.root / "runs", world.root)
     picked = figures.pick(recorded, EvaluateConfig(buckets=(0, 500, 1000)))
     assert (picked.timesteps.diff() >= 0).all()

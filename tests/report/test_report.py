@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import nbformat
 import pandas as pd
 import pytest
 from jinja2 import UndefinedError
-from world import project as fabricated
+from world.evidence import attack_at, evidence, verdicts
+from world.project import World
 
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
@@ -21,45 +21,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def world(base_path: Path) -> fabricated.World:
-    return fabricated.world(base_path)
-
-
-@pytest.fixture(scope="module")
-def material(world: fabricated.World) -> report.Material:
+def material(world: World) -> report.Material:
     return report.load_material(**world.folders)
 
 
 @pytest.fixture(scope="module")
-def index(world: fabricated.World) -> Path:
+def index(world: World) -> Path:
     executed = world.root / "executed" / "report.ipynb"
     return report.write_report(world.page, executed=executed, out=world.root / "index.html")
-
-
-def evidence(material: report.Material, change: Callable[[pd.DataFrame, pd.DataFrame], None]) -> claims.Evidence:
-    training, attacks = material.evidence.training.copy(), material.evidence.attacks.copy()
-    change(training, attacks)
-    return replace(material.evidence, training=training, attacks=attacks)
-
-
-def verdicts(found: claims.Evidence) -> dict[str, str]:
-    names = ("gradient", "quality", "floor", "activation", "prompts", "attacks", "bytes")
-    return dict(zip(names, (claim.verdict for claim in claims.claims(found)), strict=True))
-
-
-def attack_at(share: float) -> Callable[[pd.DataFrame, pd.DataFrame], None]:
-    """Let the closed form go `share` of the way from 10 dB to a ceiling of 30 dB, for images and for hints."""
-
-    def change(training: pd.DataFrame, attacks: pd.DataFrame) -> None:
-        attacks[["no_info_psnr_db", "ceiling_psnr_db"]] = 10.0, 30.0
-        closed, undefended = attacks["attack"] == "closed_form", attacks["run"] == "split"
-        attacks["psnr_db"] = 10.0
-        attacks.loc[closed, "psnr_db"] = 10.0 + 20.0 * share
-        attacks["hint_psnr_db"] = 10.0
-        attacks.loc[closed, "hint_psnr_db"] = 10.0 + 20.0 * share
-        attacks.loc[closed & undefended, "hint_psnr_db"] = 30.0
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -231,7 +200,7 @@ def test_the_notebook_is_committed_without_outputs() -> None:
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-def test_missing_figures_are_named(world: fabricated.World, tmp_path: Path) -> None:
+def test_missing_figures_are_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"leakage-split\.png: missing; run `dvc repro` first"):
         report.load_material(**(world.folders | {"figures": tmp_path}))
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from scipy import stats
-from test_secret_runs import ENTROPY, FIXED, Interrupt, equal, holders, interrupted_at, tensors_below, traces
 from world import tiny
+from world.interrupts import Interrupt, interrupted_at
+from world.secrecy import ENTROPY, FIXED, equal, holders, tensors_below, traces
 
 from splitlab.core.seeds import Key, source
 from splitlab.data.image_set import ImageSet

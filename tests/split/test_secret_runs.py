@@ -1,6 +1,5 @@
 """Runs whose draws are secret, as they are by default: what they leave behind, and what they claim."""
 
-import base64
 import json
 import math
 from pathlib import Path
@@ -9,8 +8,9 @@ import pytest
 import torch
 from scipy import stats
 from world import tiny
+from world.interrupts import Interrupt, interrupted_at
+from world.secrecy import ENTROPY, FIXED, equal, holders, tensors_below, traces
 
-from splitlab.core import checkpoint
 from splitlab.core.seeds import Key, source
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
@@ -21,28 +21,11 @@ from splitlab.privacy import mechanisms as engine
 from splitlab.privacy.accounting import SIMULATED, PrivacyEvent, epsilon, epsilon_words, recorded_epsilon
 from splitlab.privacy.audit import audit
 
-ENTROPY = bytes(range(100, 132))
-"""What the operating system gives in tests that look for it or repeat it."""
-
-FIXED = Key.secret(bytes(range(32)))
-
 
 @pytest.fixture
 def entropy(monkeypatch: pytest.MonkeyPatch) -> bytes:
     monkeypatch.setattr(draws.secrets, "token_bytes", lambda n: ENTROPY[:n])
     return ENTROPY
-
-
-class Interrupt(Exception):
-    """Stands in for a machine that fails."""
-
-
-def interrupted_at(step: int):
-    def callback(what: str, done: int, total: int, objective: float) -> None:
-        if done == step:
-            raise Interrupt
-
-    return callback
 
 
 def dp_config(private: ImageSet, **changes) -> DPConfig:
@@ -53,31 +36,6 @@ def dp_config(private: ImageSet, **changes) -> DPConfig:
 
 def tune(base: Base, private: ImageSet, folder: Path, settings: DPConfig, **options):
     return finetune("mine", settings, base, private, out=folder / "out", cache=folder / "cache", **options)
-
-
-def tensors_below(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.rglob("*.safetensors"))
-    assert files
-    return {f"{file.relative_to(folder)}/{n}": v for file in files for n, v in checkpoint.load(file)[0].items()}
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
-def traces(content: bytes, secret: bytes) -> bool:
-    """Whether a secret shows in some text or file, in any of the ways in which bytes are commonly written."""
-    numbers = (str(int.from_bytes(secret, order)) for order in ("little", "big"))
-    written = [secret.hex(), secret.hex().upper(), base64.b64encode(secret).decode(), str(list(secret)), repr(secret)]
-    raw = (secret, secret[::-1], bytes([*secret[:16]]), bytes([*secret[16:]]))
-    return any(word.encode() in content for word in (*written, *numbers)) or any(part in content for part in raw)
-
-
-def holders(folder: Path, secrets: list[bytes]) -> list[str]:
-    """The files below a folder in which a secret shows."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return [path.name for path in files if any(traces(path.read_bytes(), one) for one in secrets)]
 
 
 def test_an_interrupted_private_run_ends_as_if_it_had_not_been(

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from world import tiny
+from world import shipped, tiny
 
-from splitlab import ROOT, Defences, TrainConfig, load, load_base
+from splitlab import ROOT, Defences, TrainConfig, load
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Key
 from splitlab.data.colours import are_shapes
@@ -198,22 +198,16 @@ def test_guidance_one_without_text_guidance_is_the_pipeline(base):
     assert isinstance(model, LatentHintControlNet)
 
 
-needs_data = pytest.mark.skipif(
-    not (ROOT / "models/base/model_index.json").exists() or not (ROOT / "data/public").exists(),
-    reason="the shipped base model or data are missing; `make data` pulls them",
-)
-
-
-@needs_data
+@shipped.needs_shipped
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("noise", [0.02, 5.0])
 def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned):
-    shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
+    base, private = shipped.base(), shipped.victims(64)
     defences = replace(DISGUISE, hint_layout_noise=noise, random_symmetry=turned)
-    public = load(ROOT / "data/public/shapes.zip", limit=600)
-    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=64, published_key=0))
+    public = shipped.public(600)
+    (client,) = make_clients(base, private, TrainConfig(defences=defences, batch_size=64, published_key=0))
     message, truth = client_send(client, 0, 64)
-    knowledge = Knowledge(shipped, "split", defences, private.size, public)
+    knowledge = Knowledge(base, "split", defences, private.size, public)
     found = run_attack("surrogate_posterior", [from_bytes(message)], knowledge, generator=tiny.draw())
     gallery_indices = draw_galleries(64, truth.indices, 64, tiny.draw())
     prompts = disguised(private, defences, key=Key.published(0)).prompts
@@ -226,15 +220,15 @@ def test_the_attacker_in_the_know_recognises_what_the_noise_leaves(noise, turned
     assert corner.abs().max() < (disc - ground).abs().max()  # the borrowed colours are read off exactly
 
 
-@needs_data
+@shipped.needs_shipped
 @pytest.mark.parametrize("once", [False, True])
 def test_messages_of_one_disguise_are_put_together(once):
-    shipped, private = load_base(ROOT / "models/base"), load(ROOT / "data/private/shapes.zip", limit=64)
+    base, private = shipped.base(), shipped.victims(64)
     defences = replace(DISGUISE, random_symmetry=True, feature_noise=3.0, timestep_floor=600, per_image_noise=once)
-    (client,) = make_clients(shipped, private, TrainConfig(defences=defences, batch_size=32, published_key=0))
+    (client,) = make_clients(base, private, TrainConfig(defences=defences, batch_size=32, published_key=0))
     sent = [client_send(client, step, 32) for step in range(24)]
     messages, truth = [from_bytes(message) for message, _ in sent], torch.cat([told.indices for _, told in sent])
-    knowledge = Knowledge(shipped, "split", defences, 32, load(ROOT / "data/public/shapes.zip", limit=600))
+    knowledge = Knowledge(base, "split", defences, 32, shipped.public(600))
     every = run_attack("surrogate_posterior", messages, knowledge, generator=tiny.draw(), options={"sharpness": 1.0})
     first = run_attack(
         "surrogate_posterior", messages[:2], knowledge, generator=tiny.draw(), options={"sharpness": 1.0}
@@ -264,17 +258,17 @@ def test_messages_are_of_one_image_if_client_prompt_and_layout_are():
     assert labels.tolist() == [0, 0, 1, 0, 0]
 
 
-@needs_data
+@shipped.needs_shipped
 def test_turned_photographs_are_recovered_also_where_their_plain_encodings_are_cached(tmp_path):
-    shipped, public = load_base(ROOT / "models/base"), load(ROOT / "data/public/photos.zip", limit=64)
+    base, public = shipped.base(), load(ROOT / "data/public/photos.zip", limit=64)
     private = public.subset(range(16))  # so that somebody who weighs them in the right turn knows them
-    encoded(shipped, public, cache=tmp_path)
+    encoded(base, public, cache=tmp_path)
     defences = Defences(feature_noise=0.1, matched=True, random_symmetry=True)
     (client,) = make_clients(
-        shipped, private, TrainConfig(dataset="photos", defences=defences, batch_size=16, published_key=0)
+        base, private, TrainConfig(dataset="photos", defences=defences, batch_size=16, published_key=0)
     )
     message, truth = client_send(client, 0, 16)
-    knowledge = Knowledge(shipped, "split", defences, private.size, public, cache=tmp_path)
+    knowledge = Knowledge(base, "split", defences, private.size, public, cache=tmp_path)
     found = run_attack("surrogate_posterior", [from_bytes(message)], knowledge, generator=tiny.draw())
     assert found.images.shape == found.hints.shape == (16, 3, 32, 32)
     gallery_indices = draw_galleries(16, truth.indices, 16, tiny.draw())
@@ -282,9 +276,9 @@ def test_turned_photographs_are_recovered_also_where_their_plain_encodings_are_c
     assert known["image"].float().mean() > 0.8
 
 
-@needs_data
+@shipped.needs_shipped
 def test_the_attack_on_surrogates_is_for_clients_that_send_them():
-    shipped, public = load_base(ROOT / "models/base"), load(ROOT / "data/public/shapes.zip", limit=8)
-    knowledge = Knowledge(shipped, "split", Defences(), 32, public)
+    base, public = shipped.base(), shipped.public(8)
+    knowledge = Knowledge(base, "split", Defences(), 32, public)
     with pytest.raises(InputError, match="take nearest_public instead"):
         run_attack("surrogate_posterior", [], knowledge, generator=tiny.draw())

@@ -6,8 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from world import project as fabricated
-from world import tiny
+from world import project, tiny
 
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
@@ -44,25 +43,25 @@ def test_a_classifier_learns_what_can_be_told_apart_and_nothing_else() -> None:
 @pytest.fixture(scope="module")
 def made(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Path]:
     folder = tmp_path_factory.mktemp("dp")
-    return fabricated.make_private(base, folder), folder
+    return project.make_private(base, folder), folder
 
 
 def test_what_was_done_is_not_done_again(made: tuple[pd.DataFrame, Path], base: Base) -> None:
     table, folder = made
-    pd.testing.assert_frame_equal(fabricated.make_private(base, folder), table)  # seconds per step included
+    pd.testing.assert_frame_equal(project.make_private(base, folder), table)  # seconds per step included
 
 
 def test_pictures_of_runs_with_a_published_key_are_called_simulated(
     made: tuple[pd.DataFrame, Path], base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(fabricated, "draw_dp_samples", lambda pictures, out: drawn.extend(pictures))
-    fabricated.make_private(base, made[1])
+    monkeypatch.setattr(project, "draw_dp_samples", lambda pictures, out: drawn.extend(pictures))
+    project.make_private(base, made[1])
     assert drawn[-3:] == ["attention, ε = ∞", "attention, simulated ε = 1", "unet, simulated ε = 1"]
 
 
 def test_the_table_has_every_run_and_both_contrasts(made: tuple[pd.DataFrame, Path]) -> None:
-    (table, _), config = made, fabricated.private_survey()
+    (table, _), config = made, project.private_survey()
     assert tuple(table.columns) == COLUMNS
     assert list(config.runs) == [
         f"{cell}-{seed}" for cell in ("attention-inf", "attention-1", "unet-1") for seed in (0, 1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from world import project as fabricated
 from world import tiny
+from world.project import World
 
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
@@ -36,11 +36,6 @@ def config(**changes: object) -> SurveyConfig:
     few = {"messages": 3, "batch_size": 3, "steps": 2, "epochs": 2, "epoch_samples": 6, "settings": SETTINGS}
     few |= {"published_key": 0}
     return SurveyConfig(**(few | {"default": {"tiny": ("noise",)}, "datasets": ("tiny",)} | changes))
-
-
-@pytest.fixture(scope="module")
-def world(base_path: Path) -> fabricated.World:
-    return fabricated.world(base_path)
 
 
 def test_the_default_grid_is_listed_and_the_full_one_is_everything():
@@ -130,7 +125,7 @@ def test_what_was_trained_is_not_trained_again(
         utility(config(steps=3), base, load, cache=tmp_path)
 
 
-def test_the_survey_is_judged_and_its_pictures_drawn(world: fabricated.World):
+def test_the_survey_is_judged_and_its_pictures_drawn(world: World):
     judged = read_table(world.root / "metrics" / "split_verdicts.csv")
     assert judged["setting"].tolist() == ["none", "mixing", "matched"]  # as in the table of costs
     assert judged["control_iou"].tolist() == [0.5] * 3
@@ -139,7 +134,7 @@ def test_the_survey_is_judged_and_its_pictures_drawn(world: fabricated.World):
     assert survey_figures.draw_frontier(judged.assign(control_iou=float("nan"))).axes
 
 
-def test_an_attack_that_cannot_run_without_a_fact_says_so_in_the_ablations(world: fabricated.World):
+def test_an_attack_that_cannot_run_without_a_fact_says_so_in_the_ablations(world: World):
     table = read_table(world.root / "metrics" / "ablations.csv")
     refused = table[table["denied"] == "noise smashed"]
     assert len(refused) == 3
@@ -148,7 +143,7 @@ def test_an_attack_that_cannot_run_without_a_fact_says_so_in_the_ablations(world
 
 
 @pytest.fixture(scope="module")
-def material(world: fabricated.World) -> Material:
+def material(world: World) -> Material:
     return load_material(**world.folders)
 
 

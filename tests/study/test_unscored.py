@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from IPython.display import HTML
-from test_report import attack_at, evidence, verdicts
-from world import project as fabricated
+from world.evidence import attack_at, evidence, verdicts
+from world.project import World
 
 from splitlab.core.labels import UNMEASURED, UNSCORED, percent
 from splitlab.report import claims, layout, survey_report, update_report
@@ -25,8 +25,8 @@ Change = Callable[[pd.DataFrame, pd.DataFrame], None]
 
 
 @pytest.fixture(scope="module")
-def material(base_path: Path) -> report.Material:
-    return report.load_material(**fabricated.world(base_path).folders)
+def material(world: World) -> report.Material:
+    return report.load_material(**world.folders)
 
 
 def unscored(column: str, *, run: str = "s1", whole: bool = True) -> Change:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from world import project as fabricated
 from world import tiny
+from world.project import World
 
 from splitlab.core import checkpoint
 from splitlab.core.config import parse
@@ -32,12 +32,7 @@ PIXEL = ModelSpec("pixel", size=SIZE, channels=(32, 32))
 
 
 @pytest.fixture(scope="module")
-def world(base_path: Path) -> fabricated.World:
-    return fabricated.world(base_path)
-
-
-@pytest.fixture(scope="module")
-def table(world: fabricated.World) -> pd.DataFrame:
+def table(world: World) -> pd.DataFrame:
     return update_report.load_updates(world.root / "metrics", world.root / "figures-updates").table
 
 
@@ -78,7 +73,7 @@ def test_what_means_nothing_is_refused(make, reason: str):
         make()
 
 
-def test_what_the_server_may_know_holds_no_image(world: fabricated.World):
+def test_what_the_server_may_know_holds_no_image(world: World):
     for path in (world.root / "updates" / "granted").glob("*/*.safetensors"):
         tensors, _ = checkpoint.load(path)
         assert set(tensors) <= {"timesteps", "noise", "text", "hint_latents"}
@@ -240,7 +235,7 @@ def test_a_gradient_that_somebody_brings_is_attacked(tmp_path: Path):
         attack_gradient(tmp_path / "update.safetensors", model=other, attack="timesteps")
 
 
-def test_the_report_draws_strips_and_a_curve_and_judges_the_claims(world: fabricated.World):
+def test_the_report_draws_strips_and_a_curve_and_judges_the_claims(world: World):
     material = update_report.load_updates(world.root / "metrics", world.root / "figures-updates")
     names = {path.name for path in material.figures.iterdir()}
     assert names == {"strip-pixel.png", "images-pixel.png", "curve.png"}
@@ -256,7 +251,7 @@ def test_the_report_draws_strips_and_a_curve_and_judges_the_claims(world: fabric
         update_report.load_updates(world.root, world.root)
 
 
-def test_an_inversion_is_played_frame_by_frame(world: fabricated.World):
+def test_an_inversion_is_played_frame_by_frame(world: World):
     recorded = world.root / "updates"
     inverted = Inverted(world.params, recorded=recorded, inversions=recorded / "inversions")
     panel = InversionPanel(inverted)
@@ -276,7 +271,7 @@ def gidm_name() -> str:
     return "gidm-with-timesteps-noise"
 
 
-def test_an_explorer_without_inversions_says_what_makes_them(tmp_path: Path, world: fabricated.World):
+def test_an_explorer_without_inversions_says_what_makes_them(tmp_path: Path, world: World):
     panel = InversionPanel(Inverted(world.params, recorded=tmp_path, inversions=tmp_path))
     assert "no inverted updates" in panel.message.value
 

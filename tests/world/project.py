@@ -1,20 +1,22 @@
-"""A whole project in small, for the tests of figures and report: data, runs, reconstructions, scores and tables."""
+"""Whole projects in small, made in seconds: data, runs, reconstructions, scores, updates, tables and figures."""
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from splitlab.core.config import parse
 from splitlab.core.tables import write_table
 from splitlab.data.datasets import SPLITS
 from splitlab.data.generate import write_split
-from splitlab.data.image_set import ImageSet
+from splitlab.data.image_set import ImageSet, load
 from splitlab.diffusion.base import Base, load_base
 from splitlab.dp.finetune import DPConfig
-from splitlab.params import load_split
+from splitlab.explorer.explore import Artefacts
 from splitlab.report.figures.dp_figures import draw_dp_curve, draw_dp_samples
 from splitlab.report.figures.run_figures import draw_figures
 from splitlab.report.figures.update_figures import draw_update_figures
@@ -24,13 +26,14 @@ from splitlab.split.train import train
 from splitlab.split.wire import read_transcript
 from splitlab.study.config import EvaluateConfig
 from splitlab.study.dp_survey import DPCell, DPSurveyConfig, dp_survey
-from splitlab.study.evaluate import evaluate_all
+from splitlab.study.evaluate import evaluate_all, evaluate_run
 from splitlab.study.survey import UTILITY_COLUMNS, SurveyConfig, record_survey
 from splitlab.study.survey_attack import attack_survey
 from splitlab.study.update_grid import UpdateConfig
 from splitlab.study.update_scores import evaluate_updates
 from splitlab.study.update_survey import attack_updates, record_updates
 from world import tiny
+from world.once import once
 
 _FEW = {"dataset": "tiny", "steps": 4, "batch_size": 3, "local_steps": 2, "record_messages": 4, "eval_samples": 3}
 _FEW |= {"published_key": 0}
@@ -91,21 +94,15 @@ class World:
         return draw_figures(*made, self.params, out=out, survey=self.survey)
 
 
-_MADE: dict[Path, World] = {}
+def world(root: Path, base_path: Path) -> World:
+    """Return, made in `root`, what tests of figures and report read."""
+    made = World(root, _parameters(root, base_path))
+    once(root, lambda _: _make(made))
+    return made
 
 
-def world(base_path: Path) -> World:
-    """Return the one world of this test session, beside the base model; figures are drawn."""
-    if base_path not in _MADE:
-        made = _make(base_path.parent / "world", base_path)
-        made.draw(made.folders["figures"])
-        _MADE[base_path] = made
-    return _MADE[base_path]
-
-
-def _make(root: Path, base_path: Path) -> World:
-    """Train, attack and evaluate tiny runs below `root`."""
-    params = {
+def _parameters(root: Path, base_path: Path) -> dict[str, Any]:
+    return {
         "base": {"source": str(base_path)},
         "datasets": {"tiny": {split: str(root / "data" / split / "tiny.zip") for split in SPLITS}},
         "runs": {
@@ -114,7 +111,10 @@ def _make(root: Path, base_path: Path) -> World:
             "split": _FEW | {"scheme": "split"},
             "s1": _FEW | {"scheme": "split", "defences": _ALL},
         },
-        "attacks": {run: [{"attack": "mean_public"}, {"attack": "closed_form"}] for run in ("split", "s1")},
+        "attacks": {
+            run: [{"attack": "mean_public", "seeds": 1}, {"attack": "closed_form", "seeds": 1}]
+            for run in ("split", "s1")
+        },
         "survey": {
             "default": {"tiny": ["none", "mixing", "matched"]},
             "accumulate": ["none"],
@@ -138,25 +138,19 @@ def _make(root: Path, base_path: Path) -> World:
         "updates": UPDATES,
         "evaluate": {"buckets": [0, 500, 1000], "candidates": 6, "samples": 6},
     }
-    for seed, (split, n) in enumerate({"private": 12, "heldout": 4, "public": 8}.items()):
-        write_split(root / "data" / split / "tiny.zip", tiny.samples(n, seed=seed))
-    base, (private, heldout, public) = (
-        load_base(base_path),
-        (load_split("tiny", split, params) for split in ("private", "heldout", "public")),
-    )
-    for run, section in params["runs"].items():
-        config = parse(TrainConfig, section, where=run)
-        train(run, config, base, private, heldout, out=root / "runs" / run, cache=root / "cache")
-    for run, specs in params["attacks"].items():
-        transcript = read_transcript(root / "runs" / run / "transcript.safetensors")
-        for section in specs:
-            spec, out = parse(AttackSpec, section, where=run), root / "reconstructions" / run
-            attack_and_save(transcript, spec, 0, base, public, out=out, cache=root / "cache")
+
+
+def _make(made: World) -> None:
+    """Train, attack and evaluate tiny runs, then the survey, updates and private fine-tunings."""
+    root, params = made.root, made.params
+    base = load_base(params["base"]["source"])
+    splits = write_splits(root, "tiny", private=12, heldout=4, public=8)
+    train_and_attack(root, params, base, splits, cache=root / "cache")
     survey = parse(SurveyConfig, params["survey"], where="survey")
     places = {"seen": root / "survey" / "transcripts", "hidden": root / "survey" / "truth"}
-    record_survey(survey, base, tiny.splits(private), cache=root / "cache", **places)
+    record_survey(survey, base, tiny.splits(splits["private"]), cache=root / "cache", **places)
     out = root / "survey" / "reconstructions"
-    attack_survey(survey, base, lambda dataset, split: public, seen=places["seen"], out=out, cache=root / "cache")
+    attack_survey(survey, base, lambda *_: splits["public"], seen=places["seen"], out=out, cache=root / "cache")
     config = parse(EvaluateConfig, params["evaluate"], where="evaluate")
     folders = {name: root / name for name in ("scores", "metrics", "survey")}
     folders["utility"] = root / "metrics" / "utility.csv"
@@ -168,14 +162,31 @@ def _make(root: Path, base_path: Path) -> World:
     ]
     pd.DataFrame(costs, columns=list(UTILITY_COLUMNS)).to_csv(folders["utility"], index=False)
     evaluate_all(root / "runs", root / "reconstructions", base, params, config, **folders)
-    make_updates(
-        parse(UpdateConfig, UPDATES, where="updates"),
-        base,
-        {"private": private, "public": public, "heldout": heldout},
-        root,
-    )
+    make_updates(parse(UpdateConfig, UPDATES, where="updates"), base, splits, root)
     make_private(base, root)
-    return World(root, params)
+    made.draw(made.folders["figures"])
+
+
+def write_splits(root: Path, dataset: str, **sizes: int) -> dict[str, ImageSet]:
+    """Write splits of so many shapes each, no image in two of them, below `root`/data."""
+    for seed, (split, n) in enumerate(sizes.items()):
+        write_split(root / "data" / split / f"{dataset}.zip", tiny.samples(n, seed=seed))
+    return {split: load(root / "data" / split / f"{dataset}.zip") for split in sizes}
+
+
+def train_and_attack(
+    root: Path, params: dict[str, Any], base: Base, splits: dict[str, ImageSet], *, cache: Path
+) -> None:
+    """Train all runs of `params` below `root`/runs, and attack them below `root`/reconstructions."""
+    for run, section in params["runs"].items():
+        config = parse(TrainConfig, section, where=run)
+        train(run, config, base, splits["private"], splits["heldout"], out=root / "runs" / run, cache=cache)
+    for run, sections in params["attacks"].items():
+        transcript = read_transcript(root / "runs" / run / "transcript.safetensors")
+        for spec in (parse(AttackSpec, section, where=run) for section in sections):
+            for seed in range(spec.seeds):
+                out = root / "reconstructions" / run
+                attack_and_save(transcript, spec, seed, base, splits["public"], out=out, cache=cache)
 
 
 def make_updates(config: UpdateConfig, base: Base, data: dict[str, ImageSet], root: Path) -> pd.DataFrame:
@@ -215,3 +226,65 @@ def make_private(base: Base, root: Path) -> pd.DataFrame:
     draw_dp_curve(table, out=root / "figures-dp" / "curve.png")
     draw_dp_samples(pictures, out=root / "figures-dp" / "samples-tiny.png")
     return table
+
+
+_GUARDED = {"timestep_floor": 200, "symsigmoid": True, "fixed_noise": 0.5, "half": True, "hide_prompts": True}
+_SHORT = {"dataset": "shapes", "steps": 6, "batch_size": 6, "record_messages": 4, "eval_samples": 4, "published_key": 0}
+_RUNS = {
+    "plain": _SHORT | {"scheme": "split"},
+    "guarded": _SHORT | {"scheme": "split", "n_clients": 2, "defences": _GUARDED, "record_messages": 2},
+    "central": _SHORT | {"scheme": "central"},
+}
+_UPDATES = {
+    "images": 2,
+    "published_key": 0,
+    "models": {"pixel": {"kind": "pixel", "size": 16, "channels": [32, 64]}},
+    "cases": [
+        {"model": "pixel", "dataset": "shapes", "attacks": [{"attack": "timesteps"}, {"attack": "unknown_noise"}]}
+    ],
+}
+_ATTACKS = [
+    {"attack": "mean_public", "seeds": 1},
+    {"attack": "random_public", "seeds": 2},
+    {"attack": "inverse_network", "ignore": ["noise"], "seeds": 1, "options": {"steps": 3, "width": 8}},
+    {"attack": "closed_form", "seeds": 1},
+]
+
+
+def explored(root: Path, base_path: Path) -> Path:
+    """Return, made in `root`, what the explorer's tests copy: two attacked runs, one that was not, and updates."""
+    return once(root, lambda _: _make_explored(root, base_path))
+
+
+def _make_explored(root: Path, base_path: Path) -> None:
+    params = {
+        "base": {"source": "models/base"},
+        "datasets": {"shapes": {split: f"data/{split}/shapes.zip" for split in SPLITS}},
+        "pretrain": {},
+        "runs": _RUNS,
+        "attacks": dict.fromkeys(("plain", "guarded"), _ATTACKS),
+        "survey": {},
+        "updates": _UPDATES,
+        "dp": {},
+        "evaluate": {"candidates": 10},
+    }
+    shutil.copytree(base_path, root / "models" / "base")
+    base = load_base(root / "models" / "base")
+    splits = write_splits(root, "shapes", private=12, public=24, heldout=4)
+    train_and_attack(root, params, base, splits, cache=root / ".cache")
+    for run in params["attacks"]:
+        out, config = root / "scores" / f"{run}.safetensors", EvaluateConfig(candidates=10)
+        evaluate_run(root / "runs" / run, root / "reconstructions" / run, base, splits["private"], config, out=out)
+    updates, out = parse(UpdateConfig, _UPDATES, where="updates"), root / "updates"
+    record_updates(updates, base, lambda _, split: splits[split], out=out)
+    attack_updates(updates, base, lambda _, split: splits[split], recorded=out, out=out / "inversions")
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def opened(project: Path) -> Artefacts:
+    """Open a copy of `explored` as the explorer does."""
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["base"]["source"] = str(project / "models/base")
+    params["datasets"] = {"shapes": {split: str(project / "data" / split / "shapes.zip") for split in SPLITS}}
+    folders = {name: project / name for name in ("runs", "reconstructions", "scores", "survey")}
+    return Artefacts(params, cache=project / ".cache", **folders)
