@@ -7,12 +7,12 @@ import sys
 import time
 
 import torch
+from message_audit import audit_message
 
 from splitlab import ROOT, load_base, load_params, load_split
 from splitlab.diffusion.base import Encoded
 from splitlab.privacy.accounting import composed_mu, noise_multiplier_for
 from splitlab.privacy.audit import audit
-from splitlab.split.audit import audit_message
 from splitlab.split.config import Defences
 from splitlab.split.privacy import matched_message_event, message_events
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from matched_parts import VARIANTS, identified_by_likelihood, recolour, recoloured
 from matched_settings import read
 from tqdm import tqdm
 
@@ -23,9 +24,8 @@ from splitlab.split.defences import disguised, disguises
 from splitlab.split.defences.borrowed_colours import in_colours
 from splitlab.split.defences.hint_layout_noise import layout, sent_layout
 from splitlab.split.defences.random_symmetry import every_turn
-from splitlab.split.identification import identified_as_sent, identified_by_likelihood
+from splitlab.split.identification import identified_as_sent
 from splitlab.split.messages import Knowledge
-from splitlab.split.recolour import VARIANTS, recolour, recoloured
 from splitlab.split.server import run_attack
 from splitlab.split.train import make_clients
 from splitlab.split.wire import from_bytes

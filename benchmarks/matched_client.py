@@ -35,6 +35,7 @@ import argparse
 import pandas as pd
 import torch
 from matched_attacks import FOLDER, N, attacked
+from matched_parts import asked_layout, recoloured
 from matched_settings import DATASETS, STEPS, read
 
 from splitlab import CACHE, ROOT, Defences, TrainConfig, load_base, n_workers
@@ -50,8 +51,6 @@ from splitlab.diffusion.metrics import disc_iou, edge_control
 from splitlab.split.config import read_defences
 from splitlab.split.defences import disguises
 from splitlab.split.defences.borrowed_colours import colours_of
-from splitlab.split.defences.hint_layout_noise import asked_layout
-from splitlab.split.recolour import recoloured
 from splitlab.split.train import train
 from splitlab.study.evaluate import without_control
 

@@ -96,28 +96,3 @@ def identified_as_sent(
             images, hints, gallery, private.need_hints(), gallery_indices, random_symmetry=random_symmetry
         )
     return known
-
-
-def identified_by_likelihood(
-    views: Sequence[tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"], Float[Tensor, "m _ c h w"]]],
-    gallery_indices: Int[Tensor, "n k"],
-) -> Bool[Tensor, " n"]:
-    """Say whether the first of each gallery is the likeliest source of what was sent: the ceiling for every attack.
-
-    Nobody who has to choose among a gallery, all as likely before, can be right more often (Bayes' rule errs least).
-    It is the attacker who holds the private candidates themselves, so it bounds the catalogue from above.
-
-    Args:
-        views: (what is left of the messages, the standard deviations of its white noise, what every private sample
-            would leave without noise, `[m, r, c, h, w]`), for image and hint. With r > 1, a sample leaves one of r
-            variants, as likely each, the same for all views (or r = 1 where a view does not depend on it).
-        gallery_indices: positions of private samples, the own one first.
-    """
-    total = torch.zeros(*gallery_indices.shape, 1, dtype=torch.float64)
-    for view, std, private in views:
-        flat = private.flatten(0, 1).flatten(1).double()
-        squares = torch.cdist(view.flatten(1).double(), flat).square().unflatten(1, private.shape[:2])
-        chosen = squares.gather(1, gallery_indices[..., None].expand(-1, -1, private.shape[1]))
-        total = total - chosen / (2 * std.double().square()[:, None, None])
-    likelihood = total.logsumexp(2)
-    return likelihood[:, 0] > likelihood[:, 1:].max(1).values

@@ -24,12 +24,10 @@ def message_mu(alpha_bar: float, *, norm: float, feature_noise: float, adjacency
     independent of the image, so what is left is a Gaussian mechanism of std σ1 on sqrt(ᾱ) latents, and two neighbours
     are at most sqrt(ᾱ) 2 R apart ("replace_one": another image) or sqrt(ᾱ) R ("add_remove_one": zero latents in its
     place). μ is that distance over σ1 (Dong et al. 2022, Thm 2.7). Scaling, activation and rounding only process it.
-
-    It covers the image as far as the message carries it in the latents. The hint and the prompt are sent beside it:
-    what they say of the image needs a mechanism of its own (`hint_event`, `hide_prompts`).
+    What hint and prompt say of the image needs a mechanism of its own (`hint_event`, `hide_prompts`).
 
     Args:
-        alpha_bar: ᾱ in [0, 1] of the noised latents before feature noise (`splitlab.split.defences.signal_level`).
+        alpha_bar: ᾱ in [0, 1] of the noised latents before feature noise (`signal_level`).
         norm: R > 0, the L2 norm to which the client clips each sample's latents.
         feature_noise: σ1 > 0.
         adjacency: "replace_one" or "add_remove_one".
@@ -51,18 +49,11 @@ def message_mu(alpha_bar: float, *, norm: float, feature_noise: float, adjacency
 def message_events(
     defences: Defences, alphas_cumprod: Float[Tensor, " T"], *, messages: int = 1, adjacency: str = "replace_one"
 ) -> tuple[PrivacyEvent, PrivacyEvent]:
-    """Return the events of sending one image and its hint, both bounded by `latent_norm`, `messages` times.
+    """Return the events of sending one image and its hint `messages` times, both bounded by `latent_norm`.
 
-    A noised layout in place of the hint needs no norm: its three numbers are bounded by themselves.
-
-    They cover all that S1's client sends of the two, `matched_message_event` and `hint_event`; their ε is that of the
-    two in one list. The prompt is covered if it is hidden, and else it is sent as it is.
-
-    Args:
-        defences: what the client does.
-        alphas_cumprod: ᾱ of the noise schedule.
-        messages: how often the same image is sent: epochs.
-        adjacency: as for `message_mu`.
+    They cover all that S1's client sends of the two (`matched_message_event`, `hint_event`); ε is that of both in one
+    list. A noised layout in place of the hint needs no norm: its three numbers are bounded by themselves. The prompt is
+    covered if it is hidden, and else it is sent as it is.
 
     Raises:
         InputError: the image or the hint has no bound or no noise, and so the message has no guarantee.
@@ -87,15 +78,7 @@ def matched_message_event(
 
     Each message draws its noise anew, so that messages of later epochs compose. Timesteps are sent and do not depend
     on the image; the floor's has the largest ᾱ and bounds all others. With `per_image_noise` all messages are computed
-    from
-    one noised copy of the latents: one event, ᾱ = 1, however often they are sent.
-
-    Args:
-        defences: what the client does.
-        alphas_cumprod: ᾱ of the noise schedule.
-        norm: the L2 norm to which the client clips each sample's latents (`latent_norm`).
-        messages: how often the same image is sent: epochs.
-        adjacency: as for `message_mu`.
+    from one noised copy of the latents: one event, ᾱ = 1, however often they are sent.
 
     Raises:
         InputError: no feature noise, no bound, or draws that are independent between fields (two views of one image).
@@ -115,8 +98,7 @@ def hint_event(hint_noise: float, *, norm: float, messages: int = 1, adjacency: 
     """Return the event of sending one hint `messages` times, clipped to `norm`, under noise of std `hint_noise`.
 
     The server subtracts the latents, which it was sent, and is left with the hint and the hint's own noise: a Gaussian
-    mechanism. Hints are often computed from the image, so its whole message is both events in one list
-    (`message_events`).
+    mechanism. Hints are often computed from the image, so its whole message is both events in one list.
 
     Raises:
         InputError: there is no bound or no noise, and so no guarantee.

@@ -68,27 +68,6 @@ class Scheme(Protocol):
         """Return the whole ControlNet as trained so far, ready to save and to generate with."""
 
 
-class Central:
-    """The yardstick: one party holds data and model."""
-
-    def __init__(self, base: Base, config: TrainConfig, clients: Sequence[Client]):
-        self.base, self.config, self.clients = base, config, clients
-        self._model = latent_hint_controlnet(base)
-        self.modules: dict[str, nn.Module] = {"controlnet": self._model}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"server": _adamw(self._model)}
-
-    def step(self, number: int, lr: float) -> Step:
-        """Train on one batch, no message leaves."""
-        began = time.perf_counter()
-        client, turn = _turn(self.clients, number)
-        loss = _local_step(self.base, self._model, self.optimizers["server"], client, turn, self.config, lr)
-        return Step(loss, server_s=time.perf_counter() - began)
-
-    def controlnet(self) -> ControlNetModel:
-        """Return the trained ControlNet."""
-        return self._model
-
-
 class Federated:
     """FedAvg of the whole ControlNet (McMahan et al. 2017): clients train locally, the server averages weights.
 
@@ -161,6 +140,17 @@ class Split:
         return self._model
 
 
+class Central(Split):
+    """The yardstick: one party holds data and model."""
+
+    def step(self, number: int, lr: float) -> Step:
+        """Train on one batch, no message leaves."""
+        began = time.perf_counter()
+        client, turn = _turn(self.clients, number)
+        loss = _local_step(self.base, self._model, self.optimizers["server"], client, turn, self.config, lr)
+        return Step(loss, server_s=time.perf_counter() - began)
+
+
 class UShaped(Split):
     """S1 with the loss on the client: it keeps the noise, is handed the prediction and returns the loss's gradient."""
 
@@ -168,25 +158,25 @@ class UShaped(Split):
         """Send, receive, predict, hand back, take the gradient, train."""
         client, turn = _turn(self.clients, number)
         began = time.perf_counter()
-        whole, truth = client_send(client, turn, self.config.batch_size)
-        own = from_bytes(whole).float()
-        up = to_bytes(from_bytes(whole).without("noise"))
+        # Client: send the message without the noise, which it keeps.
+        message, truth = client_message(client, turn, epoch_batch(client, turn, self.config.batch_size))
+        up, kept = to_bytes(message.without("noise")), message.float()
         sent = time.perf_counter()
-
+        # Server: predict, and hand the prediction down.
         received = from_bytes(up)
         prediction = server_prediction(self.base, self._model, received)
         handed = prediction.detach()
         down = save_bytes({"noise_pred": handed})
         predicted = time.perf_counter()
-
+        # Client: return the gradient of its loss by the prediction.
         asked = load_bytes(down)["noise_pred"].requires_grad_()
-        loss = noise_loss(self.base, client.defences, asked, own.need("noise"), own.need("timesteps"))
+        loss = noise_loss(self.base, client.defences, asked, kept.need("noise"), kept.need("timesteps"))
         (gradient,) = torch.autograd.grad(loss, asked)
         back = save_bytes({"gradient": gradient})
         returned = time.perf_counter()
+        # Server: train on it.
         if torch.isfinite(loss):
-            returned_gradient = load_bytes(back)["gradient"]
-            _descend((prediction * returned_gradient).sum(), self.optimizers["server"], lr)
+            _descend((prediction * load_bytes(back)["gradient"]).sum(), self.optimizers["server"], lr)
         seen = replace(received, noise_pred=handed, noise_pred_gradient=gradient)
         client_s = sent - began + returned - predicted
         server_s = predicted - sent + time.perf_counter() - returned

@@ -74,12 +74,8 @@ def make_clients(
 ) -> list[Client]:
     """Encode the private data once, disguised where that is a defence, and share them out among the run's clients.
 
-    Args:
-        base: public models.
-        private: the clients' data.
-        config: the run.
-        key: what all clients' draws follow from; None: as `config` says, a secret one being new.
-        cache: folder for encoded data; what a secret key disguised is not kept there.
+    All draws follow from `key`; None: as `config` says, a secret one being new. What a secret key disguised is not kept
+    in the folder `cache`.
     """
     key = key or new_key(config.published_key)
     private = disguised(private, config.defences, key=key)
@@ -116,13 +112,11 @@ def train(
 
     There will be `controlnet/`; `transcript.safetensors`, what the server saw (empty where it saw no activations);
     `truth.safetensors`, what it did not see; `samples.safetensors`, images generated for held-out hints; `record.json`,
-    all numbers that repeat exactly; `timing.json`, those that do not; `server.safetensors`, what a malicious server
-    (`config.server` "hijack") trained meanwhile, empty for an honest one.
+    all numbers that repeat exactly, which is returned; `timing.json`, those that do not; `server.safetensors`, what a
+    malicious server (`config.server` "hijack") trained meanwhile, empty for an honest one.
 
     Args:
-        run: the run's name.
-        config: the run.
-        base: public models.
+        run, config, base: the run's name, the run, public models.
         private: the clients' data.
         heldout: data that no scheme and no base model was trained on, for the evaluation.
         out: folder to write; it is made. One that exists is replaced only if it holds a run's outputs and nothing else.
@@ -130,8 +124,6 @@ def train(
             when repeated, and ends with bit-identical weights.
         public: what a malicious server learns from; an honest one makes no use of it, but it must be apart.
         callback: `(what, done, total, loss)`.
-
-    Returns the record, as written.
 
     Raises:
         InputError: before the first step: `out` holds other files, or another run is writing it; the splits share
@@ -213,15 +205,7 @@ def record(
     """Write the first `record_messages` messages of a run of S1's split, and their truth, without training.
 
     S1's client does not depend on the server's model, so they are those that `train` would record: of a published key,
-    bit for bit. Secret draws are another set every time.
-
-    Args:
-        run: the run's name.
-        config: the run; of scheme "split".
-        base: public models.
-        private: the clients' data.
-        transcript, truth: files to write.
-        cache: folder for encoded data.
+    bit for bit. Secret draws are another set every time. `transcript` and `truth` are the files to write.
 
     Raises:
         InputError: the scheme's messages do depend on training.

@@ -25,7 +25,6 @@ USED = """
 import json
 from pathlib import Path
 import test_defences
-from world import tiny
 import torch
 from splitlab.core.config import parse
 from splitlab.core.seeds import Key
@@ -40,6 +39,7 @@ from splitlab.split.messages import Knowledge
 from splitlab.split.train import record
 from splitlab.split.wire import from_bytes, read_transcript
 from splitlab.study.survey import SurveyConfig
+from world import tiny
 
 test_defences.test_rounded_latents_lie_on_the_grid()
 (each,) = (defences for defences in test_defences.EACH if defences.round_latents)

@@ -2,13 +2,13 @@ import math
 
 import pytest
 import torch
+from matched_parts import VARIANTS, identified_by_likelihood, recolour, recoloured
 from scipy.stats import norm
 from world import tiny
 
 from splitlab.core.seeds import Key
 from splitlab.split.attacks.posterior import public_posterior
-from splitlab.split.identification import identified_by_both, identified_by_likelihood
-from splitlab.split.recolour import VARIANTS, recolour, recoloured
+from splitlab.split.identification import identified_by_both
 
 
 def gallery(n: int, seed: int) -> torch.Tensor:

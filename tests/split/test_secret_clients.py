@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from message_audit import audit_message
 from scipy import stats
 from world import tiny
 from world.interrupts import Interrupt, interrupted_at
@@ -17,7 +18,6 @@ from splitlab.federated.defences import GaussianNoise, PerExample, Quantise, Sot
 from splitlab.federated.private_client import private_update
 from splitlab.privacy import draws
 from splitlab.privacy.accounting import SIMULATED, composed_mu
-from splitlab.split.audit import audit_message
 from splitlab.split.client import Client, client_send
 from splitlab.split.config import Defences, TrainConfig
 from splitlab.split.defences import disguised

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matched_parts import asked_layout
 from world import shipped, tiny
 
 from splitlab import ROOT, Defences, TrainConfig, load
@@ -16,7 +17,7 @@ from splitlab.split.attacks.surrogate_posterior import same_image
 from splitlab.split.client import client_send
 from splitlab.split.defences import disguised
 from splitlab.split.defences.borrowed_colours import LEAST_CONTRAST, borrowed_prompt, colours_of, discs, in_colours
-from splitlab.split.defences.hint_layout_noise import asked_layout, laid_out, layout, rings, sent_layout
+from splitlab.split.defences.hint_layout_noise import laid_out, layout, rings, sent_layout
 from splitlab.split.defences.random_symmetry import SYMMETRIES, every_turn
 from splitlab.split.identification import identified_as_sent, identified_by_both
 from splitlab.split.messages import Knowledge

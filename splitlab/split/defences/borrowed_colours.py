@@ -12,7 +12,7 @@ from splitlab.core.seeds import Source
 from splitlab.data.colours import COLOURS, are_shapes, rgb, split_prompt
 from splitlab.data.image_set import ImageSet, changed
 from splitlab.privacy.draws import integers
-from splitlab.split.defences.record import Defence, Defences, needs_latent_hints
+from splitlab.split.defences.record import Defence, Defences, latent_hints_only
 
 LEAST_CONTRAST = 0.25 * math.sqrt(3.0)
 """Distance in RGB between borrowed colours: that of the shapes themselves."""
@@ -68,13 +68,9 @@ def colours_of(prompts: Sequence[str]) -> tuple[Float[Tensor, "n 3 1 1"], Float[
     return values[:, 0], values[:, 1]
 
 
-def _refuses(defences: Defences) -> str:
-    if defences.borrowed_colours and defences.hide_prompts:
-        return "borrowed_colours sends prompts that say nothing of the image: leave hide_prompts or it out"
-    return ""
-
-
-FOR_SENT_HINTS = "hint_layout_noise, borrowed_colours, random_symmetry are for schemes 'split', 'u_shaped': give none"
+FOR_SENT_HINTS = latent_hints_only(
+    "hint_layout_noise, borrowed_colours, random_symmetry are for schemes 'split', 'u_shaped': give none"
+)
 
 DEFENCES = (
     Defence(
@@ -86,7 +82,10 @@ DEFENCES = (
         place=1,
         touches=("noisy_latents", "smashed", "encoder_hidden_states"),
         replaces=borrow_colours,
-        refuses=_refuses,
-        refuses_run=needs_latent_hints("borrowed_colours", FOR_SENT_HINTS),
+        excludes=(
+            ("hide_prompts",),
+            "borrowed_colours sends prompts that say nothing of the image: leave hide_prompts or it out",
+        ),
+        refuses_run=FOR_SENT_HINTS,
     ),
 )

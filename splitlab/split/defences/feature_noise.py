@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from splitlab.core.seeds import Key, Source
 from splitlab.privacy.draws import noised
-from splitlab.split.defences.matched import feature_scale
-from splitlab.split.defences.record import FEATURES, Defence, Defences, Noise, unless_std
+from splitlab.split.defences.matched import HOW, feature_scale
+from splitlab.split.defences.record import FEATURES, STD, Defence, Defences, Noise
 from splitlab.split.messages import Observation
 
 
@@ -23,14 +23,8 @@ def own_draws(message: Observation, defences: Defences, client_key: Key, draw: S
     return message.changed(**{name: noised(message.need(name), defences.feature_noise, draw) for name in FEATURES})
 
 
-def _independent_needs_noise(defences: Defences) -> str:
-    if defences.independent_draws and not defences.feature_noise:
-        return "independent_draws and matched say how feature_noise is added: give it, or leave them out"
-    return ""
-
-
 def _one_draw_needs_one_shape(defences: Defences, scheme: str, batch_size: int) -> str:
-    if scheme == "split_gradients" and not defences.independent_draws and defences.feature_noise:
+    if scheme == "split_gradients" and not defences.independent_draws:
         return "split_gradients sends features of another shape: add independent_draws to feature_noise"
     return ""
 
@@ -46,7 +40,7 @@ DEFENCES = (
         touches=FEATURES,
         transform=one_draw,
         adds=Noise(lambda defences: defences.feature_noise),
-        refuses=unless_std("feature_noise"),
+        must=STD,
         refuses_run=_one_draw_needs_one_shape,
         usual=(0.1, 0.3, 1.0, 3.0),
     ),
@@ -58,6 +52,6 @@ DEFENCES = (
         place=100,
         touches=FEATURES,
         transform=own_draws,
-        refuses=_independent_needs_noise,
+        needs=(("feature_noise",), HOW),
     ),
 )

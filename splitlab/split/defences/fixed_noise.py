@@ -6,7 +6,7 @@ from torch import Tensor
 
 from splitlab.core.seeds import Key, Source, source
 from splitlab.privacy.draws import normal
-from splitlab.split.defences.record import Defence, Defences, Noise, unless_std
+from splitlab.split.defences.record import STD, Defence, Defences, Noise
 from splitlab.split.messages import Observation
 
 
@@ -31,7 +31,7 @@ DEFENCES = (
         touches=("smashed",),
         transform=add_fixed_noise,
         adds=Noise(lambda defences: defences.fixed_noise),
-        refuses=unless_std("fixed_noise"),
+        must=STD,
         usual=(0.1, 0.5, 1.0, 2.0),
     ),
 )

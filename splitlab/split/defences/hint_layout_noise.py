@@ -11,7 +11,7 @@ from splitlab.core.seeds import Source
 from splitlab.data.image_set import ImageSet, changed
 from splitlab.privacy.draws import noised
 from splitlab.split.defences.borrowed_colours import FOR_SENT_HINTS
-from splitlab.split.defences.record import Defence, Defences, Noise, needs_latent_hints, unless_std
+from splitlab.split.defences.record import STD, Defence, Defences, Noise
 
 LAYOUT_SENSITIVITY = math.sqrt(3.0)
 """How far apart two layouts can be: three numbers, each in [0, 1]."""
@@ -59,26 +59,6 @@ def laid_out(hints: Float[Tensor, "n 3 h w"], noise: float, draws: Sequence[Sour
     return rings(PRIOR_MEAN + shrinkage(noise) * (numbers - PRIOR_MEAN), hints.shape[-1])
 
 
-def asked_layout(hints: Float[Tensor, "n 3 h w"], noise: float, *, control: float) -> Float[Tensor, "n 3 h w"]:
-    """Return the hints by which a ControlNet that learned from noised layouts is to be asked for these discs.
-
-    It learned p(disc | noised layout y), a Gaussian around the drawn-in layout if layouts are, before noise, of mean μ
-    and variance s². Guidance g along the control (`splitlab.diffusion.guided`) makes it p(disc) (p(disc | y) /
-    p(disc))^g, of mean x for y = μ + (x - μ) (1 + noise² / (g s²)): so far out a layout is asked for, then drawn in as
-    in training.
-
-    Args:
-        hints: of what is wanted; white on black, in [-1, 1].
-        noise: standard deviation of the noise in training; 0: hints as they are.
-        control: guidance along the control; below 1 as at 1.
-    """
-    if not noise:
-        return hints
-    further = 1.0 + (noise / PRIOR_STD) ** 2 / max(control, 1.0)
-    numbers = PRIOR_MEAN + shrinkage(noise) * further * (layout(hints) - PRIOR_MEAN)
-    return rings(numbers, hints.shape[-1])
-
-
 def sent_layout(hints: Float[Tensor, "n 3 h w"], noise: float) -> Float[Tensor, "n 3"]:
     """Read the noised layout off hints that `laid_out` drew: what they say of the private one, and nothing else."""
     return PRIOR_MEAN + (layout(hints) - PRIOR_MEAN) / shrinkage(noise)
@@ -98,12 +78,6 @@ def _places(size: int) -> Float[Tensor, " s"]:
     return (torch.arange(size, dtype=torch.float64) + 0.5) / size
 
 
-def _refuses(defences: Defences) -> str:
-    if defences.hint_layout_noise and (defences.hint_noise or defences.coarse_hints):
-        return "hint_layout_noise protects the hint by itself: leave out hint_noise and coarse_hints, or it"
-    return unless_std("hint_layout_noise")(defences)
-
-
 DEFENCES = (
     Defence(
         "hint_layout_noise",
@@ -115,8 +89,12 @@ DEFENCES = (
         touches=("smashed",),
         replaces=replace_hints,
         adds=Noise(lambda defences: defences.hint_layout_noise),
-        refuses=_refuses,
-        refuses_run=needs_latent_hints("hint_layout_noise", FOR_SENT_HINTS),
+        must=STD,
+        excludes=(
+            ("hint_noise", "coarse_hints"),
+            "hint_layout_noise protects the hint by itself: leave out hint_noise and coarse_hints, or it",
+        ),
+        refuses_run=FOR_SENT_HINTS,
         usual=(0.1, 0.2, 0.5),
     ),
 )

@@ -5,14 +5,7 @@ from dataclasses import replace
 from splitlab.core.seeds import Key, Source
 from splitlab.diffusion.controlnet import coarsened
 from splitlab.privacy.draws import noised
-from splitlab.split.defences.record import (
-    Defence,
-    Defences,
-    Noise,
-    needs_latent_hints,
-    unless_0_or_several,
-    unless_std,
-)
+from splitlab.split.defences.record import STD, Defence, Defences, Noise, latent_hints_only
 from splitlab.split.messages import Observation
 
 
@@ -30,7 +23,9 @@ def coarsen_hints(message: Observation, defences: Defences, client_key: Key, dra
     return replace(message, smashed=coarsened(hints, defences.coarse_hints) + noisy_latents)
 
 
-LATENT_HINTS = "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: give neither"
+LATENT_HINTS = latent_hints_only(
+    "hint_noise and coarse_hints are for latent hints; split_gradients trains a hint encoder: give neither"
+)
 
 DEFENCES = (
     Defence(
@@ -44,8 +39,8 @@ DEFENCES = (
         touches=("smashed",),
         transform=add_hint_noise,
         adds=Noise(lambda defences: defences.hint_noise),
-        refuses=unless_std("hint_noise"),
-        refuses_run=needs_latent_hints("hint_noise", LATENT_HINTS),
+        must=STD,
+        refuses_run=LATENT_HINTS,
         usual=(0.3, 1.0, 2.5),
     ),
     Defence(
@@ -57,8 +52,9 @@ DEFENCES = (
         place=70,
         touches=("smashed",),
         transform=coarsen_hints,
-        refuses=unless_0_or_several("coarse_hints", "frequencies, 2 or more (0: all)"),
-        refuses_run=needs_latent_hints("coarse_hints", LATENT_HINTS),
+        least=2,
+        must="is a number of frequencies, 2 or more (0: all)",
+        refuses_run=LATENT_HINTS,
         usual=(6, 4, 2),
     ),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Key, Source, source
 from splitlab.privacy.draws import normal, permutation, uniform
-from splitlab.split.defences.record import FEATURES, Defence, Defences, unless_0_or_several, unless_at_least_0
+from splitlab.split.defences.record import FEATURES, Defence, Defences
 from splitlab.split.messages import Observation
 
 
@@ -64,15 +64,9 @@ def from_patches(patches: Float[Tensor, "n p d"], order: Int[Tensor, "n p"], sid
 
 
 def _whole_groups(defences: Defences, scheme: str, batch_size: int) -> str:
-    if not defences.key_mixing or batch_size % defences.key_mixing == 0:
+    if batch_size % defences.key_mixing == 0:
         return ""
     return f"batch_size {batch_size} is no multiple of key_mixing {defences.key_mixing}: change either"
-
-
-def _fresh_needs_a_key(defences: Defences) -> str:
-    if defences.fresh_keys and not (defences.key_mixing or defences.patch_shuffle):
-        return "fresh_keys needs a key: switch key_mixing or patch_shuffle on, or leave it out"
-    return ""
 
 
 DEFENCES = (
@@ -86,7 +80,8 @@ DEFENCES = (
         transform=mix,
         in_latent_view=False,
         needs_several=True,
-        refuses=unless_0_or_several("key_mixing", "samples, 2 or more (0: off)"),
+        least=2,
+        must="is a number of samples, 2 or more (0: off)",
         refuses_run=_whole_groups,
         usual=(2, 4, 16),
     ),
@@ -101,7 +96,7 @@ DEFENCES = (
         transform=shuffle,
         in_latent_view=False,
         needs_several=True,
-        refuses=unless_at_least_0("patch_shuffle", "is a patch's side and must be 0 or more"),
+        must="is a patch's side and must be 0 or more",
         usual=(4, 2, 1),
     ),
     Defence(
@@ -113,6 +108,9 @@ DEFENCES = (
         touches=(*FEATURES, "noise"),
         in_latent_view=False,
         needs_several=True,
-        refuses=_fresh_needs_a_key,
+        needs=(
+            ("key_mixing", "patch_shuffle"),
+            "fresh_keys needs a key: switch key_mixing or patch_shuffle on, or leave it out",
+        ),
     ),
 )

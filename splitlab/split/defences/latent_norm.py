@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.split.defences.record import FEATURES, Defence, Defences, unless_at_least_0
+from splitlab.split.defences.record import FEATURES, Defence, Defences
 
 
 def bounded(defences: Defences, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -24,7 +24,7 @@ DEFENCES = (
         label="latents bounded to norm {:g}",
         place=20,
         touches=FEATURES,
-        refuses=unless_at_least_0("latent_norm", "is a norm and must be 0 or more (0: off)"),
+        must="is a norm and must be 0 or more (0: off)",
         usual=(10.0, 5.0, 2.0, 1.0),
     ),
 )

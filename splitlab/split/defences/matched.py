@@ -90,13 +90,7 @@ def noisy_state(
     return state * feature_scale(defences, alphas) if defences.per_image_noise else state
 
 
-def _refuses(defences: Defences) -> str:
-    if defences.matched and not defences.feature_noise:
-        return "independent_draws and matched say how feature_noise is added: give it, or leave them out"
-    if defences.matched and defences.independent_draws:
-        return "matched needs one draw over all fields: leave out independent_draws"
-    return ""
-
+HOW = "independent_draws and matched say how feature_noise is added: give it, or leave them out"
 
 DEFENCES = (
     Defence(
@@ -106,6 +100,7 @@ DEFENCES = (
         label="matched client",
         place=50,
         touches=("timesteps", "noisy_latents", "smashed"),
-        refuses=_refuses,
+        needs=(("feature_noise",), HOW),
+        excludes=(("independent_draws",), "matched needs one draw over all fields: leave out independent_draws"),
     ),
 )

@@ -31,14 +31,6 @@ def noised_per_image(
     return both[:, 0], both[:, 1]
 
 
-def _refuses(defences: Defences) -> str:
-    if defences.per_image_noise and not (defences.feature_noise or defences.hint_noise):
-        return "per_image_noise says how noise is drawn: give feature_noise or hint_noise, or leave it out"
-    if defences.per_image_noise and defences.independent_draws:
-        return "per_image_noise is one draw on the latents: leave out independent_draws"
-    return ""
-
-
 DEFENCES = (
     Defence(
         "per_image_noise",
@@ -48,6 +40,10 @@ DEFENCES = (
         label="noise drawn once per image",
         place=30,
         touches=FEATURES,
-        refuses=_refuses,
+        needs=(
+            ("feature_noise", "hint_noise"),
+            "per_image_noise says how noise is drawn: give feature_noise or hint_noise, or leave it out",
+        ),
+        excludes=(("independent_draws",), "per_image_noise is one draw on the latents: leave out independent_draws"),
     ),
 )

@@ -10,7 +10,7 @@ from splitlab.core.seeds import Source
 from splitlab.data.image_set import ImageSet, changed
 from splitlab.privacy.draws import integers
 from splitlab.split.defences.borrowed_colours import FOR_SENT_HINTS
-from splitlab.split.defences.record import FEATURES, Defence, Defences, needs_latent_hints
+from splitlab.split.defences.record import FEATURES, Defence, Defences
 
 SYMMETRIES = 8
 """Of the square: four quarter turns, and the same in a mirror."""
@@ -45,6 +45,6 @@ DEFENCES = (
         place=2,
         touches=FEATURES,
         replaces=turn_each,
-        refuses_run=needs_latent_hints("random_symmetry", FOR_SENT_HINTS),
+        refuses_run=FOR_SENT_HINTS,
     ),
 )

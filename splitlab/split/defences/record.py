@@ -92,6 +92,10 @@ class Noise:
     gaussian: bool = True
 
 
+Rule = tuple[tuple[str, ...], str]
+"""Names of other defences, and the words to refuse with."""
+
+
 @dataclass(frozen=True)
 class Defence:
     """A defence of a split client. A defence is public; what it draws and the client's key are not.
@@ -99,8 +103,8 @@ class Defence:
     Attributes:
         name: its parameter.
         off: the value at which it does nothing, False, 0 or 0.0; its type is the parameter's.
-        says: what it does, with the value's unit.
         label: how it is called wherever people read of it; `{:g}` is its value.
+        says: what it does, with the value's unit.
         place: where it stands among the defences, in the order in which a client applies them.
         touches: the message's fields that it may change.
         transform: what it does to a message; None for what is decided before there is one.
@@ -110,15 +114,16 @@ class Defence:
         in_latent_view: whether `splitlab.split.attacks.latent_view` takes it into account, where it changes the noisy
             latents. Of noise that it does not know, it knows the size (`unseen_variance`).
         needs_several: whether it acts on several samples of a message together.
-        refuses: says why no client can apply these values; "": any client can.
-        refuses_run: `(defences, scheme, batch_size)`: says why a run cannot have it.
+        least, must: the least value above 0, and how a bad one is refused: `<name> <must>, got <value>`.
+        needs, excludes: defences of which one must be on beside it, and that must be off.
+        refuses_run: `(defences, scheme, batch_size)`: why a run of that scheme cannot have it; "": it can.
         usual: values worth trying, mildest first; the explorer's playground offers them.
     """
 
     name: str
     off: Value
-    says: str
     label: str
+    says: str
     place: int
     touches: tuple[str, ...]
     transform: Transform | None = None
@@ -126,7 +131,10 @@ class Defence:
     adds: Noise | None = None
     in_latent_view: bool = True
     needs_several: bool = False
-    refuses: Callable[[Defences], str] = lambda defences: ""
+    least: int = 0
+    must: str = "must be 0 or more"
+    needs: Rule = ((), "")
+    excludes: Rule = ((), "")
     refuses_run: Callable[[Defences, str, int], str] = lambda defences, scheme, batch_size: ""
     usual: tuple[Value, ...] = (True,)
 
@@ -134,6 +142,18 @@ class Defence:
     def rank(self) -> int:
         """Its place, as catalogues are ordered by."""
         return self.place
+
+    def refuses(self, defences: Defences) -> str:
+        """Say why no client can apply these values; "": clients can."""
+        value, (needed, lacking), (excluded, clashing) = getattr(defences, self.name), self.needs, self.excludes
+        if not 0 <= value < math.inf or 0 < value < self.least:
+            return f"{self.name} {self.must}, got {value}"
+        if value and needed and not any(getattr(defences, name) for name in needed):
+            return lacking
+        return clashing if value and any(getattr(defences, name) for name in excluded) else ""
+
+
+STD = "is a standard deviation and must be 0 or more"
 
 
 def declared(records: Mapping[str, Defence]) -> type[Defences]:
@@ -171,31 +191,6 @@ def recorded(settings: Any) -> dict[str, Any]:
     return asdict(settings) | {"defences": settings.defences.recorded()}
 
 
-def unless_at_least_0(name: str, what: str = "must be 0 or more") -> Callable[[Defences], str]:
-    """Return a `Defence.refuses`: the value must be finite and 0 or more."""
-
-    def refuses(defences: Defences) -> str:
-        value = getattr(defences, name)
-        return "" if 0 <= value < math.inf else f"{name} {what}, got {value}"
-
-    return refuses
-
-
-def unless_std(name: str) -> Callable[[Defences], str]:
-    """Return a `Defence.refuses`: the value must be a standard deviation."""
-    return unless_at_least_0(name, "is a standard deviation and must be 0 or more")
-
-
-def unless_0_or_several(name: str, what: str) -> Callable[[Defences], str]:
-    """Return a `Defence.refuses`: the value must be 0, or a number of 2 or more."""
-
-    def refuses(defences: Defences) -> str:
-        value = getattr(defences, name)
-        return f"{name} is a number of {what}, got {value}" if value < 0 or value == 1 else ""
-
-    return refuses
-
-
-def needs_latent_hints(name: str, words: str) -> Callable[[Defences, str, int], str]:
-    """Return a `Defence.refuses_run`: not for split_gradients, whose client trains a hint encoder."""
-    return lambda defences, scheme, batch_size: words if scheme == "split_gradients" and getattr(defences, name) else ""
+def latent_hints_only(words: str) -> Callable[[Defences, str, int], str]:
+    """Return a `Defence.refuses_run` with these words: not for split_gradients, whose client trains a hint encoder."""
+    return lambda defences, scheme, batch_size: words if scheme == "split_gradients" else ""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from splitlab.core.seeds import Key, Source
 from splitlab.diffusion.controlnet import symsigmoid
-from splitlab.split.defences.record import Defence, Defences, needs_latent_hints
+from splitlab.split.defences.record import Defence, Defences, latent_hints_only
 from splitlab.split.messages import Observation
 
 
@@ -22,8 +22,7 @@ DEFENCES = (
         place=90,
         touches=("smashed",),
         transform=activate,
-        refuses_run=needs_latent_hints(
-            "symsigmoid",
+        refuses_run=latent_hints_only(
             "symsigmoid is for latent hints; split_gradients has a trained hint encoder: leave it out",
         ),
     ),

@@ -9,7 +9,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
 from splitlab.privacy.draws import integers
 from splitlab.split.defences.matched import noise_variance
-from splitlab.split.defences.record import Defence, Defences, unless_at_least_0
+from splitlab.split.defences.record import Defence, Defences
 
 
 def last_timestep(defences: Defences, alphas_cumprod: Float[Tensor, " T"]) -> int:
@@ -48,7 +48,6 @@ DEFENCES = (
         label="timesteps from {:g} up",
         place=40,
         touches=("timesteps", "noisy_latents", "smashed"),
-        refuses=unless_at_least_0("timestep_floor"),
         usual=(200, 400, 600, 800),
     ),
 )
