@@ -14,7 +14,7 @@ every attack.
 `control_iou_guided` is what settings are compared by: all are asked alike, at the guidance along the control
 (`splitlab.diffusion.guided`) that is best for 64 public hints, for 64 held-out ones, both against the whole hint;
 `guidance` is the one chosen. `control_iou` is as learned: at guidance 1 where clients disguise themselves
-(`splitlab.split.surrogates`; they are asked with layouts), at control scale 1 of diffusers' pipeline elsewhere, and
+(`split.defences.disguised`; they are asked with layouts), at control scale 1 of diffusers' pipeline elsewhere, and
 `control_iou_amplified` at `AMPLIFIED`. No control and the VAE's own reconstruction are rows of the table.
 `colour_error*` is the mean absolute error of the ground's colour
 against the prompt, range 2. `*_seeds`: seed by seed, for pairing settings.

@@ -67,13 +67,13 @@ def identified_as_sent(
     gallery_indices: Int[Tensor, "n k"],
     defences: Defences,
 ) -> dict[str, Bool[Tensor, " n"]]:
-    """Say who is recognised, every candidate compared as its client could have sent it (`splitlab.split.surrogates`).
+    """Say who is recognised, every candidate compared as its client could have sent it (`defences.disguised`).
 
     Args:
         images, hints: what an attack found; None: nothing.
         private: the clients' data.
         prompts: what each message's prompt named. Where colours were borrowed, what was found and every candidate are
-            compared as places between ground and disc (`splitlab.split.surrogates.discs`).
+            compared as places between ground and disc (`discs`).
         gallery_indices: positions in `private`, the own one first.
         defences: where they turn, a candidate is compared in all turns.
 
