@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "splitlab"
 
-CATALOGUES = ("splitlab/split/attacks", "splitlab/federated/attacks")
+CATALOGUES = ("splitlab/split/attacks", "splitlab/federated/attacks", "splitlab/federated/defences")
 """Folders that a stage depends on as a whole if it needs their list of what they hold."""
 
 

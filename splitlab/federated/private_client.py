@@ -12,7 +12,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
 from splitlab.diffusion.denoisers import Denoiser
 from splitlab.diffusion.trainable import mark_trainable
-from splitlab.federated.defences import PerExample, described
+from splitlab.federated.defences.dp_sgd import PerExample
 from splitlab.federated.update import Update, UpdateTruth, model_digest
 from splitlab.privacy.mechanisms import private_gradient
 
@@ -83,5 +83,5 @@ def private_update(
         "epsilon",
         truth.clean.shape[-1],
         model_digest(unet),
-        defence=described(PerExample(max_grad_norm, sigma)),
+        defence=str(PerExample(max_grad_norm, sigma)),
     )

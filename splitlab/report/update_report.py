@@ -7,6 +7,7 @@ from IPython.display import HTML, Markdown
 
 from splitlab.core.labels import counted, percent
 from splitlab.federated.attacks import NO_INFORMATION, ON_IMAGES, inversion_label
+from splitlab.federated.defences import defence_label
 from splitlab.report import layout
 from splitlab.report.claims import Claim, judged
 from splitlab.study.results import words
@@ -197,8 +198,10 @@ def table(material: UpdateMaterial) -> HTML:
     """Show every attack on every cell."""
     groups = {}
     for cell, rows in material.table.groupby("cell", sort=False):
-        ceiling = rows["ceiling_ssim"].iloc[0]
-        title = str(cell) if pd.isna(ceiling) else layout.aside(cell, f"SSIM of the VAE alone {ceiling:.2f}")
+        first = rows.iloc[0]
+        notes = [] if first["defence"] == "none" else [defence_label(first["defence"], first["level"])]
+        notes += [] if pd.isna(first["ceiling_ssim"]) else [f"SSIM of the VAE alone {first['ceiling_ssim']:.2f}"]
+        title = layout.aside(cell, "; ".join(notes)) if notes else str(cell)
         groups[title] = [_row(row) for row in layout.records(rows)]
     chances = sorted(material.table["id_chance"].dropna().unique())
     among = ", ".join(f"{1 / chance:.0f} private images (chance {percent(chance)})" for chance in chances)

@@ -1,7 +1,6 @@
 """The grid of shared updates: models, cases of them, and the attacks that each is given to."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Annotated, Any
@@ -10,17 +9,7 @@ from splitlab.core.config import Count, Natural, Positive, Settings, one_of
 from splitlab.core.errors import InputError
 from splitlab.federated.attacks import INVERSIONS
 from splitlab.federated.client import TRAINABLE
-from splitlab.federated.defences import (
-    Clip,
-    GaussianNoise,
-    PerExample,
-    Quantise,
-    SecureAggregation,
-    Sign,
-    Soteria,
-    TopK,
-    UpdateDefence,
-)
+from splitlab.federated.defences import make_defence
 from splitlab.study.config import GRIDS
 
 GRANTS = ("batch_size", "timesteps", "noise", "text", "hint_latents")
@@ -28,18 +17,6 @@ GRANTS = ("batch_size", "timesteps", "noise", "text", "hint_latents")
 KINDS = ("pixel", "latent", "controlnet", "lora")
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-DEFENCES: dict[str, Callable[[float], UpdateDefence]] = {
-    "noise": lambda level: GaussianNoise(level),
-    "clip": lambda level: Clip(level),
-    "top_k": lambda level: TopK(level),
-    "bits": lambda level: Quantise(int(level)),
-    "sign": lambda level: Sign(),
-    "dp_sgd": lambda level: PerExample(1.0, level),
-    "soteria": lambda level: Soteria(level),
-    "aggregation": lambda level: SecureAggregation(int(level)),
-}
-"""Defences by the name that a parameter file gives them, `name=level`; see `splitlab.federated.defences`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +80,7 @@ class Case(Settings):
         dataset: whose private split the clients train on.
         timesteps: of all images of an update; -1: drawn for each, distinct.
         batches: images per update.
-        defences: "none" or `name=level` (see `DEFENCES`).
+        defences: "none" or `name=level` (see `splitlab.federated.defences.DEFENCES`).
         objectives: "epsilon", "v_prediction".
         updates: "gradient", or "fedavg=4": the weight difference after 4 local steps.
         trainable: which parameters are shared, of `splitlab.federated.client.TRAINABLE`.
@@ -160,8 +137,7 @@ class Cell:
     @property
     def clients(self) -> int:
         """How many clients' updates are aggregated before the server sees one."""
-        defence = make_defence(self.defence)
-        return defence.n_clients if isinstance(defence, SecureAggregation) else 1
+        return int(getattr(make_defence(self.defence), "n_clients", 1))
 
     @property
     def together(self) -> int:
@@ -234,27 +210,3 @@ class UpdateConfig(Settings):
                 attacks = before.attacks + cell.attacks
                 merged[cell.name] = replace(before, attacks=attacks), max(n, images), max(s, seeds)
         return list(merged.values())
-
-
-def read_level(words: str) -> tuple[str, float]:
-    """Read `name=level`, as parameter files write a defence; the level of one without is NaN.
-
-    Raises:
-        InputError: no such defence, or a level that is no number.
-    """
-    name, _, level = words.partition("=")
-    if words != "none" and name not in DEFENCES:
-        raise InputError(f"defence {words!r} is unknown; choose 'none' or <name>=<level>: {', '.join(DEFENCES)}")
-    try:
-        value = float(level or 0.0)
-        if math.isnan(value):
-            raise ValueError
-        return name, value if level else math.nan
-    except ValueError:
-        raise InputError(f"defence {words!r}: {level!r} is no number; write {name}=<level>") from None
-
-
-def make_defence(words: str) -> UpdateDefence | None:
-    """Return the defence that `name=level` means; None for "none". Errors are those of `read_level`."""
-    name, level = read_level(words)
-    return None if name == "none" else DEFENCES[name](0.0 if math.isnan(level) else level)

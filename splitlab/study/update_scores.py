@@ -16,10 +16,11 @@ from splitlab.core.seeds import generator
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base
 from splitlab.federated.attacks import NO_INFORMATION
+from splitlab.federated.defences import read_level
 from splitlab.federated.saved import SavedInversion, load_inversion
 from splitlab.federated.update import UpdateTruth, read_update_truth
 from splitlab.study.results import Results, long_table, settings_table, write_part
-from splitlab.study.update_grid import Cell, UpdateConfig, read_level
+from splitlab.study.update_grid import Cell, UpdateConfig
 from splitlab.study.update_survey import LoadSplit, resized
 
 ROUNDED = ("ssim", "ssim_std", "psnr_db", "cpu_s", "id_top1", "ceiling_ssim")

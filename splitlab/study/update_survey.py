@@ -27,13 +27,11 @@ from splitlab.diffusion.base_files import load_model
 from splitlab.diffusion.controlnet import LatentHintControlNet
 from splitlab.federated.attacks import INVERSIONS, ON_IMAGES
 from splitlab.federated.client import ControlledUNet, InversionKnowledge, pixel_unet, plain_attention, share
-from splitlab.federated.defences import (
-    share_protected,
-)
+from splitlab.federated.defences import make_defence, share_protected
 from splitlab.federated.saved import SavedInversion, guess, save_inversion, saved_inversion, timed
 from splitlab.federated.update import Update, UpdateTruth, read_granted, read_update, write_update, write_update_truth
 from splitlab.privacy.draws import new_key, normal, permutation
-from splitlab.study.update_grid import Cell, InversionSpec, ModelSpec, UpdateConfig, make_defence
+from splitlab.study.update_grid import Cell, InversionSpec, ModelSpec, UpdateConfig
 
 LoadSplit = Callable[[str, str], ImageSet]
 """`(dataset, split) -> data`."""

@@ -10,7 +10,8 @@ from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.trainable import TRAINABLE, check_optimizer, mark_trainable, merge_lora, transformers_of
 from splitlab.dp.conditioning import TextEmbedder, denoiser, make_conditioning
-from splitlab.federated.defences import PerExample, share_protected
+from splitlab.federated.defences import share_protected
+from splitlab.federated.defences.dp_sgd import PerExample
 from splitlab.federated.private_client import private_update
 from splitlab.federated.update import check_update
 from splitlab.privacy import mechanisms as engine

@@ -14,7 +14,11 @@ from world.secrecy import ENTROPY, FIXED, equal, holders, tensors_below, traces
 from splitlab.core.seeds import Key, source
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base, encoded
-from splitlab.federated.defences import GaussianNoise, PerExample, Quantise, Soteria, share_protected
+from splitlab.federated.defences import share_protected
+from splitlab.federated.defences.bits import Quantise
+from splitlab.federated.defences.dp_sgd import PerExample
+from splitlab.federated.defences.noise import GaussianNoise
+from splitlab.federated.defences.soteria import Soteria
 from splitlab.federated.private_client import private_update
 from splitlab.privacy import draws
 from splitlab.privacy.accounting import SIMULATED, composed_mu

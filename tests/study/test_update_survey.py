@@ -23,7 +23,7 @@ from splitlab.federated.saved import SavedInversion, load_inversion, save_invers
 from splitlab.federated.update import UpdateTruth, read_update, read_update_truth, write_update
 from splitlab.report import update_report
 from splitlab.study.results import VIEWS
-from splitlab.study.update_grid import Case, Cell, InversionSpec, ModelSpec, UpdateConfig, make_defence
+from splitlab.study.update_grid import Case, Cell, InversionSpec, ModelSpec, UpdateConfig
 from splitlab.study.update_scores import _row, matched, score_inversion
 from splitlab.study.update_survey import attack_updates, public_model, record_updates
 

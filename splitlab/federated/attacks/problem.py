@@ -19,6 +19,7 @@ from splitlab.federated.attacks.patches import Layer, find_layers
 from splitlab.federated.attacks.products import products
 from splitlab.federated.attacks.shapes import input_shape
 from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.defences import effects
 from splitlab.federated.update import Update, check_update
 
 STRIP = (1, 3, 10, 30, 60, 100, 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 5000)
@@ -93,6 +94,7 @@ class Problem:
         self.model = plain_attention(copy.deepcopy(knowledge.model)).requires_grad_(False).eval()
         self.gradients = [update.mean_gradient() for update in self.updates]
         self.batch = knowledge.batch_size or self._count_samples()
+        self.effects = effects(first.defence)
         self.shape = input_shape(self.model, size=first.size, channels=knowledge.channels)
         self.n_samples = len(self.updates) * self.batch
         self.text, self.hint_latents = self._fact("text"), self._fact("hint_latents")
@@ -134,17 +136,17 @@ class Problem:
     @property
     def is_rescaled(self) -> bool:
         """Whether the client's defence, which is public, may have shortened the update."""
-        return any(word in self.updates[0].defence for word in ("Clip", "PerExample", "Sign"))
+        return "rescaled" in self.effects
 
     @property
     def withholds(self) -> bool:
         """Whether the client's defence, which is public, zeroes entries of the update."""
-        return any(word in self.updates[0].defence for word in ("TopK", "Soteria"))
+        return bool(self.effects & {"sparse", "withheld"})
 
     @property
     def is_defended(self) -> bool:
         """Whether a defence that is more than a factor leaves a part of the update unexplained."""
-        return self.updates[0].defence not in ("none", "Clip")
+        return bool(self.effects - {"rescaled"})
 
     @property
     def is_inexact(self) -> bool:

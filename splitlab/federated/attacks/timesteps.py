@@ -19,6 +19,7 @@ from splitlab.federated.attacks.row_spaces import Block, block, unit_rows
 from splitlab.federated.attacks.shapes import input_shape
 from splitlab.federated.attacks.time_layers import TimeLayer, TimeProbe
 from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.defences import effects
 from splitlab.federated.update import Update, check_update
 
 PENALTY = 20.0
@@ -110,7 +111,7 @@ def timesteps(
     if first.is_table and update.shows(f"{first.name}.weight"):
         return _from_table(update, first, probe, knowledge.batch_size)
     inputs = _inputs(update, first, probe, everything=_everything(update, first, layers))
-    if "TopK" in update.defence and (single := _single(update, inputs, knowledge.batch_size)):
+    if "sparse" in effects(update.defence) and (single := _single(update, inputs, knowledge.batch_size)):
         return single
     used = [_layer(update, knowledge.model, name, value) for name, value in inputs.items()]
     most = min(most, used[0].inputs.shape[1] - 2, knowledge.batch_size or most)
@@ -158,7 +159,7 @@ def _everything(update: Update, first: TimeLayer, layers: str) -> bool:
     """Say whether to read more than the first layer."""
     if layers != "strongest":
         return layers == "all"
-    noised = update.kind == "gradient" and any(word in update.defence for word in ("GaussianNoise", "PerExample"))
+    noised = update.kind == "gradient" and "noised" in effects(update.defence)
     return not update.shows(f"{first.name}.weight") or noised
 
 

@@ -15,7 +15,8 @@ from splitlab.diffusion.controlnet import latent_hint_controlnet
 from splitlab.federated.attacks.prefixes import PrefixEncoder
 from splitlab.federated.attacks.prompts import PromptsFound, prompts
 from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, UpdateTruth, pixel_unet, share
-from splitlab.federated.defences import GaussianNoise, protect
+from splitlab.federated.defences import protect
+from splitlab.federated.defences.noise import GaussianNoise
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "models/base/model_index.json").exists(),

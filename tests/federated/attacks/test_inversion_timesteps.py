@@ -14,7 +14,11 @@ from splitlab.diffusion.base import Base
 from splitlab.diffusion.controlnet import latent_hint_controlnet
 from splitlab.federated.attacks.timesteps import TimestepsFound, embedding_ratio, timesteps
 from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, UpdateTruth, pixel_unet, share
-from splitlab.federated.defences import Clip, GaussianNoise, Quantise, TopK, protect
+from splitlab.federated.defences import protect
+from splitlab.federated.defences.bits import Quantise
+from splitlab.federated.defences.clip import Clip
+from splitlab.federated.defences.noise import GaussianNoise
+from splitlab.federated.defences.top_k import TopK
 
 FIRST = "time_embedding.linear_1"
 
