@@ -43,19 +43,15 @@ def private_update(
 
     Args:
         unet: the model as the server sent it.
-        truth: the client's batch, with text embeddings.
-        alphas_cumprod: ᾱ of the noise schedule.
-        max_grad_norm: C, the bound on each image's gradient norm.
-        noise_multiplier: σ of the mechanism as a whole; the guarantee is that of the sum where clients trust in it.
+        truth: the client's batch, with text embeddings and one local step.
+        max_grad_norm, physical_batch: see `splitlab.privacy.mechanisms.private_gradient`.
+        noise_multiplier: σ of the mechanism as a whole, of the sum of `n_clients` where they trust in it.
         generator: of the client's noise; each client needs its own, from a key that the server does not know.
-        trainable, from_block: see `splitlab.diffusion.trainable.mark_trainable`; not "lora", whose adapters the server
-            lacks.
+        trainable, from_block: see `splitlab.diffusion.trainable.mark_trainable`; not "lora", which the server lacks.
         trust: a key of `NOISE_SHARES`.
-        n_clients: clients in the sum.
-        physical_batch: images at once.
 
     Raises:
-        InputError: an unknown trust or trainable set, or a batch without text embeddings or with several local steps.
+        InputError: an unknown trust or trainable set, or another batch.
     """
     if trust not in NOISE_SHARES:
         raise InputError(f"trust {trust!r} is unknown; choose one of {', '.join(NOISE_SHARES)}")
@@ -77,11 +73,6 @@ def private_update(
         generator=generator,
         physical_batch=physical_batch,
     )
-    return Update(
-        {name.removeprefix("unet."): value for name, value in gradient.items()},
-        "gradient",
-        "epsilon",
-        truth.clean.shape[-1],
-        model_digest(unet),
-        defence=str(PerExample(max_grad_norm, sigma)),
-    )
+    gradients = {name.removeprefix("unet."): value for name, value in gradient.items()}
+    defence = str(PerExample(max_grad_norm, sigma))
+    return Update(gradients, "gradient", "epsilon", truth.clean.shape[-1], model_digest(unet), defence=defence)

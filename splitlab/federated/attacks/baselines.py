@@ -29,16 +29,10 @@ def dlg(
     Noise and timesteps are known, as in GIDM's evaluation; what DLG calls the label is the noise.
 
     Args:
-        update: the update, or several to be inverted side by side.
-        knowledge: the threat model; needs `timesteps` and `noise`.
-        generator: of the starting points.
-        callback: told of every evaluation.
+        update, knowledge, generator, callback: see `record.Attack`.
         n_evals: budget of gradient evaluations per start.
         n_starts: random starts; the one of the smallest objective is kept.
         cpu_s: stop after this many CPU seconds, whatever the budget.
-
-    Raises:
-        InputError: a fact is missing, or the update does not fit the model.
     """
     problem = Problem(update, knowledge)
     noise, timesteps = problem.need("noise"), problem.timesteps
@@ -50,7 +44,7 @@ def dlg(
             raise _TimeUpError
         return objective(z)
 
-    ends, values = [], []
+    points, values = [], []
     for _ in range(n_starts):
         point = torch.randn(len(problem.updates), problem.batch * problem.unknowns, generator=generator)
         latest = [point, torch.full((len(point),), torch.inf)]
@@ -61,9 +55,9 @@ def dlg(
 
         with contextlib.suppress(_TimeUpError):
             lbfgs(limited, point, n_evals=n_evals, stall=100, watch=watch)
-        ends.append(latest[0])
+        points.append(latest[0])
         values.append(latest[1])
-    best, value = best_of(torch.stack(values), ends)
+    best, value = best_of(torch.stack(values), points)
     return recorder.finish(best.reshape(-1, *problem.shape), value, timesteps, noise)
 
 
@@ -84,20 +78,15 @@ def inverting_gradients(
     as in the authors' code.
 
     Args:
-        update: the update, or several to be inverted side by side.
-        knowledge: the threat model; needs `timesteps` and `noise`.
-        generator: of the starting points.
-        callback: told of every evaluation.
+        update, knowledge, generator, callback: see `record.Attack`.
         n_evals: evaluations.
         lr: Adam's learning rate.
         total_variation: weight of the mean absolute difference between neighbours.
         cpu_s: stop after this many CPU seconds; the learning rate then falls with time.
-
-    Raises:
-        InputError: a fact is missing, or the update does not fit the model.
     """
     problem = Problem(update, knowledge)
     noise, timesteps = problem.need("noise"), problem.timesteps
+    # Eq. 4: the cosine distance of gradients, plus total variation.
     objective = Matcher(problem, distance="cosine").from_clean(noise)
     recorder = Recorder(problem, "inverting_gradients", n_evals, callback)
     z = torch.randn(len(problem.updates), problem.batch * problem.unknowns, generator=generator)
@@ -130,6 +119,13 @@ class _TimeUpError(Exception):
 
 
 ATTACKS = (
-    Attack(dlg, "DLG", rank=30, as_published=True),
-    Attack(inverting_gradients, "Inverting Gradients", rank=40, as_published=True),
+    Attack(dlg, "DLG", rank=30, family="classical", needs=("timesteps", "noise"), as_published=True),
+    Attack(
+        inverting_gradients,
+        "Inverting Gradients",
+        rank=40,
+        family="classical",
+        needs=("timesteps", "noise"),
+        as_published=True,
+    ),
 )

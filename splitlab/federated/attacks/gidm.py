@@ -37,10 +37,7 @@ def gidm(
     """Run GIDM: noise and timesteps known.
 
     Args:
-        update: the update, or several to be inverted side by side.
-        knowledge: the threat model; needs `timesteps` and `noise`.
-        generator: of the starting points.
-        callback: told of every evaluation.
+        update, knowledge, generator, callback: see `record.Attack`.
         prior: a trained noise-predicting model over the same samples as the attacked one; None: the public base's
             U-Net where there is one, else the attacked model itself.
         sampler_steps: DDIM steps of phase 1, back-propagated through with checkpoints.
@@ -48,9 +45,6 @@ def gidm(
         pixel_evals: evaluations of phase 2.
         lr: Adam's learning rate in both.
         cpu_s: stop after this many CPU seconds, at most half of them in phase 1.
-
-    Raises:
-        InputError: a fact is missing, or the update does not fit the model.
     """
     problem = Problem(update, knowledge)
     noise, timesteps = problem.need("noise"), problem.timesteps
@@ -63,10 +57,12 @@ def gidm(
 
     start = torch.randn((problem.n_samples, *problem.shape), generator=generator)
     clean = start
+    # Phase 1 (sec. 4.1): search the prior's latent space; the image is what its sampler makes of the latent.
     if latent_evals:
         sample = _sampler(problem, prior, sampler_steps)
         half = None if cpu_s is None else cpu_s / 2
         (start,), clean = _adam([start], lambda z: (sample(z), gap), latent_evals, lr, recorder, half)
+    # Phase 2 (sec. 4.2): go on in the image itself.
     (clean,), _ = _adam([clean], lambda z: (z, gap), pixel_evals, lr, recorder, cpu_s)
     return recorder.finish(clean, gap(clean).detach(), timesteps, noise)
 
@@ -82,20 +78,16 @@ def gidm_plus(
     timestep_lr: float = 0.1,
     cpu_s: float | None = None,
 ) -> Inversion:
-    """Run GIDM+: noise and timesteps unknown; granted ones are ignored.
+    """Run GIDM+: noise and timesteps unknown; granted ones are ignored. The model has to take fractional timesteps.
+
+    Image and noise start standard normal, the timestep as no opinion.
 
     Args:
-        update: the update, or several to be inverted side by side.
-        knowledge: the threat model.
-        generator: of the starting points, all standard normal; the timestep starts as no opinion.
-        callback: told of every evaluation.
+        update, knowledge, generator, callback: see `record.Attack`.
         n_evals: evaluations.
         lr: Adam's learning rate for image and noise.
         timestep_lr: for the logits of the timesteps.
         cpu_s: stop after this many CPU seconds.
-
-    Raises:
-        InputError: the update does not fit the model, or that takes whole timesteps only.
     """
     problem = Problem(update, knowledge)
     _check_fractions(problem)
@@ -142,37 +134,37 @@ def _adam(
     cpu_s: float | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Minimise the sum of all updates' gaps; return the last variables and the image that they stand for."""
-    own = [value.detach().clone().requires_grad_(True) for value in variables]
-    rates = [lr] * len(own) if isinstance(lr, float) else list(lr)
-    groups = [{"params": [value], "lr": rate} for value, rate in zip(own, rates, strict=True)]
+    leaves = [value.detach().clone().requires_grad_(True) for value in variables]
+    rates = [lr] * len(leaves) if isinstance(lr, float) else list(lr)
+    groups = [{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves, rates, strict=True)]
     optimizer = torch.optim.Adam(groups)
-    clean = own[0].detach()
+    clean = leaves[0].detach()
     for _ in range(n_evals):
         if cpu_s is not None and recorder.cpu_s >= cpu_s:
             break
-        clean, gap = expand(*own)
+        clean, gap = expand(*leaves)
         gaps = gap(clean)
         optimizer.zero_grad()
-        gaps.sum().backward(inputs=own)
+        gaps.sum().backward(inputs=leaves)
         optimizer.step()
         recorder.tell(float(gaps.detach().mean()), clean)
     with torch.no_grad():
-        clean, _ = expand(*own)
-    return [value.detach() for value in own], clean.detach()
+        clean, _ = expand(*leaves)
+    return [value.detach() for value in leaves], clean.detach()
 
 
 def _gaps(problem: Problem, noisy: Tensor, target: Tensor, timesteps: Tensor) -> Float[Tensor, " u"]:
     """Return each update's summed squared L2 between its own and the candidates' gradient, differentiable."""
-    own = {n: p for n, p in problem.model.named_parameters() if n in problem.gradients[0]}
+    shared = {n: p for n, p in problem.model.named_parameters() if n in problem.gradients[0]}
     gaps = []
     for number, wanted in enumerate(problem.gradients):
         part = slice(number * problem.batch, (number + 1) * problem.batch)
-        parameters = {name: value.detach().requires_grad_(True) for name, value in own.items()}
+        parameters = {name: value.detach().requires_grad_(True) for name, value in shared.items()}
         samples = torch.arange(number * problem.batch, (number + 1) * problem.batch)
         predicted = problem.predict(noisy[part], timesteps[part], samples, parameters=parameters)
         loss = (predicted - target[part]).square().mean()
-        found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
-        pairs = zip(found, parameters, strict=True)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
+        pairs = zip(gradients, parameters, strict=True)
         gaps.append(torch.stack([(gradient - wanted[name]).square().sum() for gradient, name in pairs]).sum())
     return torch.stack(gaps)
 
@@ -207,6 +199,14 @@ def _sampler(problem: Problem, prior: nn.Module | None, steps: int) -> Callable[
 
 
 ATTACKS = (
-    Attack(gidm, "GIDM", rank=50, as_published=True),
-    Attack(gidm_plus, "GIDM+", rank=60, as_published=True),
+    Attack(
+        gidm,
+        "GIDM",
+        rank=50,
+        family="GIDM",
+        needs=("timesteps", "noise"),
+        as_published=True,
+        may_be_0=("latent_evals", "pixel_evals"),
+    ),
+    Attack(gidm_plus, "GIDM+", rank=60, family="GIDM", as_published=True),
 )

@@ -1,6 +1,7 @@
 """Images from updates whose noise and timesteps are known: L-BFGS on per-layer-normalised L2, all updates at once."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def known_noise(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    start: str = "random",
+    start: Literal["patches", "random"] = "random",
     n_evals: int = 400,
     n_starts: int = 1,
     distance: str | None = None,
@@ -35,12 +36,10 @@ def known_noise(
 ) -> Inversion:
     """Reconstruct images by matching their gradient, noise and timesteps known.
 
+    A scale that is not known is fitted first, by a distance that is blind to it.
+
     Args:
-        update: the update, or several to be inverted side by side.
-        knowledge: the threat model; needs `timesteps` and `noise`. A scale that is not known is fitted first, by a
-            distance that is blind to it.
-        generator: of the starting points.
-        callback: told of every evaluation.
+        update, knowledge, generator, callback: see `record.Attack`.
         start: "random", or "patches": from the noisy inputs that the patch test finds (see `noisy_inputs`).
         n_evals: budget of gradient evaluations per start.
         n_starts: random starts; the one of the smallest objective is kept.
@@ -48,46 +47,44 @@ def known_noise(
         stages: annealing: the first stage counts the last 1/stages of the parameter tensors, the last stage all.
         std: of the random start, in units of the image's range [-1, 1].
         goal: stop below this objective.
-
-    Raises:
-        InputError: a fact is missing, or the update does not fit the model.
     """
     problem = Problem(update, knowledge)
     noise, timesteps = problem.need("noise"), problem.timesteps
     is_blind = distance is None and (knowledge.scale is None or knowledge.sign is None)
     matcher = Matcher(problem, distance="scale_free" if is_blind else distance)
     recorder = Recorder(problem, "known_noise", n_evals * n_starts, callback)
-
-    def watch(count: int, point: Tensor, value: Tensor) -> None:
-        recorder.tell(float(value.mean()), point.reshape(-1, *problem.shape))
-
-    def fit(z: Tensor, n_stages: int, until: float) -> Minimum:
-        for stage in range(n_stages):
-            matcher.anneal((stage + 1) / n_stages)
-            end = lbfgs(matcher.from_clean(noise), z, n_evals=n_evals // n_stages, goal=until, stall=100, watch=watch)
-            z = end.point
-        return end
-
-    ends = []
+    minima = []
     for _ in range(n_starts):
-        shape = (len(problem.updates), problem.batch * problem.unknowns)
-        z = std * torch.randn(shape, generator=generator)
-        if start == "patches":
-            noisy = find_noisy(problem, timesteps, generator=generator, recorder=recorder)
-            if noisy is not None:
-                z = problem.without_noise(noisy.noisy, noise, timesteps).reshape(shape)
-        ends.append(fit(z, stages, BLIND_GOAL if is_blind else goal))
-    best, value = best_of(torch.stack([end.value for end in ends]), [end.point for end in ends])
+        point = std * torch.randn(len(problem.updates), problem.batch * problem.unknowns, generator=generator)
+        if start == "patches" and (found := find_noisy(problem, generator=generator, recorder=recorder)):
+            point = problem.without_noise(found.noisy, noise, timesteps).reshape(point.shape)
+        minima.append(_fit(matcher, noise, point, recorder, n_evals, stages, BLIND_GOAL if is_blind else goal))
+    point, misfit = best_of(torch.stack([end.value for end in minima]), [end.point for end in minima])
     scale: float | None = None if problem.is_rescaled else problem.prescale
     if is_blind:
-        factors = [nearest_usual(problem, float(factor)) for factor in matcher.best_scale(best, noise)]
+        factors = [nearest_usual(problem, float(factor)) for factor in matcher.best_scale(point, noise)]
         scale = problem.prescale * factors[0] if len(set(factors)) == 1 else None
-        matcher = Matcher(problem.rescaled(factors))
-        end = fit(best, 1, goal)
-        best, value = end.point, end.value
-    clean = best.reshape(-1, *problem.shape)
-    said = doubts(problem, clean, noise, value)
-    return recorder.finish(clean, value, timesteps, noise, scale=scale, warnings=said)
+        end = _fit(Matcher(problem.rescaled(factors)), noise, point, recorder, n_evals, 1, goal)
+        point, misfit = end.point, end.value
+    clean = point.reshape(-1, *problem.shape)
+    said = doubts(problem, clean, noise, misfit)
+    return recorder.finish(clean, misfit, timesteps, noise, scale=scale, warnings=said)
 
 
-ATTACKS = (Attack(known_noise, "gradient matching", rank=70),)
+def _fit(
+    matcher: Matcher, noise: Tensor, point: Tensor, recorder: Recorder, n_evals: int, stages: int, goal: float
+) -> Minimum:
+    """Minimise from `point`, counting more and more of the parameter tensors."""
+
+    def watch(count: int, point: Tensor, value: Tensor) -> None:
+        recorder.tell(float(value.mean()), point.reshape(-1, *matcher.problem.shape))
+
+    for stage in range(stages):
+        matcher.anneal((stage + 1) / stages)
+        objective = matcher.from_clean(noise)
+        end = lbfgs(objective, point, n_evals=n_evals // stages, goal=goal, stall=100, watch=watch)
+        point = end.point
+    return end
+
+
+ATTACKS = (Attack(known_noise, "gradient matching", rank=70, needs=("timesteps", "noise")),)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from splitlab.federated.attacks.optimise import Objective, Watch, lbfgs
@@ -38,7 +37,6 @@ class NoisyInputs:
 
 def find_noisy(
     problem: Problem,
-    timesteps: Int[Tensor, " n"],
     *,
     generator: torch.Generator,
     recorder: Recorder | None = None,
@@ -55,7 +53,6 @@ def find_noisy(
 
     Args:
         problem: the updates.
-        timesteps: of the samples.
         generator: of the starts, standard normal as noisy inputs nearly are.
         recorder: told of every evaluation.
         n_evals: evaluations per start.
@@ -70,30 +67,14 @@ def find_noisy(
     layers = _layers(problem, margin)
     if not layers:
         return None
-    test = SpanTest(problem.model, layers, problem.gradients, batch=problem.batch)
-    best = torch.zeros(problem.n_samples, problem.unknowns)
-    value = torch.full((problem.n_samples,), torch.inf)
-    owners = torch.arange(problem.n_samples) // problem.batch
-    settled, twice = torch.zeros(2, problem.n_samples, dtype=torch.bool)
+    search = _Search(problem, layers, goal, recorder)
     starts = 0
-    while starts < n_starts and (open_ := ((value > goal) & ~settled).nonzero()[:, 0]).numel():
+    while starts < n_starts and (samples := search.open()).numel():
         starts += 1
-        explained = _explained(problem, test, timesteps, best, value <= goal)
-        end = lbfgs(
-            _objective(problem, test, timesteps, open_, owners, explained),
-            torch.randn(len(open_), problem.unknowns, generator=generator),
-            n_evals=n_evals,
-            goal=goal * 1e-3,
-            stall=60,
-            watch=_watch(problem, recorder, timesteps, best, open_),
-        )
-        for sample, point, reached in zip(open_.tolist(), end.point, end.value, strict=True):
-            again = bool((reached - value[sample]).abs() < AGAIN * reached)
-            twice[sample] = again or (twice[sample] and bool(reached > value[sample]))
-            if reached < value[sample] and not _is_copy(sample, point, best, value, owners, goal):
-                best[sample], value[sample] = point, reached
-        settled = twice & (starts >= 4 and problem.is_inexact)
-    return NoisyInputs(best.reshape(-1, *problem.shape), value, tuple(layer.name for layer in layers), starts)
+        search.start(samples, n_evals, generator)
+        search.settled = search.twice & (starts >= 4 and problem.is_inexact)
+    names = tuple(layer.name for layer in layers)
+    return NoisyInputs(search.best.reshape(-1, *problem.shape), search.value, names, starts)
 
 
 def _layers(problem: Problem, margin: float) -> list[Layer]:
@@ -132,56 +113,80 @@ def _is_affine(problem: Problem, layer: Layer) -> bool:
     return bool(gap <= 1e-5 * inputs.abs().max())
 
 
-def _explained(
-    problem: Problem, test: SpanTest, timesteps: Tensor, best: Tensor, done: Tensor
-) -> dict[str, Tensor] | None:
-    """Return, by layer, the rows `[n, batch positions, d]` that the images found so far account for."""
-    if problem.batch == 1 or not done.any():
-        return None
-    every = torch.arange(problem.n_samples)
-    bases = test.bases(lambda x: problem.predict(x, timesteps, every), best.reshape(-1, *problem.shape))
-    result = {}
-    for name, rows in bases.items():
-        known = (rows * done[:, None, None]).reshape(len(problem.updates), -1, rows.shape[2])
-        _, sizes, axes = torch.linalg.svd(known.double(), full_matrices=False)
-        result[name] = (axes * (sizes > 1e-6)[..., None]).float().repeat_interleave(problem.batch, 0)
-    return result
+class _Search:
+    """The best noisy inputs `[n, c h w]` so far, and their values `[n]`."""
 
+    def __init__(self, problem: Problem, layers: list[Layer], goal: float, recorder: Recorder | None):
+        self.problem, self.timesteps, self.goal, self.recorder = problem, problem.timesteps, goal, recorder
+        self.test = SpanTest(problem.model, layers, problem.gradients, batch=problem.batch)
+        self.best = torch.zeros(problem.n_samples, problem.unknowns)
+        self.value = torch.full((problem.n_samples,), torch.inf)
+        self.owners = torch.arange(problem.n_samples) // problem.batch
+        self.settled, self.twice = torch.zeros(2, problem.n_samples, dtype=torch.bool)
 
-def _objective(
-    problem: Problem,
-    test: SpanTest,
-    timesteps: Tensor,
-    samples: Tensor,
-    owners: Tensor,
-    explained: dict[str, Tensor] | None = None,
-) -> Objective:
-    others = None if explained is None else {name: rows[samples] for name, rows in explained.items()}
+    def open(self) -> Tensor:
+        """Return the samples that are not found yet."""
+        return ((self.value > self.goal) & ~self.settled).nonzero()[:, 0]
 
-    def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-        z = z.detach().requires_grad_(True)
-        losses = test.losses(
-            lambda x: problem.predict(x, timesteps[samples], samples),
-            z.reshape(-1, *problem.shape),
-            owners[samples],
-            explained=others,
-        ).mean(1)
-        return losses.detach(), torch.autograd.grad(losses.sum(), z)[0]
+    def start(self, samples: Tensor, n_evals: int, generator: torch.Generator) -> None:
+        """Descend once from random points, and keep what is better."""
+        end = lbfgs(
+            self.objective(samples),
+            torch.randn(len(samples), self.problem.unknowns, generator=generator),
+            n_evals=n_evals,
+            goal=self.goal * 1e-3,
+            stall=60,
+            watch=self.watch(samples),
+        )
+        for sample, point, reached in zip(samples.tolist(), end.point, end.value, strict=True):
+            again = bool((reached - self.value[sample]).abs() < AGAIN * reached)
+            self.twice[sample] = again or (self.twice[sample] and bool(reached > self.value[sample]))
+            if reached < self.value[sample] and not self.is_copy(sample, point):
+                self.best[sample], self.value[sample] = point, reached
 
-    return objective
+    def explained(self) -> dict[str, Tensor] | None:
+        """Return, by layer, the rows `[n, batch positions, d]` that the images found so far account for."""
+        done, problem = self.value <= self.goal, self.problem
+        if problem.batch == 1 or not done.any():
+            return None
+        every = torch.arange(problem.n_samples)
+        noisy = self.best.reshape(-1, *problem.shape)
+        result = {}
+        for name, rows in self.test.bases(lambda x: problem.predict(x, self.timesteps, every), noisy).items():
+            known = (rows * done[:, None, None]).reshape(len(problem.updates), -1, rows.shape[2])
+            _, sizes, axes = torch.linalg.svd(known.double(), full_matrices=False)
+            result[name] = (axes * (sizes > 1e-6)[..., None]).float().repeat_interleave(problem.batch, 0)
+        return result
 
+    def objective(self, samples: Tensor) -> Objective:
+        """Return the mean loss of the patch test over the layers, as a function of noisy inputs."""
+        problem, explained = self.problem, self.explained()
+        others = None if explained is None else {name: rows[samples] for name, rows in explained.items()}
 
-def _watch(problem: Problem, recorder: Recorder | None, timesteps: Tensor, best: Tensor, open_: Tensor) -> Watch:
-    def watch(count: int, point: Tensor, value: Tensor) -> None:
-        if recorder is not None:
-            shown = best.clone()
-            shown[open_] = point
-            recorder.tell(float(value.mean()), shown.reshape(-1, *problem.shape) / problem.rates(timesteps)[0])
+        def forward(noisy: Tensor) -> Tensor:
+            return problem.predict(noisy, self.timesteps[samples], samples)
 
-    return watch
+        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+            z = z.detach().requires_grad_(True)
+            noisy, owners = z.reshape(-1, *problem.shape), self.owners[samples]
+            losses = self.test.losses(forward, noisy, owners, explained=others).mean(1)
+            return losses.detach(), torch.autograd.grad(losses.sum(), z)[0]
 
+        return objective
 
-def _is_copy(sample: int, point: Tensor, best: Tensor, value: Tensor, owners: Tensor, goal: float) -> bool:
-    """Say whether `point` is what another sample of the same update has already found."""
-    others = ((owners == owners[sample]) & (value <= goal)).nonzero()[:, 0].tolist()
-    return any(other != sample and bool((best[other] - point).square().mean() < 1e-2) for other in others)
+    def watch(self, samples: Tensor) -> Watch:
+        """Return what shows the recorder all samples, those under way as they are."""
+
+        def watch(count: int, point: Tensor, value: Tensor) -> None:
+            if self.recorder is not None:
+                shown = self.best.clone()
+                shown[samples] = point
+                noisy = shown.reshape(-1, *self.problem.shape)
+                self.recorder.tell(float(value.mean()), noisy / self.problem.rates(self.timesteps)[0])
+
+        return watch
+
+    def is_copy(self, sample: int, point: Tensor) -> bool:
+        """Say whether `point` is what another sample of the same update has already found."""
+        others = ((self.owners == self.owners[sample]) & (self.value <= self.goal)).nonzero()[:, 0].tolist()
+        return any(other != sample and bool((self.best[other] - point).square().mean() < 1e-2) for other in others)

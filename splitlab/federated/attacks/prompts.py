@@ -59,10 +59,8 @@ def prompts(
     """Read the prompts off an update; how many there are is found too, unless the server knows.
 
     Args:
-        update: what the client sent.
-        knowledge: its base model provides text model and vocabulary.
-        generator: unused: the attack draws nothing.
-        callback: told of each round.
+        update, knowledge, generator, callback: see `record.Attack`; nothing is drawn, and the base model provides text
+            model and vocabulary.
         beam: prefixes kept per position.
         threshold: evidence a prompt needs (see `PromptsFound`).
         most: stop at that many prompts.
@@ -117,4 +115,4 @@ def evidence_rows(update: Update, knowledge: InversionKnowledge) -> Rows:
     return unit_rows([block(update, knowledge.model, name) for name in names])
 
 
-ATTACKS = (Attack(prompts, "prompts, span test", rank=20, finds="prompts"),)
+ATTACKS = (Attack(prompts, "prompts, span test", rank=20, finds="prompts", family="closed form", may_be_0=("rounds",)),)

@@ -88,11 +88,8 @@ def timesteps(
     """Read the set of timesteps off an update; how many there are is found too.
 
     Args:
-        update: what the client sent.
-        knowledge: the model, and the length T of its schedule; `batch_size`, if granted, bounds the set and tells how
-            many timesteps repeat.
-        generator: unused: the attack draws nothing.
-        callback: told of each round of the search.
+        update, knowledge, generator, callback: see `record.Attack`; nothing is drawn. `batch_size`, if granted, bounds
+            the set and tells how many timesteps repeat.
         layers: "embedding": the first layer that sees the timestep, exact also after local steps; "all": also the later
             ones, as the projections in every residual block, which withstands more noise but, after local steps, takes
             the weights they had at the start; "strongest": the first layer, or all where it was not shared or the
@@ -101,7 +98,7 @@ def timesteps(
         most: the largest set to look for; never more than the embedding's width.
 
     Raises:
-        InputError: the update does not fit the model, or holds no such gradient, or it is zero.
+        InputError: the update holds no such gradient, or it is zero.
     """
     check_update(update, knowledge.model)
     if layers not in ("strongest", "embedding", "all"):
@@ -292,4 +289,4 @@ def _evidence(layers: list[_Layer], found: list[int], index: int) -> float:
     return float((before - after) / (after / spare).clamp_min(1e-300))
 
 
-ATTACKS = (Attack(timesteps, "timesteps, closed form", rank=10, finds="timesteps"),)
+ATTACKS = (Attack(timesteps, "timesteps, closed form", rank=10, finds="timesteps", family="closed form"),)

@@ -8,6 +8,7 @@ the image. Where no layer allows the patch test, both are fitted to the gradient
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def unknown_noise(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    start: str = "patches",
+    start: Literal["patches", "random"] = "patches",
     n_evals: int = 400,
     n_starts: int = 16,
     n_iterations: int = 200,
@@ -53,14 +54,13 @@ def unknown_noise(
     stages: int = 1,
     std: float = 0.3,
 ) -> Inversion:
-    """Reconstruct images from updates without their noise. Timesteps that are not granted are read off the updates.
+    """Reconstruct images from updates without their noise, whose timesteps are read off the updates unless granted.
+
+    Samples of one update come out in the order of `timesteps`, ascending if those are found. `final` of the result is
+    the normalised L2 between the found and the shared gradient.
 
     Args:
-        update: the update, or several to be inverted side by side.
-        knowledge: the threat model; `noise` is ignored if it is granted. Samples of one update come out in the order of
-            `timesteps`, ascending if those are found.
-        generator: of the starting points.
-        callback: told of every evaluation.
+        update, knowledge, generator, callback: see `record.Attack`; `noise` is ignored if it is granted.
         start: "patches", or "random": skip the patch test and fit (x_t, r) to the gradient from random starts.
         n_evals: evaluations of the patch test, or of the fit, per start.
         n_starts: random starts at most; the one of the smallest objective is kept.
@@ -70,40 +70,25 @@ def unknown_noise(
         fit_evals: L-BFGS evaluations on (x_t, r) together, after the linear solve.
         stages: annealing of a fit from random starts: the first stage counts the last 1/stages of the tensors.
         std: of the random starts of a fit.
-
-    Returns:
-        An `Inversion` with `noise`, whose `final` is the normalised L2 between the found and the shared gradient.
-
-    Raises:
-        InputError: the update does not fit the model, or its timesteps cannot be told.
     """
+    # Step 1: the timesteps, in closed form.
     knowledge, words = _with_timesteps(update, knowledge, generator)
     problem = Problem(update, knowledge)
-    timesteps = problem.timesteps
     recorder = Recorder(problem, "unknown_noise", n_evals * n_starts, callback)
-    matcher = Matcher(problem)
-    found = None
-    if start == "patches":
-        found = find_noisy(
-            problem, timesteps, generator=generator, recorder=recorder, n_evals=n_evals, n_starts=n_starts
-        )
-    if found is not None:
-        state = _solve(problem, found.noisy, tail(problem), timesteps, n_iterations, recorder)
-        if thorough:
-            state = _solve_again(problem, matcher, found.noisy, state, timesteps, n_iterations, recorder)
-        if fit_evals:
-            state, _ = _fit(problem, matcher, state, timesteps, fit_evals, recorder)
+    solver = _Solver(problem, recorder, n_iterations)
+    # Steps 2 and 3: the noisy inputs by the patch test, then the residual by a linear solve; both by a fit without it.
+    limits: dict[str, Any] = {"n_evals": n_evals, "n_starts": n_starts}
+    found = find_noisy(problem, generator=generator, recorder=recorder, **limits) if start == "patches" else None
+    if found is None:
+        state = solver.fit_from_random(generator, stages=stages, std=std, **limits)
     else:
-        state = _fit_from_random(
-            problem, matcher, timesteps, generator, recorder, n_evals, n_starts=n_starts, stages=stages, std=std
-        )
-    matcher.anneal(1.0)
-    value, _ = matcher.from_residual(timesteps)(state)
-    clean, noise, scaling = _read(problem, state, timesteps)
-    if found is None and start == "patches":
-        words = (*words, NO_TEST)
+        state = solver.solved(found.noisy, thorough=thorough, fit_evals=fit_evals)
+    # Step 4: target = prediction - residual, from which image and noise follow.
+    value = solver.misfit(state)
+    clean, noise, scaling = _read(problem, state)
+    words += (NO_TEST,) if found is None and start == "patches" else ()
     said = (*words, *scaling.words, *doubts(problem, clean, noise, value, None if found is None else found.value))
-    return recorder.finish(clean, value, timesteps, noise, scale=scaling.scale, warnings=said)
+    return recorder.finish(clean, value, problem.timesteps, noise, scale=scaling.scale, warnings=said)
 
 
 def _with_timesteps(
@@ -113,103 +98,107 @@ def _with_timesteps(
     if knowledge.timesteps is not None:
         return knowledge, ()
     updates = (update,) if isinstance(update, Update) else update
-    results = [read_timesteps(one, knowledge, generator=generator) for one in updates]
+    results = [read_timesteps(update, knowledge, generator=generator) for update in updates]
     sets = [result.timesteps for result in results]
-    batch = knowledge.batch_size or max(len(found) for found in sets)
-    for number, found in enumerate(sets):
-        if len(found) not in (1, batch):
+    batch = knowledge.batch_size or max(len(steps) for steps in sets)
+    for number, steps in enumerate(sets):
+        if len(steps) not in (1, batch):
             raise InputError(
-                f"update {number}: {len(found)} different timesteps for {batch} images, so some repeat and it is open "
+                f"update {number}: {len(steps)} different timesteps for {batch} images, so some repeat and it is open "
                 "which; grant knowledge.timesteps"
             )
-    timesteps = torch.cat([found if len(found) == batch else found.repeat(batch) for found in sets])
+    timesteps = torch.cat([steps if len(steps) == batch else steps.repeat(batch) for steps in sets])
     words = tuple(word for result in results for word in result.warnings)
     return replace(knowledge, batch_size=batch, timesteps=timesteps), words
 
 
-def _solve(
-    problem: Problem, found: Tensor, names: list[str], timesteps: Tensor, n_iterations: int, recorder: Recorder
-) -> Tensor:
-    """Return `[u, 2 b c h w]`: noisy inputs and the residuals that explain the gradient of `names` best."""
-    rows = []
-    for number in range(len(problem.updates)):
-        own = slice(number * problem.batch, (number + 1) * problem.batch)
-        solved = solve_residual(problem, number, found[own], timesteps[own], names, n_iterations=n_iterations)
-        recorder.n_evals += solved.n_evals if number == 0 else 0
-        rows.append(torch.stack([found[own], solved.residual]).flatten())
-    return torch.stack(rows)
+class _Solver:
+    """Finds states `[u, 2 b c h w]`: noisy inputs, and the residuals that explain their gradients."""
 
+    def __init__(self, problem: Problem, recorder: Recorder, n_iterations: int):
+        self.problem, self.recorder, self.n_iterations = problem, recorder, n_iterations
+        self.matcher = Matcher(problem)
 
-def _solve_again(
-    problem: Problem,
-    matcher: Matcher,
-    found: Tensor,
-    state: Tensor,
-    timesteps: Tensor,
-    n_iterations: int,
-    recorder: Recorder,
-) -> Tensor:
-    """Solve over all shared layers what the last ones left open, and with images and timesteps paired in other ways.
+    def misfit(self, state: Tensor) -> Tensor:
+        """Return `[u]`: the distance of a state's gradients to the shared ones."""
+        self.matcher.anneal(1.0)
+        return self.matcher.from_residual(self.problem.timesteps)(state)[0]
 
-    Layers in front of where the timestep enters find the images, but not which of them is whose.
-    """
-    objective = matcher.from_residual(timesteps)
-    best = objective(state)[0]
-    orders = (
-        list(itertools.permutations(range(problem.batch))) if problem.batch <= MOST_PAIRED else [range(problem.batch)]
-    )
-    for names, order in itertools.product((list(problem.gradients[0]), tail(problem)), orders):
-        if float(best.max()) <= (OPEN_INEXACT if problem.is_inexact else OPEN):
-            break
-        paired = found.unflatten(0, (-1, problem.batch))[:, list(order)].flatten(0, 1)
-        trial = _solve(problem, paired, names, timesteps, n_iterations, recorder)
-        value = objective(trial)[0]
-        state, best = torch.where((value < best)[:, None], trial, state), torch.minimum(value, best)
-    return state
+    def solved(self, noisy: Tensor, *, thorough: bool, fit_evals: int) -> Tensor:
+        """Solve for the residuals of noisy inputs."""
+        state = self.solve(noisy, tail(self.problem))
+        if thorough:
+            state = self.solve_again(noisy, state)
+        return self.fit(state, fit_evals)[0] if fit_evals else state
 
+    def solve(self, noisy: Tensor, names: list[str]) -> Tensor:
+        """Solve for the residuals that explain the gradient of the parameters `names` best."""
+        rows = []
+        for number in range(len(self.problem.updates)):
+            part = slice(number * self.problem.batch, (number + 1) * self.problem.batch)
+            timesteps = self.problem.timesteps[part]
+            solution = solve_residual(
+                self.problem, number, noisy[part], timesteps, names, n_iterations=self.n_iterations
+            )
+            self.recorder.n_evals += solution.n_evals if number == 0 else 0
+            rows.append(torch.stack([noisy[part], solution.residual]).flatten())
+        return torch.stack(rows)
 
-def _fit(
-    problem: Problem, matcher: Matcher, state: Tensor, timesteps: Tensor, n_evals: int, recorder: Recorder
-) -> tuple[Tensor, Tensor]:
-    def watch(count: int, point: Tensor, value: Tensor) -> None:
-        recorder.tell(float(value.mean()), point.reshape(-1, 2, problem.batch, *problem.shape)[:, 0].flatten(0, 1))
+    def solve_again(self, noisy: Tensor, state: Tensor) -> Tensor:
+        """Solve over all shared layers what the last ones left open, with images and timesteps paired in other ways.
 
-    end = lbfgs(matcher.from_residual(timesteps), state, n_evals=n_evals, goal=1e-10, stall=200, watch=watch)
-    return end.point, end.value
+        Layers in front of where the timestep enters find the images, but not which of them is whose.
+        """
+        problem, objective = self.problem, self.matcher.from_residual(self.problem.timesteps)
+        best = objective(state)[0]
+        orders: list[Sequence[int]] = [range(problem.batch)]
+        if problem.batch <= MOST_PAIRED:
+            orders = list(itertools.permutations(range(problem.batch)))
+        for names, order in itertools.product((list(problem.gradients[0]), tail(problem)), orders):
+            if float(best.max()) <= (OPEN_INEXACT if problem.is_inexact else OPEN):
+                break
+            paired = noisy.unflatten(0, (-1, problem.batch))[:, list(order)].flatten(0, 1)
+            trial = self.solve(paired, names)
+            value = objective(trial)[0]
+            state, best = torch.where((value < best)[:, None], trial, state), torch.minimum(value, best)
+        return state
 
+    def fit(self, state: Tensor, n_evals: int) -> tuple[Tensor, Tensor]:
+        """Fit noisy inputs and residuals together to the gradient; return the state and its distances."""
+        problem = self.problem
 
-def _fit_from_random(
-    problem: Problem,
-    matcher: Matcher,
-    timesteps: Tensor,
-    generator: torch.Generator,
-    recorder: Recorder,
-    n_evals: int,
-    *,
-    n_starts: int,
-    stages: int,
-    std: float,
-) -> Tensor:
-    ends, values = [], []
-    for _ in range(n_starts):
-        shape = (len(problem.updates), 2 * problem.batch * problem.unknowns)
-        state = std * torch.randn(shape, generator=generator)
-        value = torch.zeros(len(state))
-        for stage in range(stages):
-            matcher.anneal((stage + 1) / stages)
-            state, value = _fit(problem, matcher, state, timesteps, n_evals // stages, recorder)
-        ends.append(state)
-        values.append(value)
-        if bool((torch.stack(values).min(0).values < 1e-6).all()):
-            break
-    return best_of(torch.stack(values), ends)[0]
+        def watch(count: int, point: Tensor, value: Tensor) -> None:
+            noisy = point.reshape(-1, 2, problem.batch, *problem.shape)[:, 0].flatten(0, 1)
+            self.recorder.tell(float(value.mean()), noisy)
+
+        objective = self.matcher.from_residual(problem.timesteps)
+        end = lbfgs(objective, state, n_evals=n_evals, goal=1e-10, stall=200, watch=watch)
+        return end.point, end.value
+
+    def fit_from_random(
+        self, generator: torch.Generator, *, n_evals: int, n_starts: int, stages: int, std: float
+    ) -> Tensor:
+        """Fit from random starts; return the best state of each update."""
+        shape = (len(self.problem.updates), 2 * self.problem.batch * self.problem.unknowns)
+        states, values = [], []
+        for _ in range(n_starts):
+            state = std * torch.randn(shape, generator=generator)
+            value = torch.zeros(len(state))
+            for stage in range(stages):
+                self.matcher.anneal((stage + 1) / stages)
+                state, value = self.fit(state, n_evals // stages)
+            states.append(state)
+            values.append(value)
+            if bool((torch.stack(values).min(0).values < 1e-6).all()):
+                break
+        return best_of(torch.stack(values), states)[0]
 
 
 @torch.no_grad()
-def _read(problem: Problem, state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Scaling]:
+def _read(problem: Problem, state: Tensor) -> tuple[Tensor, Tensor, Scaling]:
     """Return clean samples and noise: target = prediction - r."""
     noisy, residual = state.reshape(-1, 2, problem.batch, *problem.shape).unbind(1)
-    noisy, residual = noisy.flatten(0, 1), residual.flatten(0, 1)
+    noisy, residual, timesteps = noisy.flatten(0, 1), residual.flatten(0, 1), problem.timesteps
     prediction = problem.predict(noisy, timesteps, torch.arange(problem.n_samples))
     scaling = Scaling(torch.ones(problem.n_samples), problem.prescale)
     if problem.knowledge.scale is None or problem.knowledge.sign is None:

@@ -155,7 +155,7 @@ def test_a_defended_update_starts_until_two_starts_agree() -> None:
     """Its test is nowhere 0, and one start alone may have ended in a false minimum."""
     updates, known, truth = _case(2)
     problem = Problem([protect(update, Quantise(8), generator=tiny.draw(0)) for update in updates], known)
-    found = find_noisy(problem, truth.timesteps, generator=tiny.draw(1), n_starts=12, n_evals=150)
+    found = find_noisy(problem, generator=tiny.draw(1), n_starts=12, n_evals=150)
     assert found is not None
     assert found.value.min() > 1e-6
     assert 4 <= found.starts < 12
@@ -164,8 +164,8 @@ def test_a_defended_update_starts_until_two_starts_agree() -> None:
 
 def test_an_exact_update_is_not_settled_by_false_minima() -> None:
     """Starts cut short agree on nothing in particular: only an update that cannot reach 0 may take that for an end."""
-    updates, known, truth = _case(2)
-    found = find_noisy(Problem(updates, known), truth.timesteps, generator=tiny.draw(1), n_starts=6, n_evals=2)
+    updates, known, _ = _case(2)
+    found = find_noisy(Problem(updates, known), generator=tiny.draw(1), n_starts=6, n_evals=2)
     assert found is not None
     assert found.starts == 6
 
