@@ -9,11 +9,12 @@ import sys
 from dataclasses import replace
 
 import torch
+from canaries import extract, insert
+from shadow_models import attacks, shadow_losses
 
 from splitlab import CACHE, load_base, load_params, load_split
 from splitlab.core.seeds import generator
-from splitlab.dp.attacks.canaries import extract, insert
-from splitlab.dp.attacks.membership import attacks, log_losses, shadow_losses
+from splitlab.dp.attacks.membership import log_losses
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.sample import load_tuned, untuned
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+from shadow_models import judged
 from tqdm import tqdm
 
 from splitlab import CACHE, ROOT, load, load_base
@@ -25,7 +26,6 @@ from splitlab.core.config import reseeded
 from splitlab.core.seeds import PUBLISHED, SECRET, generator
 from splitlab.core.tables import write_table
 from splitlab.data.image_set import digest
-from splitlab.dp.attacks.membership import judged
 from splitlab.dp.finetune import DPConfig, finetune
 
 TABLE, FOLDER = ROOT / "reports/metrics/retraining.csv", CACHE / "retraining"

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,15 +18,17 @@ from splitlab.data.image_set import ImageSet, digest
 from splitlab.data.overlap import name_repeats
 from splitlab.diffusion.base import Base, encoded_images
 from splitlab.diffusion.denoisers import Denoiser
-from splitlab.diffusion.trainable import check_optimizer, count_trainable, mark_trainable, merge_lora
+from splitlab.diffusion.trainable import count_trainable, merge_lora
 from splitlab.dp.conditioning import denoiser, make_conditioning, save_embedder
 from splitlab.dp.sample import Tuned
-from splitlab.dp.settings import DPConfig, Mechanism, mechanism
+from splitlab.dp.settings import DPConfig, mechanism
+from splitlab.dp.state import State, resume, settings_of, start_state
 from splitlab.privacy.accounting import PrivacyEvent, epsilon_entry
 from splitlab.privacy.accounting import epsilon as epsilon_of
 from splitlab.privacy.draws import end_run, integers, normal, run_key
 from splitlab.privacy.mechanisms import (
     Inputs,
+    Mechanism,
     clipped_sum,
     plain_gradient,
     poisson_sample,
@@ -38,35 +39,6 @@ from splitlab.privacy.mechanisms import (
 
 WARM_UP = 10
 """Steps until the learning rate is reached."""
-
-MAY_CHANGE = ("steps", "checkpoint_every")
-"""What a resumed run may set otherwise than its checkpoint: neither alters a step that was taken."""
-
-
-@dataclass
-class State:
-    """A run in progress."""
-
-    model: Denoiser
-    optimizer: torch.optim.Optimizer
-    average: dict[str, Tensor]
-    key: Key = field(default_factory=Key.secret)
-    steps: int = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Flatten everything that a resumed run needs."""
-        weights = {f"weights/{n}": p.detach() for n, p in trainable_parameters(self.model).items()}
-        average = {f"average/{n}": value for n, value in self.average.items()}
-        return weights | average | checkpoint.training_state({}, {"optimizer": self.optimizer})
-
-    def restore(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Put back what `tensors` flattened."""
-        with torch.no_grad():
-            for name, parameter in trainable_parameters(self.model).items():
-                parameter.copy_(tensors[f"weights/{name}"])
-                self.average[name].copy_(tensors[f"average/{name}"])
-        checkpoint.restore_training_state(tensors, {}, {"optimizer": self.optimizer})
-        self.steps = steps
 
 
 def finetune(
@@ -135,16 +107,17 @@ def _finetune(
     how = mechanism(config, len(private))
     prompts = private.prompts if config.conditioning == "none" else private.need_prompts()
     latents = encoded_images(base, private, cache=path.parent)
+    # DP-LDM: the autoencoder stays public, and of the U-Net only a part is trained, here in the latent space.
     conditioning = make_conditioning(
         base, config.conditioning, prompts, classes=config.classes, train_embedder=config.embedder
     )
     model = denoiser(base, conditioning)
     if start:
         _put(model, start, config, base)
-    state = _start(config, model)
-    settings = _settings(config, how, base, private, history) | {"start": digest(start.record) if start else None}
+    state = start_state(config, model)
+    settings = settings_of(config, how, base, private, history) | {"start": digest(start.record) if start else None}
     if path.exists():
-        _resume(state, path, settings, config.steps)
+        resume(state, path, settings, config.steps)
     state.key = run_key(path, config.published_key, bound_to=digest(settings))
     _run(state, config, how, (latents, conditioning.conditions), path, settings, base.n_timesteps, callback)
 
@@ -176,16 +149,6 @@ def _randomness(key: Key, start: Tuned | None) -> str:
     return PUBLISHED if simulated else key.kind
 
 
-def _settings(
-    config: DPConfig, how: Mechanism, base: Base, private: ImageSet, history: Sequence[PrivacyEvent]
-) -> dict[str, Any]:
-    """Return all that a checkpoint's steps depend on, as JSON gives it back."""
-    settings = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | asdict(how)
-    settings |= {"history": [asdict(event) for event in history], "classes": list(config.classes)}
-    libraries = {"torch": torch.__version__, "numpy": np.__version__}
-    return settings | {"base": base.digest, "data": private.digest} | libraries
-
-
 def _put(model: Denoiser, start: Tuned, config: DPConfig, base: Base) -> None:
     """Give `model` the weights of `start`.
 
@@ -204,35 +167,6 @@ def _put(model: Denoiser, start: Tuned, config: DPConfig, base: Base) -> None:
     model.unet.load_state_dict(start.unet.state_dict())
     if model.embedder is not None and start.embedder is not None:
         model.embedder.load_state_dict(start.embedder.state_dict())
-
-
-def _start(config: DPConfig, model: Denoiser) -> State:
-    mark_trainable(model.unet, config.trainable, from_block=config.from_block, rank=config.lora_rank, seed=config.seed)
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.lr)
-    check_optimizer(model, optimizer)
-    return State(model, optimizer, {name: p.detach().clone() for name, p in parameters.items()})
-
-
-def _resume(state: State, path: Path, settings: dict[str, Any], steps: int) -> None:
-    """Load a checkpoint, if it is this run's.
-
-    Raises:
-        InputError: it was made with other settings, or has taken more steps than asked for.
-    """
-    tensors, meta = checkpoint.load(path, remedy=checkpoint.CACHED)
-    before: dict[str, Any] = meta["settings"]  # type: ignore[assignment]
-    done: int = meta["steps"]  # type: ignore[assignment]
-    other = [name for name in settings if before.get(name) != settings[name]]
-    if other:
-        changes = ", ".join(f"{name} was {before.get(name)!r} and is now {settings[name]!r}" for name in other)
-        raise InputError(
-            f"{path}: {done} steps were taken with other settings ({changes}), and they have been spent; "
-            "set them as they were to go on, or give the run another name to begin anew"
-        )
-    if done > steps:
-        raise InputError(f"{path}: {done} steps were taken already, more than the {steps} asked for; ask for as many")
-    state.restore(tensors, done)
 
 
 def _run(
@@ -275,8 +209,10 @@ def draw_inputs(
         number: which step; the draws are a function of it and of the key.
         n_timesteps: T.
     """
+    # Sample: every image is in the batch with the same probability, independently (Abadi et al. 2016, alg. 1).
     chosen = poisson_sample(how.n, how.sample_rate, generator=source(key, "dp batch", number))
     rows = chosen.repeat_interleave(config.multiplicity)
+    # K draws of timestep and noise per image (DPDM, Dockhorn et al. 2023), averaged before clipping.
     draw = source(key, "dp draws", number)
     timesteps = integers(0, n_timesteps, (len(rows),), draw)
     noise = normal((len(rows), *data[0].shape[1:]), draw)
@@ -284,22 +220,19 @@ def draw_inputs(
 
 
 def _step(state: State, inputs: Inputs, config: DPConfig, how: Mechanism, number: int) -> Tensor:
-    """Take one step, private or not; return the samples' losses, which stay with the data's owner."""
+    """Take one step of DP-SGD (Abadi et al. 2016, alg. 1), or a plain one; return the losses, which stay here."""
     sizes = {"multiplicity": config.multiplicity, "physical_batch": config.physical_batch}
+    bound, batch = config.max_grad_norm, how.expected_batch
     if how.noise_multiplier:
-        clipped = clipped_sum(state.model, inputs, max_grad_norm=config.max_grad_norm, **sizes)
-        gradient, losses = (
-            release(
-                clipped.total,
-                config.max_grad_norm,
-                how.noise_multiplier,
-                expected_batch=how.expected_batch,
-                generator=source(state.key, "dp noise", number),
-            ),
-            clipped.losses,
-        )
+        # Clip: each image's gradient, a mean over its K draws, to norm C; and add them up.
+        clipped = clipped_sum(state.model, inputs, max_grad_norm=bound, **sizes)
+        # Noise and scale: N(0, (σC)²) on the sum, divided by the expected size of a batch.
+        draw = source(state.key, "dp noise", number)
+        gradient = release(clipped.total, bound, how.noise_multiplier, expected_batch=batch, generator=draw)
+        losses = clipped.losses
     else:
-        gradient, losses = plain_gradient(state.model, inputs, expected_batch=how.expected_batch, **sizes)
+        gradient, losses = plain_gradient(state.model, inputs, expected_batch=batch, **sizes)
+    # Descend: Adam, with a warm-up, and an average of the weights.
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (number + 1) / WARM_UP)
     step(state.optimizer, state.model, gradient)

@@ -10,9 +10,8 @@ from splitlab.core.errors import InputError
 from splitlab.core.seeds import PUBLISHED, SECRET
 from splitlab.diffusion.trainable import TRAINABLE
 from splitlab.dp.conditioning import CONDITIONINGS
-from splitlab.privacy.accounting import ACCOUNTANTS, PrivacyEvent, noise_multiplier_for
-
-ADJACENCY = "add_remove_one"
+from splitlab.privacy.accounting import ACCOUNTANTS, noise_multiplier_for
+from splitlab.privacy.mechanisms import Mechanism
 
 
 @dataclass(frozen=True)
@@ -92,32 +91,6 @@ class DPConfig(Settings):
     def private(self) -> bool:
         """Whether a guarantee is asked for."""
         return self.epsilon < math.inf or self.noise_multiplier > 0
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The numbers that fix a run's guarantee, worked out for its data.
-
-    Attributes:
-        noise_multiplier: σ; 0 where training is not private.
-        sample_rate: of Poisson sampling.
-        n: number of private samples, which counts as public.
-    """
-
-    noise_multiplier: float
-    sample_rate: float
-    n: int
-
-    @property
-    def expected_batch(self) -> float:
-        """Mean size of a Poisson batch."""
-        return self.sample_rate * self.n
-
-    def events(self, steps: int) -> tuple[PrivacyEvent, ...]:
-        """Return what `steps` steps spend; nothing where nothing protects, or nothing was done."""
-        if not self.noise_multiplier or not steps:
-            return ()
-        return (PrivacyEvent("gaussian", self.noise_multiplier, self.sample_rate, steps, ADJACENCY),)
 
 
 def mechanism(config: DPConfig, n: int) -> Mechanism:

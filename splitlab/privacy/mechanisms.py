@@ -20,12 +20,41 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
+from splitlab.privacy.accounting import PrivacyEvent
 from splitlab.privacy.draws import noised, uniform
 
 Gradients = dict[str, Tensor]
 """Parameter name -> gradient; of per-sample gradients, the first axis is the sample."""
 
 Inputs = tuple[Tensor, ...]
+
+ADJACENCY = "add_remove_one"
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The numbers that fix a run's guarantee, worked out for its data.
+
+    Attributes:
+        noise_multiplier: σ; 0 where training is not private.
+        sample_rate: of Poisson sampling.
+        n: number of private samples, which counts as public.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    n: int
+
+    @property
+    def expected_batch(self) -> float:
+        """Mean size of a Poisson batch."""
+        return self.sample_rate * self.n
+
+    def events(self, steps: int) -> tuple[PrivacyEvent, ...]:
+        """Return what `steps` steps spend; nothing where nothing protects, or nothing was done."""
+        if not self.noise_multiplier or not steps:
+            return ()
+        return (PrivacyEvent("gaussian", self.noise_multiplier, self.sample_rate, steps, ADJACENCY),)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,23 +12,15 @@ import torch
 from world import tiny
 
 from splitlab.core.errors import InputError
+from splitlab.core.paths import ROOT
 from splitlab.diffusion.base import Base
-from splitlab.dp.attacks.canaries import distance_ratio, extract, insert
-from splitlab.dp.attacks.membership import (
-    attacks,
-    auc,
-    auc_bound,
-    halves,
-    judged,
-    likelihood_ratio,
-    log_losses,
-    membership_auc,
-    shadow_losses,
-    tpr_at,
-    tpr_bound,
-)
+from splitlab.dp.attacks.membership import auc, log_losses, membership_auc
 from splitlab.dp.finetune import DPConfig
 from splitlab.dp.sample import Tuned, untuned
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from canaries import distance_ratio, extract, insert
+from shadow_models import attacks, auc_bound, halves, judged, likelihood_ratio, shadow_losses, tpr_at, tpr_bound
 
 
 def test_auc_and_tpr_of_a_case_done_by_hand():
@@ -179,6 +172,9 @@ def test_a_canary_is_inserted_as_often_as_asked():
         assert sum(torch.equal(image, canary.images[0]) for image in data.images) == times
         assert data.prompts.count(canary.prompts[0]) >= times
     assert insert(private, canary, 1).digest != insert(private, canary, 2).digest
+    bare = replace(private, hints=None)
+    assert insert(private, canary, 2).hints is not None
+    assert insert(bare, bare.subset([0]), 2).hints is None
 
 
 def test_a_copy_has_ratio_zero_and_an_ordinary_sample_does_not():

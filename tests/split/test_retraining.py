@@ -13,7 +13,7 @@ from splitlab.core.paths import ROOT
 from splitlab.core.seeds import Key
 from splitlab.diffusion.base import Base
 from splitlab.dp.finetune import DPConfig, draw_inputs
-from splitlab.dp.settings import Mechanism
+from splitlab.privacy.mechanisms import Mechanism
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import retraining

@@ -11,7 +11,6 @@ from splitlab.core.errors import InputError
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.controlnet import latent_hint_controlnet
-from splitlab.dp.attacks.canaries import insert
 from splitlab.dp.finetune import DPConfig, finetune
 from splitlab.dp.public import warped_copies
 from splitlab.split.config import Defences
@@ -65,10 +64,8 @@ def test_the_grid_of_fine_tunings_needs_images_alone(base: Base, tmp_path: Path)
     assert table["frechet"].notna().all()
 
 
-def test_public_data_and_canaries_need_no_hints(bare: ImageSet, private: ImageSet):
+def test_public_data_need_no_hints(bare: ImageSet):
     assert warped_copies(bare, 2, std=0.1).hints is None
-    assert insert(bare, bare.subset([0]), 2).hints is None
-    assert insert(private, private.subset([0]), 2).hints is not None
 
 
 def test_pixel_updates_need_images_alone_latent_ones_prompts_and_controlnets_hints(

@@ -1,1 +1,1 @@
-"""Attacks on fine-tuned models: membership and canaries."""
+"""Attacks on fine-tuned models."""
