@@ -58,9 +58,8 @@ def private_update(
     if trainable == "lora":
         raise InputError("the server knows no adapters of this client; mark and share another trainable set")
     if truth.text is None or truth.timesteps.ndim != 1:
-        raise InputError(
-            "a private share is one step's gradient of a text-conditional model: give text, one timestep each"
-        )
+        says = "a private share is one step's gradient of a text-conditional model: give text, one timestep each"
+        raise InputError(says)
     model = Denoiser(copy.deepcopy(unet).requires_grad_(False), None, alphas_cumprod)
     mark_trainable(model.unet, trainable, from_block=from_block)
     sigma = NOISE_SHARES[trust](noise_multiplier, n_clients)

@@ -6,7 +6,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from splitlab.core.labels import counted, percent
-from splitlab.federated.attacks import NO_INFORMATION, ON_IMAGES, inversion_label
+from splitlab.federated.attacks import INVERSIONS, NO_INFORMATION, ON_IMAGES, finding, inversion_label
 from splitlab.federated.defences import defence_label
 from splitlab.report import layout
 from splitlab.report.claims import Claim, judged
@@ -14,6 +14,10 @@ from splitlab.study.results import words
 
 ALIKE = 0.9
 """SSIM from which a reconstruction is called near-identical."""
+
+PAPER = [record for record in INVERSIONS.values() if record.family == "GIDM"]
+GIVEN, JOINT = ([record.name for record in PAPER if ("noise" in record.needs) == told] for told in (True, False))
+"""The paper's own attacks: those that are told the noise, and those that look for it together with the image."""
 
 TOLD = ("noise", "timesteps")
 """What an attacker knows who does not start blind."""
@@ -57,15 +61,15 @@ def conclusion(material: UpdateMaterial) -> Markdown:
     """Say what was found, from the table."""
     plain = material.plain
     lines = []
-    for what, column in {"Timesteps": "timestep_exact", "Prompts": "prompt_exact"}.items():
-        rows = plain.dropna(subset=[column])
-        rows = rows[rows["attack"].eq("timesteps") if what == "Timesteps" else rows["attack"].ne(NO_INFORMATION)]
+    for fact, column in {"timesteps": "timestep_exact", "prompts": "prompt_exact"}.items():
+        rows = plain[plain["attack"].isin(finding(fact))].dropna(subset=[column])
         if len(rows):
             worst = rows.sort_values(column, kind="stable").iloc[0]
             lines.append(
-                f"**{what}** are read off undefended updates exactly in {percent(float(rows[column].mean()))} of "
+                f"**{fact.capitalize()}** are read off undefended updates exactly in "
+                f"{percent(float(rows[column].mean()))} of "
                 f"{counted(len(rows), 'cell')} on average; worst: {percent(float(worst[column]))} ({worst['cell']})"
-                f"{_refusals(plain, what.lower())}."
+                f"{_refusals(plain, fact)}."
             )
     undefended = material.images[material.images["defence"] == "none"]
     best = _best(undefended[~told(undefended, *TOLD)])
@@ -77,18 +81,17 @@ def conclusion(material: UpdateMaterial) -> Markdown:
     return layout.bullets([*lines, *_contrast(undefended)])
 
 
-def _refusals(plain: pd.DataFrame, attack: str) -> str:
-    """Say on how many undefended cells an attack was refused, which no mean counts."""
-    refused = plain[plain["attack"].eq(attack) & plain["refused"].notna()]
+def _refusals(plain: pd.DataFrame, fact: str) -> str:
+    """Say on how many undefended cells the attack on a fact was refused, which no mean counts."""
+    refused = plain[plain["attack"].isin(finding(fact)) & plain["refused"].notna()]
     return f"; in {counted(len(refused), 'further cell')} the attack was refused" if len(refused) else ""
 
 
 def _contrast(images: pd.DataFrame) -> list[str]:
     """Set the strongest attack against GIDM's own optimiser, cell by cell."""
-    own = images[images["attack"] == "gidm"].set_index("cell")
     rows = []
-    for cell, gidm in own.iterrows():
-        others = images[(images["cell"] == cell) & ~images["attack"].isin(["gidm", "gidm_plus"])]
+    for cell, gidm in images[images["attack"].isin(GIVEN)].set_index("cell").iterrows():
+        others = images[(images["cell"] == cell) & ~images["attack"].isin([*GIVEN, *JOINT])]
         if len(others):
             rows.append((others.sort_values("ssim", kind="stable").iloc[-1], gidm))
     if not rows:
@@ -128,9 +131,9 @@ def claims_table(material: UpdateMaterial) -> HTML:
 
 
 def _timestep_claim(plain: pd.DataFrame) -> Claim:
-    times = plain[plain["attack"] == "timesteps"].dropna(subset=["timestep_exact"])
+    times = plain[plain["attack"].isin(finding("timesteps"))].dropna(subset=["timestep_exact"])
     exact = float(times["timestep_exact"].mean()) if len(times) else float("nan")
-    joint = plain[plain["attack"] == "gidm_plus"]["timestep_exact"].mean()
+    joint = plain[plain["attack"].isin(JOINT)]["timestep_exact"].mean()
     found = (
         f"The time embedding's gradient tells it in closed form, exactly in {percent(exact)} of undefended updates "
         f"({counted(len(times), 'cell')}{_refusals(plain, 'timesteps')}); GIDM+'s joint optimisation, from random "
@@ -164,11 +167,11 @@ def _best(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plus(rows: pd.DataFrame) -> str:
-    own = rows[rows["attack"] == "gidm_plus"].dropna(subset=["ssim"])
-    if own.empty:
+    joint = rows[rows["attack"].isin(JOINT)].dropna(subset=["ssim"])
+    if joint.empty:
         return ""
     return (
-        f"GIDM+ itself, from random starts, reaches SSIM {own['ssim'].mean():.2f}; the released code starts its "
+        f"GIDM+ itself, from random starts, reaches SSIM {joint['ssim'].mean():.2f}; the released code starts its "
         "unknown noise at the true noise."
     )
 

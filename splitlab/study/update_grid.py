@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 from splitlab.core.config import Count, Natural, Positive, Settings, one_of
 from splitlab.core.errors import InputError
+from splitlab.core.labels import GRANT_WORDS
 from splitlab.federated.attacks import INVERSIONS
 from splitlab.federated.client import TRAINABLE
 from splitlab.federated.defences import make_defence
 from splitlab.study.config import GRIDS
 
-GRANTS = ("batch_size", "timesteps", "noise", "text", "hint_latents")
+GRANTS = tuple(GRANT_WORDS)
 
 KINDS = ("pixel", "latent", "controlnet", "lora")
 

@@ -8,7 +8,7 @@ from world.tiny import ALPHAS, update_truth
 
 from splitlab.core.errors import InputError
 from splitlab.federated.client import Update, pixel_unet, share, share_each
-from splitlab.federated.defences import DEFENCES, protect, share_protected
+from splitlab.federated.defences import DEFENCES, effects, make_defence, protect, share_protected
 from splitlab.federated.defences.aggregation import SecureAggregation, aggregate
 from splitlab.federated.defences.bits import Quantise
 from splitlab.federated.defences.clip import Clip
@@ -241,6 +241,45 @@ def test_soteria_names_a_layer_that_is_missing(pixel: nn.Module, update: Update)
 def test_levels_that_mean_nothing_are_refused(make, says: str):
     with pytest.raises(InputError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        ("none", None),
+        ("noise=0.1", GaussianNoise(0.1)),
+        ("clip=2", Clip(2.0)),
+        ("top_k=0.01", TopK(0.01)),
+        ("bits=8", Quantise(8)),
+        ("sign", Sign()),
+        ("dp_sgd=0.5", PerExample(1.0, 0.5)),
+        ("soteria=0.5", Soteria(0.5)),
+        ("aggregation=4", SecureAggregation(4)),
+    ],
+)
+def test_parameter_files_name_defences_and_updates_tell_attackers_what_they_leave(words: str, made):
+    assert make_defence(words) == made
+    name = words.partition("=")[0]
+    assert effects("none" if made is None else str(made)) == set(DEFENCES[name].effects if made else ())
+    assert effects("Clip") == {"rescaled"}
+    assert effects("Home made=1, Clip max_norm=2") == {"unknown", "rescaled"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            "nois=1",
+            "defence 'nois=1' is unknown; choose 'none' or <name>=<level>: noise, clip, top_k, bits, sign, dp_sgd",
+        ),
+        ("noise=much", "defence 'noise=much': 'much' is no number; write noise=<level>"),
+        ("noise=-1", "defence 'noise=-1': GaussianNoise: rel must be 0 or more, got -1.0"),
+        ("bits=inf", "defence 'bits=inf': 'inf' is no number"),
+    ],
+)
+def test_words_that_name_no_defence_are_refused(words: str, says: str):
+    with pytest.raises(InputError, match=says):
+        make_defence(words)
 
 
 def test_what_needs_the_batch_says_so(update: Update):

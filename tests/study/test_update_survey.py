@@ -18,6 +18,7 @@ from splitlab.explorer import InversionPanel
 from splitlab.explorer.update_explore import Inverted, side_by_side
 from splitlab.federated.attacks import NO_INFORMATION
 from splitlab.federated.client import pixel_unet, share
+from splitlab.federated.defences import make_defence
 from splitlab.federated.external import attack_gradient
 from splitlab.federated.saved import SavedInversion, load_inversion, save_inversion
 from splitlab.federated.update import UpdateTruth, read_update, read_update_truth, write_update

@@ -12,7 +12,13 @@ from splitlab.federated.attacks.record import Attack
 INVERSIONS: dict[str, Attack] = catalogue(__name__, __path__)
 """By name, in the order in which facts are found."""
 
-ON_IMAGES = tuple(name for name, record in INVERSIONS.items() if record.finds == "images")
+
+def finding(fact: str) -> tuple[str, ...]:
+    """Return the names of the attacks that are after a fact, see `Attack.finds`."""
+    return tuple(name for name, record in INVERSIONS.items() if record.finds == fact)
+
+
+ON_IMAGES = finding("images")
 
 NO_INFORMATION = "no_information"
 """The guess that looks at no update: what all attacks are measured against."""

@@ -10,6 +10,7 @@ from world import tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.metrics import mse
+from splitlab.federated.attacks import INVERSIONS, ON_IMAGES
 from splitlab.federated.attacks.baselines import dlg, inverting_gradients, variation
 from splitlab.federated.attacks.gidm import gidm, gidm_plus
 from splitlab.federated.attacks.gradient_matching import known_noise
@@ -290,13 +291,21 @@ def test_total_variation_of_a_ramp() -> None:
     assert variation(ramp).item() == 1.0
 
 
-@pytest.mark.parametrize("attack", ["known_noise", "dlg", "inverting_gradients", "gidm"])
-def test_missing_facts_are_named(attack: str) -> None:
+@pytest.mark.parametrize("fact", ["timesteps", "noise"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_need_what_their_records_say(attack: str, fact: str) -> None:
     updates, known, _ = _case(1, small=True)
-    with pytest.raises(InputError, match=r"knowledge\.noise"):
-        ATTACKS[attack][0](updates, replace(known, noise=None), generator=tiny.draw())
-    with pytest.raises(InputError, match=r"knowledge\.timesteps"):
-        ATTACKS[attack][0](updates, replace(known, timesteps=None), generator=tiny.draw())
+    function, options = ATTACKS[attack]
+    denied = replace(known, **{fact: None})
+    if fact in INVERSIONS[attack].needs:
+        with pytest.raises(InputError, match=rf"knowledge\.{fact}"):
+            function(updates, denied, generator=tiny.draw(), **options)
+    else:
+        function(updates, denied, generator=tiny.draw(), **options)
+
+
+def test_every_attack_on_images_is_tested() -> None:
+    assert set(ATTACKS) == set(ON_IMAGES)
 
 
 def test_bad_input_is_named() -> None:
