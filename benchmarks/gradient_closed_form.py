@@ -21,10 +21,11 @@ from splitlab.data.image_set import load
 from splitlab.diffusion.base import Base
 from splitlab.federated.attacks.prompts import prompts
 from splitlab.federated.attacks.timesteps import timesteps
-from splitlab.federated.client import InversionKnowledge, Update, UpdateTruth, pixel_unet, share
+from splitlab.federated.client import InversionKnowledge, pixel_unet, share
 from splitlab.federated.defences import protect
 from splitlab.federated.defences.clip import Clip
 from splitlab.federated.defences.noise import GaussianNoise
+from splitlab.federated.update import Update, UpdateTruth
 
 COLUMNS = ("what", "model", "layers", "variant", "batch", "n", "exact", "found", "attack_cpu_s")
 LEVELS = (0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from splitlab.core.seeds import generator
 from splitlab.data.image_set import load
 from splitlab.diffusion.base import load_base
+from splitlab.diffusion.denoisers import plain_attention
 from splitlab.diffusion.metrics import mse, ssim
 from splitlab.federated.attacks.baselines import dlg, inverting_gradients
 from splitlab.federated.attacks.gidm import gidm
@@ -29,16 +30,8 @@ from splitlab.federated.attacks.noisy_inputs import _objective
 from splitlab.federated.attacks.patches import SpanTest, choose_layers, find_layers
 from splitlab.federated.attacks.problem import Problem
 from splitlab.federated.attacks.unknown_noise import unknown_noise
-from splitlab.federated.client import (
-    InversionKnowledge,
-    Update,
-    UpdateTruth,
-    pixel_unet,
-    plain_attention,
-    share,
-    share_each,
-    training_loss,
-)
+from splitlab.federated.client import InversionKnowledge, pixel_unet, share, share_each, training_loss
+from splitlab.federated.update import Update, UpdateTruth
 from splitlab.study.update_scores import matched
 
 ALPHAS = DDPMScheduler().alphas_cumprod

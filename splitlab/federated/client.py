@@ -19,38 +19,10 @@ from splitlab.diffusion.denoisers import Call, ControlledUNet, plain_attention, 
 from splitlab.federated.update import (
     Update,
     UpdateTruth,
-    check_update,
     checked_size,
     model_digest,
-    read_update,
-    read_update_truth,
     some,
-    write_update,
-    write_update_truth,
 )
-
-__all__ = [
-    "TRAINABLE",
-    "ControlledUNet",
-    "InversionKnowledge",
-    "Update",
-    "UpdateTruth",
-    "check_update",
-    "model_digest",
-    "noised",
-    "pixel_unet",
-    "plain_attention",
-    "predict",
-    "read_update",
-    "read_update_truth",
-    "share",
-    "share_each",
-    "target_of",
-    "trainable_names",
-    "training_loss",
-    "write_update",
-    "write_update_truth",
-]
 
 TRAINABLE: dict[str, Callable[[str], bool]] = {
     "all": lambda name: True,

@@ -252,7 +252,7 @@ def read_update_truth(path: str | Path) -> UpdateTruth:
     needed = {"clean", "timesteps", "noise"}
     if not isinstance(prompts, list) or not needed <= set(tensors) <= set(UpdateTruth.__dataclass_fields__):
         raise InputError(
-            f"{path}: not the truth of an update; `splitlab.federated.client.write_update_truth` makes one"
+            f"{path}: not the truth of an update; `splitlab.federated.update.write_update_truth` makes one"
         )
     n = len(_checked_facts(tensors, path))
     if len(prompts) not in (0, n) or not all(isinstance(prompt, str) for prompt in prompts):

@@ -25,8 +25,9 @@ from splitlab.data.overlap import refuse_overlaps
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.base_files import load_model
 from splitlab.diffusion.controlnet import LatentHintControlNet
+from splitlab.diffusion.denoisers import ControlledUNet, plain_attention
 from splitlab.federated.attacks import INVERSIONS, ON_IMAGES
-from splitlab.federated.client import ControlledUNet, InversionKnowledge, pixel_unet, plain_attention, share
+from splitlab.federated.client import InversionKnowledge, pixel_unet, share
 from splitlab.federated.defences import make_defence, share_protected
 from splitlab.federated.saved import SavedInversion, guess, save_inversion, saved_inversion, timed
 from splitlab.federated.update import Update, UpdateTruth, read_granted, read_update, write_update, write_update_truth

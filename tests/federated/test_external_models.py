@@ -18,10 +18,12 @@ from splitlab import attack_gradient
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.controlnet import image_hint_controlnet
+from splitlab.diffusion.denoisers import ControlledUNet
 from splitlab.federated.attacks.problem import Problem
 from splitlab.federated.attacks.time_layers import TimeProbe
-from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, pixel_unet
+from splitlab.federated.client import InversionKnowledge, pixel_unet
 from splitlab.federated.external_model import external_model
+from splitlab.federated.update import Update
 
 
 def plain(model: nn.Module, noisy: Tensor, t: Tensor) -> Tensor:

@@ -15,22 +15,23 @@ from splitlab.core import checkpoint
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.controlnet import latent_hint_controlnet
+from splitlab.diffusion.denoisers import ControlledUNet, predict
 from splitlab.federated.client import (
-    ControlledUNet,
     InversionKnowledge,
-    Update,
-    UpdateTruth,
-    check_update,
-    model_digest,
     noised,
     pixel_unet,
-    predict,
-    read_update,
-    read_update_truth,
     share,
     share_each,
     target_of,
     trainable_names,
+)
+from splitlab.federated.update import (
+    Update,
+    UpdateTruth,
+    check_update,
+    model_digest,
+    read_update,
+    read_update_truth,
     write_update,
     write_update_truth,
 )

@@ -7,7 +7,7 @@ from world import tiny
 from world.tiny import ALPHAS, update_truth
 
 from splitlab.core.errors import InputError
-from splitlab.federated.client import Update, pixel_unet, share, share_each
+from splitlab.federated.client import pixel_unet, share, share_each
 from splitlab.federated.defences import DEFENCES, effects, make_defence, protect, share_protected
 from splitlab.federated.defences.aggregation import SecureAggregation, aggregate
 from splitlab.federated.defences.bits import Quantise
@@ -17,6 +17,7 @@ from splitlab.federated.defences.noise import GaussianNoise
 from splitlab.federated.defences.sign import Sign
 from splitlab.federated.defences.soteria import Soteria, soteria_scores, withhold
 from splitlab.federated.defences.top_k import TopK
+from splitlab.federated.update import Update
 
 ALL = [
     GaussianNoise(0.5),

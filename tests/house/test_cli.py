@@ -19,7 +19,8 @@ from splitlab import attack_gradient, cli, doctor, load_base
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
 from splitlab.federated import external
-from splitlab.federated.client import pixel_unet, share, write_update
+from splitlab.federated.client import pixel_unet, share
+from splitlab.federated.update import write_update
 from splitlab.report import page
 from splitlab.study import planner
 

@@ -14,7 +14,7 @@ from splitlab.data.generate import Sample, shapes
 from splitlab.data.image_set import ImageSet, image_set
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.pretrain import MAX_TOKENS, make_scheduler, make_tokenizer
-from splitlab.federated.client import UpdateTruth
+from splitlab.federated.update import UpdateTruth
 from splitlab.split.config import TrainConfig
 
 SIZE = 16

@@ -11,7 +11,8 @@ from splitlab.federated.attacks.matching import Matcher, best_of
 from splitlab.federated.attacks.optimise import lbfgs
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
 from splitlab.federated.attacks.record import Attack
-from splitlab.federated.client import InversionKnowledge, Update
+from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.update import Update
 
 
 def dlg(

@@ -5,6 +5,9 @@ its output, so that one batched pass serves all updates and a batched matrix pro
 is differentiated with respect to a parameter, and no graph runs through the gradients: what a distance says about
 them is handed back to inputs and signals by the same products. What belongs to no such layer, as an embedding or a lone
 scale, is differentiated twice by autograd, update by update.
+
+Which gradients are such products is tried, not assumed: a convolution may standardise its weight first, attention may
+use a layer's weight without calling the layer, two layers may share one weight.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from splitlab.federated.attacks.patches import Geometry, geometry, is_supported
+from splitlab.federated.attacks.patches import Forward, Geometry, geometry, is_supported
+
+TOLERANCE = 1e-3
+"""A product that differs from the gradient by more than this, relatively, is another thing."""
+
+NOTHING = 1e-5
+"""Below this share of the largest tensor's length, a gradient is taken for rounding."""
 
 
 class Tape:
@@ -231,3 +240,52 @@ def has_products(module: nn.Module) -> bool:
 
 def _weight(module: nn.Module) -> Tensor:
     return module.get_parameter("weight")
+
+
+def products(model: nn.Module, names: Sequence[str], forward: Forward, probe: Tensor) -> frozenset[str]:
+    """Return those of the parameters `names` whose gradient is the product of their layer's input and signal.
+
+    Args:
+        model: the attacked model, its parameters frozen.
+        names: of its parameters.
+        forward: runs the model on noisy inputs and returns its prediction.
+        probe: noisy inputs `[1, c, h, w]`, random, so that nothing agrees by chance.
+    """
+    owners = {name: name.rpartition(".")[0] for name in names}
+    candidates = [name for name, owner in owners.items() if has_products(model.get_submodule(owner))]
+    parameters = [model.get_parameter(name) for name in candidates]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    prediction = forward(probe)
+    signal = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(1))
+    right = torch.autograd.grad(prediction, parameters, signal, materialize_grads=True)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    made = _made(Tape(model, candidates), forward, probe, signal)
+    floor = NOTHING * max((float(value.norm()) for value in right), default=0.0)
+    return frozenset(
+        name
+        for name, value in zip(candidates, right, strict=True)
+        if name in made
+        and made[name].shape == value.shape
+        and float((made[name] - value).norm()) <= TOLERANCE * float(value.norm()) + floor
+    )
+
+
+def _made(tape: Tape, forward: Forward, probe: Tensor, signal: Tensor) -> dict[str, Tensor]:
+    """Return the products, by parameter; none of a layer that was called in another way than its kind is."""
+    with tape:
+        prediction = forward(probe)
+    outputs = [output for _, _, output in tape.calls]
+    signals = torch.autograd.grad(prediction, outputs, signal, materialize_grads=True) if outputs else ()
+    made: dict[str, Tensor] = {}
+    for (owner, inputs, _), back in zip(tape.calls, signals, strict=True):
+        try:
+            with torch.no_grad():
+                parts = layer_of(tape.modules[owner], inputs, back, 1).gradients()
+        except (RuntimeError, IndexError):  # shapes that are no such layer's
+            continue
+        for kind, value in parts.items():
+            name = f"{owner}.{kind}"
+            made[name] = made[name] + value[0] if name in made else value[0]
+    return made

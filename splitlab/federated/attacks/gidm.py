@@ -18,7 +18,8 @@ from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
 from splitlab.federated.attacks.record import Attack
-from splitlab.federated.client import InversionKnowledge, Update
+from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.update import Update
 
 
 def gidm(

@@ -14,7 +14,8 @@ from splitlab.federated.attacks.optimise import Minimum, lbfgs
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
 from splitlab.federated.attacks.record import Attack
 from splitlab.federated.attacks.scale import nearest_usual
-from splitlab.federated.client import InversionKnowledge, Update
+from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.update import Update
 
 BLIND_GOAL = 1e-6
 """Where a fit that is blind to the scale may stop: near enough to read the scale off, after which it is finished."""

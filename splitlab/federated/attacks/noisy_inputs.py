@@ -25,13 +25,11 @@ class NoisyInputs:
     Attributes:
         noisy: `[n, c, h, w]`.
         value: `[n]`: the share of patch energy outside of the gradient's row space; 0: certain.
-        layers: the layers tested.
         starts: random starts made.
     """
 
     noisy: Tensor
     value: Tensor
-    layers: tuple[str, ...]
     starts: int
 
 
@@ -73,8 +71,7 @@ def find_noisy(
         starts += 1
         search.start(samples, n_evals, generator)
         search.settled = search.twice & (starts >= 4 and problem.is_inexact)
-    names = tuple(layer.name for layer in layers)
-    return NoisyInputs(search.best.reshape(-1, *problem.shape), search.value, names, starts)
+    return NoisyInputs(search.best.reshape(-1, *problem.shape), search.value, starts)
 
 
 def _layers(problem: Problem, margin: float) -> list[Layer]:

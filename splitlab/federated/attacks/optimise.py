@@ -21,14 +21,10 @@ class Minimum:
     Attributes:
         point: `[n, d]`: the best point of each problem.
         value: `[n]`: its objective.
-        n_evals: evaluations of the objective, the same for all problems.
-        history: the mean objective over the problems after each evaluation.
     """
 
     point: Tensor
     value: Tensor
-    n_evals: int
-    history: tuple[float, ...]
 
 
 def lbfgs(
@@ -58,20 +54,18 @@ def lbfgs(
         watch: told after every evaluation.
     """
     state = _State(start.detach().clone(), memory)
-    history: list[float] = []
     record: list[Tensor] = []
     for count in range(1, n_evals + 1):
         trial = state.trial()
         value, gradient = objective(trial)
         state.tell(trial, value.detach().double(), gradient.detach().double())
-        history.append(float(state.value.mean()))
         record.append(state.value.clone())
         if watch:
             watch(count, state.point, state.value)
         stalled = stall and count > stall and bool((state.value > stall_ratio * record[count - 1 - stall]).all())
         if bool((state.value <= goal).all()) or stalled:
             break
-    return Minimum(state.point, state.value.float(), len(history), tuple(history))
+    return Minimum(state.point, state.value.float())
 
 
 class _State:

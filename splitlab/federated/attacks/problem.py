@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.diffusion.denoisers import plain_attention, predict
+from splitlab.federated.attacks.batched_gradients import products
 from splitlab.federated.attacks.patches import Layer, find_layers
-from splitlab.federated.attacks.products import products
 from splitlab.federated.attacks.shapes import input_shape
 from splitlab.federated.client import InversionKnowledge
 from splitlab.federated.defences import effects

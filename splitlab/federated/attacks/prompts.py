@@ -15,8 +15,7 @@ from transformers import CLIPTokenizer
 
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
-from splitlab.federated.attacks.prefixes import Prefixes
-from splitlab.federated.attacks.prompt_search import ENOUGH, PromptSearch
+from splitlab.federated.attacks.prompt_search import ENOUGH, Prefixes, PromptSearch
 from splitlab.federated.attacks.record import Attack
 from splitlab.federated.attacks.row_spaces import Rows, block, unit_rows
 from splitlab.federated.client import InversionKnowledge

@@ -124,19 +124,6 @@ def timesteps(
     return TimestepsFound(torch.tensor(found), torch.tensor(evidence), residuals, strengths, n_repeats)
 
 
-def embedding_ratio(update: Update, knowledge: InversionKnowledge) -> Float[Tensor, " d"]:
-    """Return dWᵀ db / |db|² of the time embedding's first layer: e(t) itself if the batch is one image.
-
-    Raises:
-        InputError: the weight's or the bias's gradient is missing or zero.
-    """
-    check_update(update, knowledge.model)
-    shape = input_shape(knowledge.model, size=update.size, channels=knowledge.channels)
-    first = TimeProbe(knowledge, shape).first().name
-    weight, bias = (_gradient(update, f"{first}.{kind}").double() for kind in ("weight", "bias"))
-    return weight.flatten(1).T @ bias / bias.square().sum()
-
-
 def _gradient(update: Update, name: str) -> Tensor:
     value = update.gradients.get(name)
     if value is None:

@@ -24,7 +24,8 @@ from splitlab.federated.attacks.record import Attack
 from splitlab.federated.attacks.residual import solve_residual, tail
 from splitlab.federated.attacks.scale import Scaling, find_scale
 from splitlab.federated.attacks.timesteps import timesteps as read_timesteps
-from splitlab.federated.client import InversionKnowledge, Update
+from splitlab.federated.client import InversionKnowledge
+from splitlab.federated.update import Update
 
 MOST_PAIRED = 3
 """Images per update for which all pairings with timesteps are tried."""

@@ -21,12 +21,13 @@ from splitlab.federated.attacks.patches import Layer, SpanTest, choose_layers, f
 from splitlab.federated.attacks.problem import Problem
 from splitlab.federated.attacks.residual import solve_residual, tail
 from splitlab.federated.attacks.unknown_noise import unknown_noise
-from splitlab.federated.client import InversionKnowledge, Update, UpdateTruth, noised, pixel_unet, share, training_loss
+from splitlab.federated.client import InversionKnowledge, noised, pixel_unet, share, training_loss
 from splitlab.federated.defences import protect, share_protected
 from splitlab.federated.defences.bits import Quantise
 from splitlab.federated.defences.clip import Clip
 from splitlab.federated.defences.soteria import Soteria
 from splitlab.federated.defences.top_k import TopK
+from splitlab.federated.update import Update, UpdateTruth
 
 SIZE = 8
 SCHEDULE = torch.linspace(0.9999, 0.98, 1000).cumprod(0)

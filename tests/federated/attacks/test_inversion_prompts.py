@@ -12,11 +12,13 @@ from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
 from splitlab.diffusion.base import Base, load_base
 from splitlab.diffusion.controlnet import latent_hint_controlnet
-from splitlab.federated.attacks.prefixes import PrefixEncoder
+from splitlab.diffusion.denoisers import ControlledUNet
+from splitlab.federated.attacks.prompt_search import PrefixEncoder
 from splitlab.federated.attacks.prompts import PromptsFound, prompts
-from splitlab.federated.client import ControlledUNet, InversionKnowledge, Update, UpdateTruth, pixel_unet, share
+from splitlab.federated.client import InversionKnowledge, pixel_unet, share
 from splitlab.federated.defences import protect
 from splitlab.federated.defences.noise import GaussianNoise
+from splitlab.federated.update import Update, UpdateTruth
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "models/base/model_index.json").exists(),
