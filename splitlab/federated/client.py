@@ -203,8 +203,8 @@ def share(
     result = Update({}, kind, objective, size, model_digest(model), local_steps=steps, lr=lr)
     now, gradients = start, {}
     for step in range(steps):
-        own = {name: value.clone().requires_grad_(name in names) for name, value in now.items()}
-        gradients = _gradients(model, truth, step, own, names, alphas_cumprod, objective)
+        leaves = {name: value.clone().requires_grad_(name in names) for name, value in now.items()}
+        gradients = _gradients(model, truth, step, leaves, names, alphas_cumprod, objective)
         if kind == "fedavg":
             now = now | {name: now[name] - lr * gradients[name] for name in names}
     if kind == "fedavg":
@@ -241,5 +241,5 @@ def _gradients(
         objective=objective,
         parameters=parameters,
     )
-    found = torch.autograd.grad(loss, [parameters[name] for name in names], materialize_grads=True)
-    return dict(zip(names, found, strict=True))
+    gradients = torch.autograd.grad(loss, [parameters[name] for name in names], materialize_grads=True)
+    return dict(zip(names, gradients, strict=True))

@@ -146,10 +146,10 @@ def attack_gradient(
     if known.noise is not None and known.noise.shape[1:] != shape:
         raise InputError(f"noise: expected [b, {', '.join(map(str, shape))}], got {list(known.noise.shape)}")
     _say(words + more_words)
-    found = _run(attack, updates, known, shape, seed, {"callback": callback, **INVERSIONS[attack].usual, **options})
-    for result in found if isinstance(found, tuple) else (found,):
+    results = _run(attack, updates, known, shape, seed, {"callback": callback, **INVERSIONS[attack].usual, **options})
+    for result in results if isinstance(results, tuple) else (results,):
         _say(getattr(result, "warnings", ()))
-    return found
+    return results
 
 
 def _read(
@@ -273,20 +273,20 @@ def _run(
 
     try:
         if attack not in ON_IMAGES:
-            found = tuple(run(update, known) for update in updates)
-            return found[0] if len(found) == 1 else found
+            results = tuple(run(update, known) for update in updates)
+            return results[0] if len(results) == 1 else results
         if known.class_labels is not None or not needs(known.model, "class_labels"):
             return run(updates, known)
         each = [label_options(update, known, shape) for update in updates]
         ways = each[0] if len(each) == 1 else [torch.cat([ways[0] for ways in each])]
         if any(len(ways) > 1 for ways in each[1:]):
             raise InputError("class labels of per-sample gradients do not show here; grant class_labels")
-        results = []
+        trials = []
         for labels in ways:
-            results.append(replace(run(updates, replace(known, class_labels=labels)), class_labels=labels))
-            if float(results[-1].final.max()) < EXPLAINED:
+            trials.append(replace(run(updates, replace(known, class_labels=labels)), class_labels=labels))
+            if float(trials[-1].final.max()) < EXPLAINED:
                 break
-        return min(results, key=lambda result: float(result.final.max()))
+        return min(trials, key=lambda result: float(result.final.max()))
     except RuntimeError as error:
         raise InputError(
             f"{attack} cannot run on this {type(known.model).__name__} ({str(error).splitlines()[0]:.300}); parts that "

@@ -94,8 +94,8 @@ def _load(path: Path) -> nn.Module:
             f"{path}: no model; name a directory that diffusers' save_pretrained wrote, or give the torch.nn.Module"
         )
     kind = str(read_config(path / "config.json").get("_class_name"))
-    own = {"LatentHintControlNet": LatentHintControlNet}
-    loaded = own.get(kind) or getattr(diffusers, kind, None)
+    ours = {"LatentHintControlNet": LatentHintControlNet}
+    loaded = ours.get(kind) or getattr(diffusers, kind, None)
     if not isinstance(loaded, type) or not issubclass(loaded, ModelMixin):
         raise InputError(f"{path}: a {kind}, no model of diffusers; load it yourself and give the torch.nn.Module")
     return load_model(loaded, path)
@@ -117,11 +117,10 @@ def check_called(knowledge: InversionKnowledge, size: Size) -> tuple[InversionKn
         facts = stand_in_facts(knowledge, shape, 2)
         try:
             with torch.no_grad():
-                found = outputs(knowledge.model, torch.zeros(2, *shape), torch.tensor([0, last]), facts, call=call)
-            words = (
-                f"{found.shape[1]} channels are predicted; the loss is taken to be the first {channels}' squared error"
-            )
-            return replace(knowledge, channels=channels, call=call), (words,) if found.shape[1] > channels else ()
+                prediction = outputs(knowledge.model, torch.zeros(2, *shape), torch.tensor([0, last]), facts, call=call)
+            width = prediction.shape[1]
+            words = f"{width} channels are predicted; the loss is taken to be the first {channels}' squared error"
+            return replace(knowledge, channels=channels, call=call), (words,) if width > channels else ()
         except InputError as error:
             failures.append(str(error))
         except Exception as error:  # whatever foreign code raises

@@ -104,8 +104,8 @@ def by_parameter(read: Gradients | Listed, model: nn.Module, where: str) -> tupl
     if isinstance(read, list):
         named, words = _in_order(read, model, where)
     else:
-        found, words = match_names(read, model)
-        named = {name: read[given] for given, name in found.items()}
+        matched, words = match_names(read, model)
+        named = {name: read[given] for given, name in matched.items()}
     known = [(value, shapes[name]) for name, value in named.items() if name in shapes]
     if known and len(known) == len(named) and any(value.shape != shape for value, shape in known):
         counts = {len(value) if value.shape[1:] == shape and value.ndim else 0 for value, shape in known}
@@ -135,26 +135,27 @@ def _check_layout(named: Gradients, shapes: Mapping[str, torch.Size], where: str
 
 def _in_order(values: Listed, model: nn.Module, where: str) -> tuple[Gradients, tuple[str, ...]]:
     """Name what came without names; a list of as many entries as there are parameters is taken for theirs."""
-    own = {name: p for name, p in model.named_parameters() if not _is_frozen_part(model, name)}
-    trained = {name: p for name, p in own.items() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if not _is_frozen_part(model, name)}
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
     state = {name: value for name, value in model.state_dict().items() if not _is_frozen_part(model, name)}
-    sizes = [parameter.numel() for parameter in own.values()]
-    if len(values) == 1 and values[0] is not None and values[0].shape == (sum(sizes),) and len(own) > 1:
-        parts = zip(own.items(), values[0].split(sizes), strict=True)
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    if len(values) == 1 and values[0] is not None and values[0].shape == (sum(sizes),) and len(parameters) > 1:
+        parts = zip(parameters.items(), values[0].split(sizes), strict=True)
         return {name: part.view_as(p) for (name, p), part in parts}, (f"one vector, cut {IN_ORDER}",)
     misfit = ""
-    for names in (own, trained, state):
+    for names in (parameters, trained, state):
         if len(names) != len(values):
             continue
         pairs = [(n, names[n].shape, v) for n, v in zip(names, values, strict=True) if v is not None]
         wrong = [(n, s, v) for n, s, v in pairs if v.shape != s and v.shape[1:] != s]
         if not wrong:
-            return {name: value for name, _, value in pairs if name in own}, (f"taken {IN_ORDER}",)
+            return {name: value for name, _, value in pairs if name in parameters}, (f"taken {IN_ORDER}",)
         name, shape, value = wrong[0]
         misfit = f", where entry of {name} is {tuple(value.shape)} instead of {tuple(shape)}"
     raise InputError(
-        f"{where}: {len(values)} arrays without names{misfit}; this {type(model).__name__} has {len(own)} parameters, "
-        f"{len(trained)} of them trained, {len(state)} entries with buffers: give them {IN_ORDER}, or by name"
+        f"{where}: {len(values)} arrays without names{misfit}; this {type(model).__name__} has "
+        f"{len(parameters)} parameters, {len(trained)} of them trained, {len(state)} entries with buffers: give them "
+        f"{IN_ORDER}, or by name"
     )
 
 

@@ -54,24 +54,24 @@ def match_names(names: Iterable[str], model: nn.Module) -> tuple[dict[str, str],
         words.append(f"{some([n for n in names if n not in kept])} left out: no part of the denoiser's gradient")
     kept = kept or names
     _check_adapters(kept, targets, type(model).__name__)
-    found = _by_path(kept, targets) or _from_kohya(kept, targets)
-    if found is None:
+    matched = _by_path(kept, targets) or _from_kohya(kept, targets)
+    if matched is None:
         return {name: name for name in names}, ()
-    if len(set(found.values())) < len(found):
-        raise InputError(f"{some(_twins(found))} mean one parameter; give each once")
-    changed = [name for name in kept if name != found[name]]
+    if len(set(matched.values())) < len(matched):
+        raise InputError(f"{some(_twins(matched))} mean one parameter; give each once")
+    changed = [name for name in kept if name != matched[name]]
     if changed:
-        words.append(f"names matched to the model's, e.g. {changed[0]} is {found[changed[0]]}")
-    return found, tuple(words)
+        words.append(f"names matched to the model's, e.g. {changed[0]} is {matched[changed[0]]}")
+    return matched, tuple(words)
 
 
 def _targets(model: nn.Module) -> dict[str, str]:
     """Return the model's parameters by the one spelling of their names, where that is unambiguous."""
-    own = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters()]
     if isinstance(model, ControlledUNet):
-        own = [name for name in own if name.startswith("controlnet.")]
-    spelt = {_spelt(name): name for name in own}
-    return spelt if len(spelt) == len(own) else {name: name for name in own}
+        names = [name for name in names if name.startswith("controlnet.")]
+    spelt = {_spelt(name): name for name in names}
+    return spelt if len(spelt) == len(names) else {name: name for name in names}
 
 
 def _spelt(name: str) -> str:
@@ -109,19 +109,19 @@ def _by_path(names: list[str], targets: Mapping[str, str]) -> dict[str, str] | N
 
 def _from_kohya(names: list[str], targets: Mapping[str, str]) -> dict[str, str] | None:
     """Match kohya's names, which have underscores where the model's have dots."""
-    flat = {re.sub(r"[._]", "_", name): own for name, own in targets.items()}
-    found = {}
+    flat = {re.sub(r"[._]", "_", name): target for name, target in targets.items()}
+    matched = {}
     for name in names:
         parts = KOHYA.match(name)
         letter = "A" if parts and parts[2] == "lora_down" else "B"
         key = f"{parts[1]}_lora_{letter}_weight" if parts else ""
-        ends = [own for other, own in flat.items() if other == key or other.endswith(f"_{key}")] if parts else []
+        ends = [target for other, target in flat.items() if other == key or other.endswith(f"_{key}")] if parts else []
         if len(ends) != 1:
             return None
-        found[name] = ends[0]
-    return found
+        matched[name] = ends[0]
+    return matched
 
 
-def _twins(found: Mapping[str, str]) -> list[str]:
-    targets = list(found.values())
-    return [name for name, target in found.items() if targets.count(target) > 1]
+def _twins(matched: Mapping[str, str]) -> list[str]:
+    targets = list(matched.values())
+    return [name for name, target in matched.items() if targets.count(target) > 1]

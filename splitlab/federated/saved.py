@@ -53,7 +53,7 @@ class SavedInversion:
 
 
 def saved_inversion(
-    found: Inversion | Sequence[Any],
+    result: Inversion | Sequence[Any],
     *,
     attack: str,
     n_updates: int,
@@ -63,26 +63,26 @@ def saved_inversion(
     """Return what an attack's result says, in the form that is saved.
 
     Args:
-        found: an `Inversion` of all updates, or a `TimestepsFound` or `PromptsFound` for each.
+        result: an `Inversion` of all updates, or a `TimestepsFound` or `PromptsFound` for each.
         attack: see `SavedInversion`.
         n_updates: how many updates there were.
         granted: likewise; what was granted is not counted as found.
         cpu_s: CPU seconds that the attack took.
     """
-    if isinstance(found, Inversion):
-        steps = None if "timesteps" in granted else found.timesteps
+    if isinstance(result, Inversion):
+        steps = None if "timesteps" in granted else result.timesteps
         return SavedInversion(
             attack,
             granted,
-            images=found.images,
+            images=result.images,
             timesteps=None if steps is None else tuple(_distinct(part) for part in steps.chunk(n_updates)),
-            history=found.history,
-            objective=found.objective,
-            n_evals=found.n_evals,
+            history=result.history,
+            objective=result.objective,
+            n_evals=result.n_evals,
             cpu_s=cpu_s,
         )
-    times = tuple(_distinct(one.timesteps) for one in found if isinstance(one, TimestepsFound))
-    prompts = tuple(tuple(sorted(one.prompts)) for one in found if isinstance(one, PromptsFound))
+    times = tuple(_distinct(part.timesteps) for part in result if isinstance(part, TimestepsFound))
+    prompts = tuple(tuple(sorted(part.prompts)) for part in result if isinstance(part, PromptsFound))
     return SavedInversion(attack, granted, timesteps=times or None, prompts=prompts or None, cpu_s=cpu_s)
 
 

@@ -40,7 +40,7 @@ class Tape:
         self.modules = {owner: model.get_submodule(owner) for owner in {name.rpartition(".")[0] for name in names}}
         self.calls: list[tuple[str, Tensor, Tensor]] = []
         self.layers: list[tuple[str, _Linear | _Convolution | _Norm]] = []
-        self.found: dict[str, Tensor] = {}
+        self.others_gradients: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Tape":
         self.calls = []
@@ -72,15 +72,15 @@ class Tape:
             (owner, layer_of(self.modules[owner], inputs, back, batch))
             for (owner, inputs, _), back in zip(self.calls, signals, strict=True)
         ]
-        self.found = self._twice(prediction, signal, batch)
-        found = {name: value.detach() for name, value in self.found.items()}
+        self.others_gradients = self._twice(prediction, signal, batch)
+        gradients = {name: value.detach() for name, value in self.others_gradients.items()}
         with torch.no_grad():
             for owner, layer in self.layers:
                 for kind, value in layer.gradients().items():
                     name = f"{owner}.{kind}"
                     if name in self.names:
-                        found[name] = found[name] + value if name in found else value
-        return found
+                        gradients[name] = gradients[name] + value if name in gradients else value
+        return gradients
 
     def _twice(self, prediction: Tensor, signal: Tensor, batch: int) -> dict[str, Tensor]:
         """Return the gradients of `others` `[u, ...]`, differentiable."""
@@ -88,11 +88,11 @@ class Tape:
             return {}
         rows = []
         for number in range(len(signal) // batch):
-            own = torch.zeros_like(signal)
-            own[number * batch : (number + 1) * batch] = 1.0
+            mask = torch.zeros_like(signal)
+            mask[number * batch : (number + 1) * batch] = 1.0
             values = list(self.others.values())
             rows.append(
-                torch.autograd.grad(prediction, values, own * signal, create_graph=True, materialize_grads=True)
+                torch.autograd.grad(prediction, values, mask * signal, create_graph=True, materialize_grads=True)
             )
         for parameter in self.others.values():
             parameter.requires_grad_(False)
@@ -104,8 +104,8 @@ class Tape:
         with torch.no_grad():
             for owner, layer in self.layers:
                 ends += layer.pull(slopes.get(f"{owner}.weight"), slopes.get(f"{owner}.bias"))
-        ends += [(value, slopes[name]) for name, value in self.found.items()]
-        self.layers, self.found = [], {}
+        ends += [(value, slopes[name]) for name, value in self.others_gradients.items()]
+        self.layers, self.others_gradients = [], {}
         ends = [(tensor, slope) for tensor, slope in ends if tensor.requires_grad]
         return torch.autograd.grad([tensor for tensor, _ in ends], z, [slope for _, slope in ends])[0]
 
@@ -166,13 +166,13 @@ class _Convolution:
             biases = [None] * len(weight) if bias is None else bias
             with_weight = zip(self.pairs, weight, biases, strict=True)
             parts = [
-                F.conv2d(seen, one, offset, shape.stride, shape.padding, shape.dilation)
-                for (seen, _), one, offset in with_weight
+                F.conv2d(seen, kernel, offset, shape.stride, shape.padding, shape.dilation)
+                for (seen, _), kernel, offset in with_weight
             ]
             ends.append((self.back, torch.cat(parts)))
             if self.inputs.requires_grad:
                 pairs = zip(self.pairs, weight, strict=True)
-                parts = [self._backward(seen, signal, one, 0) for (seen, signal), one in pairs]
+                parts = [self._backward(seen, signal, kernel, 0) for (seen, signal), kernel in pairs]
                 ends.append((self.inputs, torch.cat(parts)))
         elif bias is not None:
             each = bias.repeat_interleave(len(self.back) // len(bias), 0)
@@ -183,8 +183,8 @@ class _Convolution:
         """Return the derivative by the input (0) or by the weight (1)."""
         shape, mask = self.shape, [which == 0, which == 1, False]
         how = (shape.stride, shape.padding, shape.dilation, False, [0, 0], 1)
-        found: Tensor = torch.ops.aten.convolution_backward(signal, seen, weight, None, *how, mask)[which]
-        return found
+        derivative: Tensor = torch.ops.aten.convolution_backward(signal, seen, weight, None, *how, mask)[which]
+        return derivative
 
 
 class _Norm:

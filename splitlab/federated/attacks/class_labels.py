@@ -52,15 +52,15 @@ def label_options(update: Update, knowledge: InversionKnowledge, shape: tuple[in
 
 def _ranked(update: Update, knowledge: InversionKnowledge, shape: tuple[int, int, int], labels: list[int]) -> list[int]:
     """Return the labels of one image by how much of their layers' gradients they leave unexplained."""
-    found = knowledge.timesteps
-    if found is None:
-        found = timesteps(update, knowledge, generator=torch.Generator()).timesteps
+    times = knowledge.timesteps
+    if times is None:
+        times = timesteps(update, knowledge, generator=torch.Generator()).timesteps
     left = {}
     for label in labels:
         probe = TimeProbe(replace(knowledge, class_labels=torch.tensor([label])), shape)
         layers = [layer for layer in probe.all() if update.shows(f"{layer.name}.weight") and not layer.is_table]
         left[label] = 0.0
-        for name, inputs in probe.inputs(layers, found[:1]).items():
+        for name, inputs in probe.inputs(layers, times[:1]).items():
             rows, seen = update.gradients[f"{name}.weight"].flatten(1).double(), inputs[0].double()
             left[label] += 1 - float((rows @ seen).square().sum() / rows.square().sum() / seen.square().sum())
     return sorted(labels, key=left.__getitem__)
@@ -70,12 +70,12 @@ def _ranked(update: Update, knowledge: InversionKnowledge, shape: tuple[int, int
 def _table(knowledge: InversionKnowledge, shape: tuple[int, int, int]) -> tuple[str, nn.Embedding]:
     """Return the table that the labels are looked up in: the one that sees what is given as labels."""
     model, mark = knowledge.model, torch.tensor([1])
-    found: list[tuple[str, nn.Embedding]] = []
+    tables: list[tuple[str, nn.Embedding]] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if isinstance(module, nn.Embedding) and torch.equal(inputs[0].reshape(-1), mark):
-                found.append((name, module))
+                tables.append((name, module))
 
         return hook
 
@@ -86,6 +86,6 @@ def _table(knowledge: InversionKnowledge, shape: tuple[int, int, int]) -> tuple[
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
+    if not tables:
         raise InputError(f"a {type(model).__name__} needs class labels that no table holds; grant class_labels")
-    return found[0]
+    return tables[0]

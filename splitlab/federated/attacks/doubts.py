@@ -80,14 +80,14 @@ def _is_smoother_otherwise(problem: Problem, clean: Tensor, noise: Tensor) -> bo
     signal, sigma = problem.rates(problem.timesteps)
     noisy = signal * clean + sigma * noise
     target = noise if problem.objective == "epsilon" else signal * noise - sigma * clean
-    own = _roughness(clean)
+    roughness = _roughness(clean)
     other = next(name for name in OBJECTIVES if name != problem.objective)
     swapped = _roughness(problem.unmix(noisy, target, problem.timesteps, objective=other)[0])
     levels = torch.linspace(0.02, 0.98, 49)
     rates = (levels if problem.objective == "epsilon" else levels / (1 - levels**2).sqrt()).to(noisy)
     turned = torch.stack([_roughness(noisy - rate * target) for rate in rates])
     count = 2 * clean[0].numel() - clean[0, ..., 0].numel() - clean[0, :, 0].numel()
-    enough = (own * (1 - SMOOTHER / max(count, 1))).clamp(max=1.0)
+    enough = (roughness * (1 - SMOOTHER / max(count, 1))).clamp(max=1.0)
     return bool((torch.minimum(swapped, turned.min(0).values) < enough).any())
 
 

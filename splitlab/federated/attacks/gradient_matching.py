@@ -57,8 +57,8 @@ def known_noise(
     minima = []
     for _ in range(n_starts):
         point = std * torch.randn(len(problem.updates), problem.batch * problem.unknowns, generator=generator)
-        if start == "patches" and (found := find_noisy(problem, generator=generator, recorder=recorder)):
-            point = problem.without_noise(found.noisy, noise, timesteps).reshape(point.shape)
+        if start == "patches" and (inputs := find_noisy(problem, generator=generator, recorder=recorder)):
+            point = problem.without_noise(inputs.noisy, noise, timesteps).reshape(point.shape)
         minima.append(_fit(matcher, noise, point, recorder, n_evals, stages, BLIND_GOAL if is_blind else goal))
     point, misfit = best_of(torch.stack([end.value for end in minima]), [end.point for end in minima])
     scale: float | None = None if problem.is_rescaled else problem.prescale

@@ -17,57 +17,57 @@ Measured = tuple[Tensor, dict[str, Tensor]]
 """Values `[u]` and their derivatives by the gradients found."""
 
 
-def _inner(one: Tensor, other: Tensor) -> Tensor:
-    return torch.einsum("ui,ui->u", one.flatten(1), other.flatten(1))
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    return torch.einsum("ui,ui->u", left.flatten(1), right.flatten(1))
 
 
 def _times(value: Tensor, factor: Tensor) -> Tensor:
     return value * factor.reshape(-1, *[1] * (value.ndim - 1))
 
 
-def normalised_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
+def normalised_l2(guess: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
     """Return `[u]`: Σ_l w_l |g_l - G_l|², with w_l of `layer_weights`: every parameter tensor counts alike."""
     values, slopes = [], {}
     for name, target in wanted.items():
-        gap = found[name] - target
+        gap = guess[name] - target
         values.append(weights[name] * _inner(gap, gap))
         slopes[name] = _times(gap, 2 * weights[name])
     return torch.stack(values).sum(0), slopes
 
 
-def summed_l2(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
+def summed_l2(guess: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
     """Return `[u]`: Σ_l |g_l - G_l|², as in DLG (Zhu et al. 2019, eq. 3) and GIDM; 0-weighted tensors drop out."""
-    return normalised_l2(found, wanted, {name: (weight > 0).float() for name, weight in weights.items()})
+    return normalised_l2(guess, wanted, {name: (weight > 0).float() for name, weight in weights.items()})
 
 
-def scale_free(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
+def scale_free(guess: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
     """Return `[u]`: 1 - cos² of gradients, tensors weighted as in `normalised_l2`: blind to the update's length.
 
     It is what `normalised_l2` leaves at the best common scale, the right thing where a client clips its update.
     """
-    inner, own, whole = _products(found, wanted, weights)
-    values = 1 - inner.square() / (own * whole)
-    slopes = _slopes(found, wanted, weights, 2 * inner.square() / (own.square() * whole), -2 * inner / (own * whole))
-    return values, slopes
+    inner, energy, whole = _products(guess, wanted, weights)
+    values = 1 - inner.square() / (energy * whole)
+    of, at = 2 * inner.square() / (energy.square() * whole), -2 * inner / (energy * whole)
+    return values, _slopes(guess, wanted, weights, of, at)
 
 
-def cosine(found: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
+def cosine(guess: Gradients, wanted: Gradients, weights: Gradients) -> Measured:
     """Return `[u]`: 1 - cos of all gradients as one vector (Geiping et al. 2020, eq. 4): blind to their length."""
     on = {name: (weight > 0).float() for name, weight in weights.items()}
-    inner, own, whole = _products(found, wanted, on)
-    lengths = (own * whole).sqrt()
-    return 1 - inner / lengths, _slopes(found, wanted, on, inner / (lengths * own), -1 / lengths)
+    inner, energy, whole = _products(guess, wanted, on)
+    lengths = (energy * whole).sqrt()
+    return 1 - inner / lengths, _slopes(guess, wanted, on, inner / (lengths * energy), -1 / lengths)
 
 
-def _products(found: Gradients, wanted: Gradients, weights: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+def _products(guess: Gradients, wanted: Gradients, weights: Gradients) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weighted inner product of found and wanted, and that of each with itself."""
-    pairs = ((found, wanted), (found, found), (wanted, wanted))
-    inner, own, whole = (torch.stack([weights[n] * _inner(a[n], b[n]) for n in wanted]).sum(0) for a, b in pairs)
-    return inner, own.clamp_min(1e-30), whole.clamp_min(1e-30)
+    pairs = ((guess, wanted), (guess, guess), (wanted, wanted))
+    inner, energy, whole = (torch.stack([weights[n] * _inner(a[n], b[n]) for n in wanted]).sum(0) for a, b in pairs)
+    return inner, energy.clamp_min(1e-30), whole.clamp_min(1e-30)
 
 
-def _slopes(found: Gradients, wanted: Gradients, weights: Gradients, of: Tensor, at: Tensor) -> dict[str, Tensor]:
-    return {n: _times(found[n], weights[n] * of) + _times(wanted[n], weights[n] * at) for n in wanted}
+def _slopes(guess: Gradients, wanted: Gradients, weights: Gradients, of: Tensor, at: Tensor) -> dict[str, Tensor]:
+    return {n: _times(guess[n], weights[n] * of) + _times(wanted[n], weights[n] * at) for n in wanted}
 
 
 DISTANCES: dict[str, Callable[[Gradients, Gradients, Gradients], Measured]] = {
@@ -158,9 +158,9 @@ class Matcher:
         with torch.enable_grad(), self.tape as tape:
             prediction = problem.predict(signal * clean + sigma * noise, problem.timesteps, self.samples)
             back = (prediction - target).detach() * (2.0 / (problem.batch * problem.unknowns))
-            found = tape.gradients(prediction, back, batch=problem.batch)
-        inner, own, _ = _products(found, self.wanted, self.weights)
-        return inner / own
+            guess = tape.gradients(prediction, back, batch=problem.batch)
+        inner, energy, _ = _products(guess, self.wanted, self.weights)
+        return inner / energy
 
     def from_residual(self, timesteps: Tensor) -> Objective:
         """Return the objective over `[u, 2 b c h w]`: noisy inputs and residuals r = prediction - target.
@@ -183,10 +183,10 @@ class Matcher:
         with self.tape as tape:
             prediction = problem.predict(noisy, timesteps, self.samples)
         back = residual(prediction) * (2.0 / (problem.batch * problem.unknowns))
-        found = tape.gradients(prediction, back, batch=problem.batch)
+        guess = tape.gradients(prediction, back, batch=problem.batch)
         if self.kept is not None:
-            found = {name: value * self.kept[name] for name, value in found.items()}
-        values, slopes = self.distance(found, self.wanted, self.weights)
+            guess = {name: value * self.kept[name] for name, value in guess.items()}
+        values, slopes = self.distance(guess, self.wanted, self.weights)
         return values, tape.pull(slopes, z)
 
 

@@ -54,12 +54,12 @@ class EnoughError(Exception):
 
 def capture(model: nn.Module, names: Sequence[str], forward: Forward, noisy: Tensor) -> dict[str, Tensor]:
     """Return the inputs of the modules `names`, running the model no further than the last of them."""
-    found: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0]
-            if len(found) == len(names):
+            seen[name] = inputs[0]
+            if len(seen) == len(names):
                 raise EnoughError
 
         return hook
@@ -72,7 +72,7 @@ def capture(model: nn.Module, names: Sequence[str], forward: Forward, noisy: Ten
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return seen
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,17 @@ def find_layers(
     candidates = {
         name: module for name, module in model.named_modules() if f"{name}.weight" in shared and is_supported(module)
     }
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
     again: set[str] = set()  # the gradient of a layer that runs twice mixes two inputs
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name in found:
+            if name in layers:
                 again.add(name)
             elif inputs[0].requires_grad:
-                seen = patches(module, inputs[0])
-                weight = module.get_parameter("weight")
-                found[name] = Layer(name, len(found), seen.shape[1], seen.shape[2], weight.shape[0])
+                _, positions, width = patches(module, inputs[0]).shape
+                outputs = len(module.get_parameter("weight"))
+                layers[name] = Layer(name, len(layers), positions, width, outputs)
 
         return hook
 
@@ -151,7 +151,7 @@ def find_layers(
     finally:
         for handle in handles:
             handle.remove()
-    return [layer for name, layer in found.items() if name not in again]
+    return [layer for name, layer in layers.items() if name not in again]
 
 
 def choose_layers(layers: Sequence[Layer], *, batch: int, unknowns: int, margin: float = 4.0) -> list[Layer]:
@@ -225,8 +225,8 @@ class SpanTest:
     def bases(self, forward: Forward, noisy: Float[Tensor, "m c h w"]) -> dict[str, Tensor]:
         """Return, by layer, orthonormal rows `[m, positions, d]` that span each input's patches."""
         inputs = capture(self.model, [layer.name for layer in self.layers], forward, noisy)
-        found = {}
+        axes = {}
         for layer in self.layers:
             seen = patches(self.model.get_submodule(layer.name), inputs[layer.name])
-            found[layer.name] = torch.linalg.qr(seen.double().mT)[0].mT.float()
-        return found
+            axes[layer.name] = torch.linalg.qr(seen.double().mT)[0].mT.float()
+        return axes

@@ -287,11 +287,11 @@ class Recorder:
         return time.process_time() - self.began
 
     def finish(
-        self, clean: Tensor, final: Tensor, timesteps: Tensor | None, noise: Tensor | None, **found: Any
+        self, clean: Tensor, final: Tensor, timesteps: Tensor | None, noise: Tensor | None, **further: Any
     ) -> Inversion:
-        """Return the result; `found`: further fields of `Inversion`."""
+        """Return the result; `further`: further fields of `Inversion`."""
         clean, images = clean.detach(), self.problem.images(clean.detach())
         history = (*self.history, (self.n_evals, images))
         return Inversion(
-            images, clean, tuple(self.objective), final, self.n_evals, self.cpu_s, history, timesteps, noise, **found
+            images, clean, tuple(self.objective), final, self.n_evals, self.cpu_s, history, timesteps, noise, **further
         )

@@ -92,10 +92,10 @@ class PrefixEncoder:
     def extend(self, prefixes: Prefixes, parents: Int[Tensor, " n"], tokens: Int[Tensor, " n"]) -> Prefixes:
         """Return the prefixes `parents`, each with one token more."""
         chosen = prefixes[parents]
-        states, own = self._step(chosen.cache, tokens[:, None], prefixes.tokens.shape[1])
+        states, added = self._step(chosen.cache, tokens[:, None], prefixes.tokens.shape[1])
         cache = tuple(
             (torch.cat([k, new_k], 2), torch.cat([v, new_v], 2))
-            for (k, v), (new_k, new_v) in zip(chosen.cache, own, strict=True)
+            for (k, v), (new_k, new_v) in zip(chosen.cache, added, strict=True)
         )
         return Prefixes(torch.cat([chosen.tokens, tokens[:, None]], 1), torch.cat([chosen.states, states], 1), cache)
 
@@ -107,7 +107,7 @@ class PrefixEncoder:
         p, v = tokens.shape
         embeddings = self.model.embeddings
         x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight[position]
-        own = []
+        added = []
         for layer, (keys, values) in zip(self.model.encoder.layers, cache, strict=True):
             attention, normed = layer.self_attn, layer.layer_norm1(x)
             query, key, value = (
@@ -119,8 +119,8 @@ class PrefixEncoder:
             mixed = weights[..., :-1] @ values + weights[..., -1:] * value
             x = x + attention.out_proj(mixed.transpose(1, 2).reshape(p, v, -1))
             x = x + layer.mlp(layer.layer_norm2(x))
-            own.append((key, value))
-        return self.model.final_layer_norm(x), own
+            added.append((key, value))
+        return self.model.final_layer_norm(x), added
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ class PromptSearch:
         vocabulary = torch.arange(self.n_tokens)
         self.words = vocabulary[(vocabulary != bos) & (vocabulary != eos)]
 
-    def remainder(self, found: list[Prefixes]) -> Remainder:
-        """Return what `found` leave unexplained."""
-        basis = complement(torch.cat([self.root.states[0], *(prompt.states[0] for prompt in found)]))
+    def remainder(self, prompts: list[Prefixes]) -> Remainder:
+        """Return what `prompts` leave unexplained."""
+        basis = complement(torch.cat([self.root.states[0], *(prompt.states[0] for prompt in prompts)]))
         left, n = self.rows.matrix @ basis, len(self.rows)
         gram = left.T @ left
         strength, turn = torch.linalg.eigh(gram)
@@ -207,37 +207,37 @@ class PromptSearch:
             return 0.0
         return float(energy / rank / ((rest.gram.trace() - energy) / spare).clamp_min(1e-300))
 
-    def add(self, found: list[Prefixes], most: int) -> None:
-        """Append prompts to `found` while more than noise is left, then drop those that others explain."""
-        while len(found) < most:
-            rest = self.remainder(found)
+    def add(self, prompts: list[Prefixes], most: int) -> None:
+        """Append prompts to `prompts` while more than noise is left, then drop those that others explain."""
+        while len(prompts) < most:
+            rest = self.remainder(prompts)
             if rest.level < ENOUGH:
                 break
             beams = (self.beam(rest, self.root, joint=joint) for joint in (True, False))
             candidate = max(beams, key=lambda prompt: float(rest.total(prompt)))
-            if self.evidence(found, candidate) < self.threshold:
+            if self.evidence(prompts, candidate) < self.threshold:
                 candidate = self.beam(rest, self.root, widths=WIDTHS)
-            if self.evidence(found, candidate) < self.threshold:
+            if self.evidence(prompts, candidate) < self.threshold:
                 break
-            found.append(candidate)
-        scores = [self.evidence(_without(found, i), p) for i, p in enumerate(found)]
-        while len(found) > 1 and min(scores) < self.threshold:
-            del found[scores.index(min(scores))]
-            scores = [self.evidence(_without(found, i), p) for i, p in enumerate(found)]
+            prompts.append(candidate)
+        scores = [self.evidence(_without(prompts, i), p) for i, p in enumerate(prompts)]
+        while len(prompts) > 1 and min(scores) < self.threshold:
+            del prompts[scores.index(min(scores))]
+            scores = [self.evidence(_without(prompts, i), p) for i, p in enumerate(prompts)]
 
-    def revise(self, found: list[Prefixes]) -> bool:
+    def revise(self, prompts: list[Prefixes]) -> bool:
         """Exchange the least convincing prompt that can be bettered, and drop the still less convincing; say if done.
 
         A wrong prompt hides what would tell the next ones, so those found on its strength are for `add` to find again.
         """
-        totals = [float(self.remainder(_without(found, i)).total(p)) for i, p in enumerate(found)]
-        order = sorted(range(len(found)), key=totals.__getitem__, reverse=True)
+        totals = [float(self.remainder(_without(prompts, i)).total(p)) for i, p in enumerate(prompts)]
+        order = sorted(range(len(prompts)), key=totals.__getitem__, reverse=True)
         for place in reversed(range(len(order))):
-            others = [found[index] for index in order[:place]]
-            rest, before = self.remainder(others), found[order[place]]
+            others = [prompts[index] for index in order[:place]]
+            rest, before = self.remainder(others), prompts[order[place]]
             best = self.search(rest, before)
             if float(rest.total(best)) > float(rest.total(before)) + STEP:
-                found[:] = [*others, best]
+                prompts[:] = [*others, best]
                 return True
         return False
 
@@ -312,8 +312,8 @@ class PromptSearch:
             values, tokens = (totals[:, None] + self.scores(rest, prefixes, joint)).topk(siblings, dim=1)
             totals, best = values.flatten().topk(min(width, values.numel()))
             prefixes = self.encoder.extend(prefixes, best // siblings, self.words[tokens.flatten()[best]])
-        one = int(rest.total(closed).argmax())
-        return closed[one : one + 1]
+        best_closed = int(rest.total(closed).argmax())
+        return closed[best_closed : best_closed + 1]
 
     def scores(self, rest: Remainder, prefixes: Prefixes, joint: bool) -> Float[Tensor, "p v"]:
         """Return the log-power of each word after each prefix; one explained already is as good as the best."""
@@ -333,5 +333,5 @@ def _apart(vectors: Float[Tensor, "*s v c"], given: Float[Tensor, "*s k c"]) -> 
     return (vectors.square().sum(-1) - (vectors @ basis.mT).square().sum(-1)).clamp_min(0.0)
 
 
-def _without(found: list[Prefixes], index: int) -> list[Prefixes]:
-    return found[:index] + found[index + 1 :]
+def _without(prompts: list[Prefixes], index: int) -> list[Prefixes]:
+    return prompts[:index] + prompts[index + 1 :]

@@ -76,22 +76,22 @@ def prompts(
         rows, base.text_encoder, tokens.model_max_length, tokens.bos_token_id, tokens.eos_token_id, beam, threshold
     )
     most = min(most, knowledge.batch_size or most)
-    found: list[Prefixes] = []
-    search.add(found, most)
+    chosen: list[Prefixes] = []
+    search.add(chosen, most)
     for done in range(rounds):
         if callback:
-            callback("prompts", done, rounds, search.remainder(found).level)
-        if not found or search.remainder(found).level < ENOUGH or not search.revise(found):
+            callback("prompts", done, rounds, search.remainder(chosen).level)
+        if not chosen or search.remainder(chosen).level < ENOUGH or not search.revise(chosen):
             break
-        search.add(found, most)
-    return _result(search, found, tokens)
+        search.add(chosen, most)
+    return _result(search, chosen, tokens)
 
 
-def _result(search: PromptSearch, found: list[Prefixes], tokenizer: CLIPTokenizer) -> PromptsFound:
-    evidence = [search.evidence([o for o in found if o is not p], p) for p in found]
-    tokens = torch.cat([p.tokens for p in found]) if found else torch.zeros(0, search.length, dtype=torch.int64)
+def _result(search: PromptSearch, chosen: list[Prefixes], tokenizer: CLIPTokenizer) -> PromptsFound:
+    evidence = [search.evidence([o for o in chosen if o is not p], p) for p in chosen]
+    tokens = torch.cat([p.tokens for p in chosen]) if chosen else torch.zeros(0, search.length, dtype=torch.int64)
     texts = tuple(text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True))
-    rest = search.remainder(found)
+    rest = search.remainder(chosen)
     return PromptsFound(texts, tokens, torch.tensor(evidence), rest.level, len(rest.basis) - len(rest.gram))
 
 

@@ -101,9 +101,10 @@ def find_scale(problem: Problem, noisy: Tensor, prediction: Tensor, residual: Te
     for part in torch.arange(problem.n_samples).split(problem.batch):
         line = _Line(*((start[part], slope[part]) for start, slope in lines))
         u, usual = _choose(problem, line)
-        own = [_Line(*((start[[i]], slope[[i]]) for start, slope in lines)) for i in part.tolist()]
-        if problem.knowledge.scale is None and max(abs(one.deviation(u)) for one in own) > ODD and len(own) > 1:
-            factors += [_best_root(one, problem)[1] for one in own]
+        samples = [_Line(*((start[[i]], slope[[i]]) for start, slope in lines)) for i in part.tolist()]
+        oddest = max(abs(sample.deviation(u)) for sample in samples)
+        if problem.knowledge.scale is None and oddest > ODD and len(samples) > 1:
+            factors += [_best_root(sample, problem)[1] for sample in samples]
             scales.append(None)
             continue
         factors += [u] * len(part)

@@ -61,16 +61,16 @@ class TimeProbe:
             InputError: there is none.
         """
         every = torch.arange(self.n_timesteps)
-        found = self._find(every if self.n_timesteps < self.batch else every[[0, -1]], only_first=True)
+        seeing = self._find(every if self.n_timesteps < self.batch else every[[0, -1]], only_first=True)
         if self.n_timesteps < self.batch:
-            self.tables = {name: rows[:-1] for name, (rows, _) in found.items()}
-        return _layers(found)[0]
+            self.tables = {name: rows[:-1] for name, (rows, _) in seeing.items()}
+        return _layers(seeing)[0]
 
     def all(self) -> list[TimeLayer]:
         """Return the first such layer that runs, and then all others in the order in which the model lists them."""
-        found = _layers(self._find(torch.tensor([0, self.n_timesteps - 1]), only_first=False))
+        seeing = _layers(self._find(torch.tensor([0, self.n_timesteps - 1]), only_first=False))
         order = [name for name, _ in self.model.named_modules()]
-        return [found[0], *sorted(found[1:], key=lambda layer: order.index(layer.name))]
+        return [seeing[0], *sorted(seeing[1:], key=lambda layer: order.index(layer.name))]
 
     @torch.no_grad()
     def inputs(self, layers: Sequence[TimeLayer], at: Tensor | None = None) -> dict[str, Tensor]:
@@ -89,18 +89,21 @@ class TimeProbe:
     @torch.no_grad()
     def _find(self, times: Tensor, *, only_first: bool) -> dict[str, tuple[Tensor, bool]]:
         """Return, by layer, its input at the timesteps, then at the first again, and whether it is a table."""
-        found: dict[str, tuple[Tensor, bool]] = {}
-        names = {module: name for name, module in self.model.named_modules() if _weight(module) is not None}
+        seeing: dict[str, tuple[Tensor, bool]] = {}
 
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            rows = _rows(module, inputs, output, len(times) + 1)
-            if rows is None or names[module] in found or not _close(rows[0], rows[-1]) or _close(rows[0], rows[-2]):
-                return
-            found[names[module]] = rows, isinstance(module, nn.Embedding)
-            if only_first:
-                raise EnoughError
+        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                rows = _rows(module, inputs, output, len(times) + 1)
+                if rows is None or name in seeing or not _close(rows[0], rows[-1]) or _close(rows[0], rows[-2]):
+                    return
+                seeing[name] = rows, isinstance(module, nn.Embedding)
+                if only_first:
+                    raise EnoughError
 
-        handles = [module.register_forward_hook(hook) for module in names]
+            return hook
+
+        layers = [(name, module) for name, module in self.model.named_modules() if _weight(module) is not None]
+        handles = [module.register_forward_hook(note(name)) for name, module in layers]
         images = self._images(2)
         try:
             self._at(torch.cat([times, times[:1]]))(torch.cat([images[:1].expand(len(times), -1, -1, -1), images[1:]]))
@@ -109,12 +112,12 @@ class TimeProbe:
         finally:
             for handle in handles:
                 handle.remove()
-        if not found:
+        if not seeing:
             raise InputError(
                 f"timesteps are not recoverable: no layer of this {type(self.model).__name__} sees the timestep alone; "
                 "grant knowledge.timesteps"
             )
-        return found
+        return seeing
 
     def _images(self, n: int) -> Tensor:
         return torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0))
@@ -124,9 +127,9 @@ class TimeProbe:
         return lambda noisy: predict(self.model, noisy, times, **facts, call=self.knowledge.call)
 
 
-def _layers(found: Mapping[str, tuple[Tensor, bool]]) -> list[TimeLayer]:
-    alike = {name: rows for name, (rows, _) in found.items()}
-    return [TimeLayer(name, _like(rows, alike), is_table) for name, (rows, is_table) in found.items()]
+def _layers(seeing: Mapping[str, tuple[Tensor, bool]]) -> list[TimeLayer]:
+    alike = {name: rows for name, (rows, _) in seeing.items()}
+    return [TimeLayer(name, _like(rows, alike), is_table) for name, (rows, is_table) in seeing.items()]
 
 
 def stand_in_facts(knowledge: InversionKnowledge, shape: tuple[int, int, int], n: int) -> dict[str, Any]:
@@ -175,9 +178,9 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
     return weight if isinstance(weight, nn.Parameter) and weight.ndim > 1 else None
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
+def _close(values: Tensor, other: Tensor) -> bool:
+    return bool((values - other).abs().max() <= 1e-5 * other.abs().max())
 
 
-def _like(rows: Tensor, found: dict[str, Tensor]) -> str:
-    return next(name for name, other in found.items() if other.shape == rows.shape and _close(rows, other))
+def _like(rows: Tensor, inputs: dict[str, Tensor]) -> str:
+    return next(name for name, other in inputs.items() if other.shape == rows.shape and _close(rows, other))

@@ -114,14 +114,14 @@ def timesteps(
     most = min(most, used[0].inputs.shape[1] - 2, knowledge.batch_size or most)
     strengths, residuals = _music(used[0])
     count = int((strengths.square() > PENALTY * used[0].n).sum())
-    found, cost = _settle(used, residuals.argsort()[: min(max(count, 1), most)].tolist(), most)
-    if any(_unexplained(layer, found) > 2.0 for layer in used):
-        found, cost = min((found, cost), _settle(used, [], most), key=lambda end: end[1])
+    chosen, cost = _settle(used, residuals.argsort()[: min(max(count, 1), most)].tolist(), most)
+    if any(_unexplained(layer, chosen) > 2.0 for layer in used):
+        chosen, cost = min((chosen, cost), _settle(used, [], most), key=lambda end: end[1])
     if callback:
-        callback("timesteps", len(found), most, cost)
-    evidence = [_evidence(used, found, index) for index in range(len(found))]
-    n_repeats = None if knowledge.batch_size is None else knowledge.batch_size - len(found)
-    return TimestepsFound(torch.tensor(found), torch.tensor(evidence), residuals, strengths, n_repeats)
+        callback("timesteps", len(chosen), most, cost)
+    evidence = [_evidence(used, chosen, index) for index in range(len(chosen))]
+    n_repeats = None if knowledge.batch_size is None else knowledge.batch_size - len(chosen)
+    return TimestepsFound(torch.tensor(chosen), torch.tensor(evidence), residuals, strengths, n_repeats)
 
 
 def _gradient(update: Update, name: str) -> Tensor:
@@ -149,8 +149,8 @@ def _everything(update: Update, first: TimeLayer, layers: str) -> bool:
 
 def _inputs(update: Update, first: TimeLayer, probe: TimeProbe, *, everything: bool) -> dict[str, Tensor]:
     """Return the layers that show timesteps, each with its input for every candidate `[T, d]`."""
-    found = probe.all() if everything else [first]
-    shared = [layer for layer in found if not layer.is_table and update.shows(f"{layer.name}.weight")]
+    seeing = probe.all() if everything else [first]
+    shared = [layer for layer in seeing if not layer.is_table and update.shows(f"{layer.name}.weight")]
     if not shared:
         _gradient(update, f"{first.name}.weight")
     return probe.inputs(shared)
@@ -161,10 +161,10 @@ def _from_table(update: Update, first: TimeLayer, probe: TimeProbe, batch_size: 
     rows = probe.inputs([first])[first.name][:, 0].long()
     energy = update.gradients[f"{first.name}.weight"].double().square().sum(1)[rows]
     noise = energy.median()
-    found = (energy > PENALTY * noise).nonzero()[:, 0]
-    repeats = None if batch_size is None else batch_size - len(found)
+    chosen = (energy > PENALTY * noise).nonzero()[:, 0]
+    repeats = None if batch_size is None else batch_size - len(chosen)
     return TimestepsFound(
-        found, energy[found] / noise.clamp_min(1e-300), 1 - energy / energy.sum(), energy.sqrt(), repeats
+        chosen, energy[chosen] / noise.clamp_min(1e-300), 1 - energy / energy.sum(), energy.sqrt(), repeats
     )
 
 
@@ -216,43 +216,43 @@ def _music(layer: _Layer) -> tuple[Tensor, Tensor]:
 
 def _settle(layers: list[_Layer], start: list[int], most: int) -> tuple[list[int], float]:
     """Add, drop and exchange single timesteps as long as the cost falls; return the set and its cost."""
-    found, cost = list(start), _cost(layers, start)
+    chosen, cost = list(start), _cost(layers, start)
     while True:
-        options = [found] if len(found) < most else []
-        kept = [found[:i] + found[i + 1 :] for i in range(len(found))]
+        options = [chosen] if len(chosen) < most else []
+        kept = [chosen[:i] + chosen[i + 1 :] for i in range(len(chosen))]
         trials = [(rest, _cost(layers, rest)) for rest in kept if rest]
         for rest in options + kept:
             costs = _costs_with_one_more(layers, rest)
-            one = int(costs.argmin())
-            trials.append(([*rest, one], float(costs[one])))
+            candidate = int(costs.argmin())
+            trials.append(([*rest, candidate], float(costs[candidate])))
         best = sorted(trials, key=lambda trial: trial[1])[:3]
-        least, choice = min((_cost(layers, chosen), chosen) for chosen, _ in best)  # free of cancellation
-        if least >= cost - 1e-9 * abs(cost) and found:
-            return sorted(found), cost
-        found, cost = choice, least
+        least, choice = min((_cost(layers, trial), trial) for trial, _ in best)  # free of cancellation
+        if least >= cost - 1e-9 * abs(cost) and chosen:
+            return sorted(chosen), cost
+        chosen, cost = choice, least
 
 
-def _split(layer: _Layer, found: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the layer's rows and all candidates, without their parts in the span of `found`."""
-    basis = torch.linalg.qr(layer.inputs[found].T)[0] if found else layer.inputs.new_zeros(layer.inputs.shape[1], 0)
+def _split(layer: _Layer, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the layer's rows and all candidates, without their parts in the span of `chosen`."""
+    basis = torch.linalg.qr(layer.inputs[chosen].T)[0] if chosen else layer.inputs.new_zeros(layer.inputs.shape[1], 0)
     return layer.rows - layer.rows @ basis @ basis.T, layer.inputs - layer.inputs @ basis @ basis.T
 
 
-def _cost(layers: list[_Layer], found: list[int]) -> float:
+def _cost(layers: list[_Layer], chosen: list[int]) -> float:
     """Gaussian log-likelihood with unknown noise in each layer, and a price per timestep; lower is better."""
-    terms = [_term(layer, _split(layer, found)[0].square().sum(), len(found)) for layer in layers]
+    terms = [_term(layer, _split(layer, chosen)[0].square().sum(), len(chosen)) for layer in layers]
     return float(sum(terms))
 
 
-def _costs_with_one_more(layers: list[_Layer], found: list[int]) -> Float[Tensor, " T"]:
+def _costs_with_one_more(layers: list[_Layer], chosen: list[int]) -> Float[Tensor, " T"]:
     total = torch.zeros(len(layers[0].inputs), dtype=torch.float64)
     usable = torch.ones(len(total), dtype=torch.bool)
     for layer in layers:
-        rows, candidates = _split(layer, found)
+        rows, candidates = _split(layer, chosen)
         size = candidates.square().sum(1)
         usable &= size > 1e-9 * layer.inputs.square().sum(1)
         energy = (candidates @ rows.T).square().sum(1) / size.clamp_min(1e-300)
-        total += _term(layer, rows.square().sum() - energy, len(found) + 1)
+        total += _term(layer, rows.square().sum() - energy, len(chosen) + 1)
     return total.masked_fill(~usable, torch.inf)
 
 
@@ -262,17 +262,17 @@ def _term(layer: _Layer, left: Tensor, count: int) -> Tensor:
     return m * d * left.clamp_min(floor).log() + PENALTY * m * count
 
 
-def _unexplained(layer: _Layer, found: list[int]) -> float:
+def _unexplained(layer: _Layer, chosen: list[int]) -> float:
     """Return the mean square of what is left per dimension, in units of the noise."""
     m, d = layer.n, layer.inputs.shape[1]
-    return float(_split(layer, found)[0].square().sum()) / m / (d - len(found))
+    return float(_split(layer, chosen)[0].square().sum()) / m / (d - len(chosen))
 
 
-def _evidence(layers: list[_Layer], found: list[int], index: int) -> float:
+def _evidence(layers: list[_Layer], chosen: list[int], index: int) -> float:
     """Return what one timestep explains of the first layer, over what is left per dimension."""
-    rest = found[:index] + found[index + 1 :]
-    before, after = (_split(layers[0], chosen)[0].square().sum() for chosen in (rest, found))
-    spare = layers[0].inputs.shape[1] - len(found)
+    rest = chosen[:index] + chosen[index + 1 :]
+    before, after = (_split(layers[0], subset)[0].square().sum() for subset in (rest, chosen))
+    spare = layers[0].inputs.shape[1] - len(chosen)
     return float((before - after) / (after / spare).clamp_min(1e-300))
 
 

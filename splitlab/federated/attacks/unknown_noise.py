@@ -79,16 +79,16 @@ def unknown_noise(
     solver = _Solver(problem, recorder, n_iterations)
     # Steps 2 and 3: the noisy inputs by the patch test, then the residual by a linear solve; both by a fit without it.
     limits: dict[str, Any] = {"n_evals": n_evals, "n_starts": n_starts}
-    found = find_noisy(problem, generator=generator, recorder=recorder, **limits) if start == "patches" else None
-    if found is None:
+    inputs = find_noisy(problem, generator=generator, recorder=recorder, **limits) if start == "patches" else None
+    if inputs is None:
         state = solver.fit_from_random(generator, stages=stages, std=std, **limits)
     else:
-        state = solver.solved(found.noisy, thorough=thorough, fit_evals=fit_evals)
+        state = solver.solved(inputs.noisy, thorough=thorough, fit_evals=fit_evals)
     # Step 4: target = prediction - residual, from which image and noise follow.
     value = solver.misfit(state)
     clean, noise, scaling = _read(problem, state)
-    words += (NO_TEST,) if found is None and start == "patches" else ()
-    said = (*words, *scaling.words, *doubts(problem, clean, noise, value, None if found is None else found.value))
+    words += (NO_TEST,) if inputs is None and start == "patches" else ()
+    said = (*words, *scaling.words, *doubts(problem, clean, noise, value, None if inputs is None else inputs.value))
     return recorder.finish(clean, value, problem.timesteps, noise, scale=scaling.scale, warnings=said)
 
 
