@@ -274,7 +274,7 @@ def test_parameter_files_name_defences_and_updates_tell_attackers_what_they_leav
             "defence 'nois=1' is unknown; choose 'none' or <name>=<level>: noise, clip, top_k, bits, sign, dp_sgd",
         ),
         ("noise=much", "defence 'noise=much': 'much' is no number; write noise=<level>"),
-        ("noise=-1", "defence 'noise=-1': GaussianNoise: rel must be 0 or more, got -1.0"),
+        ("noise=-1", "defence 'noise=-1': GaussianNoise: rel must be 0 or more and finite, got -1.0"),
         ("bits=inf", "defence 'bits=inf': 'inf' is no number"),
     ],
 )

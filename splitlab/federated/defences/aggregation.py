@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from splitlab.core.config import Count
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
 from splitlab.federated.client import share
@@ -16,11 +17,7 @@ from splitlab.federated.update import Update
 class SecureAggregation(UpdateDefence):
     """The server sees only the sum of `n_clients` updates (Bonawitz et al. 2017), here divided by their number."""
 
-    n_clients: int
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        self.must("n_clients", self.n_clients >= 1, "1 or more")
+    n_clients: Count
 
 
 def aggregate(updates: Sequence[Update]) -> Update:

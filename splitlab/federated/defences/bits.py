@@ -1,10 +1,14 @@
 """Values rounded to few bits."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from splitlab.core.config import Rule
 from splitlab.core.seeds import Source
 from splitlab.federated.defences.record import Defence, Gradients, UpdateDefence
 from splitlab.privacy.draws import uniform
+
+BITS = Rule(lambda value: 2 <= value <= 16, "{name} must be from 2 to 16, got {value}; for one bit use Sign")
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,8 @@ class Quantise(UpdateDefence):
         stochastic: round up or down at random, without bias (Alistarh et al. 2017), instead of to the nearest.
     """
 
-    bits: int = 8
+    bits: Annotated[int, BITS] = 8
     stochastic: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        self.must("bits", 2 <= self.bits <= 16, "from 2 to 16", "; for one bit use Sign")
 
 
 def rounded(values: Gradients, levels: Quantise, generator: Source) -> Gradients:

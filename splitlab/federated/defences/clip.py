@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from splitlab.core.config import Positive
 from splitlab.core.seeds import Source
 from splitlab.federated.defences.record import Defence, Gradients, UpdateDefence, length
 
@@ -10,11 +11,7 @@ from splitlab.federated.defences.record import Defence, Gradients, UpdateDefence
 class Clip(UpdateDefence):
     """Scale the whole update down to L2 norm `max_norm` if it is longer."""
 
-    max_norm: float
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        self.must("max_norm", self.max_norm > 0, "positive")
+    max_norm: Positive
 
 
 def shorten(values: Gradients, levels: Clip, generator: Source) -> Gradients:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from splitlab.core.config import Level, Positive
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
 from splitlab.federated.client import share_each
@@ -22,13 +23,8 @@ class PerExample(UpdateDefence):
         noise_multiplier: standard deviation of the noise on the sum, in units of C.
     """
 
-    max_grad_norm: float
-    noise_multiplier: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        self.must("max_grad_norm", self.max_grad_norm > 0, "positive")
-        self.must("noise_multiplier", self.noise_multiplier >= 0, "0 or more")
+    max_grad_norm: Positive
+    noise_multiplier: Level = 0.0
 
 
 def dp_sgd(examples: Sequence[Update], levels: PerExample, *, generator: Source) -> Update:

@@ -1,7 +1,9 @@
 """Gaussian noise on the finished update."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from splitlab.core.config import Level, one_of
 from splitlab.core.seeds import Source
 from splitlab.federated.defences.record import Defence, Gradients, UpdateDefence, length
 from splitlab.privacy.draws import noised
@@ -17,13 +19,8 @@ class GaussianNoise(UpdateDefence):
             standard deviation for all parameters.
     """
 
-    rel: float
-    per: str = "tensor"
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        self.must("rel", self.rel >= 0, "0 or more")
-        self.must("per", self.per in ("tensor", "update"), "'tensor' or 'update'")
+    rel: Level
+    per: Annotated[str, one_of(("tensor", "update"))] = "tensor"
 
 
 def add(values: Gradients, levels: GaussianNoise, generator: Source) -> Gradients:

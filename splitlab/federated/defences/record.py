@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from splitlab.core.config import Settings
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
 from splitlab.federated.client import share
@@ -25,22 +26,20 @@ EFFECTS = {
 """What a defence leaves in an update, and what the attacks, to whom defences are public, make of it."""
 
 
-class UpdateDefence:
+class UpdateDefence(Settings):
     """Base of the defences' levels, frozen dataclasses whose names and values are public: they stand in the update."""
+
+    def __post_init__(self) -> None:
+        """Refuse levels that mean nothing."""
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise InputError(f"{type(self).__name__}: {error}") from None
 
     def __str__(self) -> str:
         """Name the defence and its levels, as tables and updates show them."""
         given = [field for field in fields(self) if getattr(self, field.name) != field.default]  # type: ignore[arg-type]
         return " ".join([type(self).__name__, *(f"{field.name}={getattr(self, field.name)}" for field in given)])
-
-    def must(self, name: str, holds: bool, be: str, advice: str = "") -> None:
-        """Refuse a level that does not hold what it must.
-
-        Raises:
-            InputError: it does not.
-        """
-        if not holds:
-            raise InputError(f"{type(self).__name__}: {name} must be {be}, got {getattr(self, name)!r}{advice}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from splitlab.core.config import Share
 from splitlab.core.errors import InputError
 from splitlab.core.seeds import Source
 from splitlab.federated.client import training_loss
@@ -27,12 +28,8 @@ class Soteria(UpdateDefence):
         layer: a convolution or linear layer whose weight is shared.
     """
 
-    fraction: float
+    fraction: Share
     layer: str = "conv_out"
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        self.must("fraction", 0 < self.fraction <= 1, "in (0, 1]")
 
 
 def soteria_scores(

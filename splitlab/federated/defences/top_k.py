@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from splitlab.core.config import Share
 from splitlab.core.seeds import Source
 from splitlab.federated.defences.record import Defence, Gradients, UpdateDefence
 
@@ -12,11 +13,7 @@ from splitlab.federated.defences.record import Defence, Gradients, UpdateDefence
 class TopK(UpdateDefence):
     """Keep the `fraction` of all values of the update that is largest in magnitude, zero the rest (Lin et al. 2018)."""
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        """Refuse levels that mean nothing."""
-        self.must("fraction", 0 < self.fraction <= 1, "in (0, 1]")
+    fraction: Share
 
 
 def keep(values: Gradients, levels: TopK, generator: Source) -> Gradients:
