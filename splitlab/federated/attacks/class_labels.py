@@ -5,7 +5,6 @@ e(t, y) is held against it.
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.denoisers import predict
+from splitlab.federated.attacks.patches import watched
 from splitlab.federated.attacks.time_layers import TimeProbe, stand_in_facts
 from splitlab.federated.attacks.timesteps import timesteps
 from splitlab.federated.client import InversionKnowledge
@@ -72,20 +72,13 @@ def _table(knowledge: InversionKnowledge, shape: tuple[int, int, int]) -> tuple[
     model, mark = knowledge.model, torch.tensor([1])
     tables: list[tuple[str, nn.Embedding]] = []
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if isinstance(module, nn.Embedding) and torch.equal(inputs[0].reshape(-1), mark):
-                tables.append((name, module))
+    def note(name: str, module: nn.Embedding, inputs: tuple[Any, ...]) -> None:
+        if torch.equal(inputs[0].reshape(-1), mark):
+            tables.append((name, module))
 
-        return hook
-
-    handles = [m.register_forward_pre_hook(note(n)) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     facts = stand_in_facts(knowledge, shape, 1) | {"class_labels": mark}
-    try:
+    with watched({name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}, note):
         predict(model, torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64), **facts, call=knowledge.call)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not tables:
         raise InputError(f"a {type(model).__name__} needs class labels that no table holds; grant class_labels")
     return tables[0]

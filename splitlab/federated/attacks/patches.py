@@ -9,8 +9,10 @@ Extends the span tests of linear layers (Petrov et al. 2024, DAGER; Dimitrov et 
 overlapping patches leave hardly any freedom.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -52,26 +54,34 @@ class EnoughError(Exception):
     """Ends a forward pass after the last layer of interest."""
 
 
-def capture(model: nn.Module, names: Sequence[str], forward: Forward, noisy: Tensor) -> dict[str, Tensor]:
-    """Return the inputs of the modules `names`, running the model no further than the last of them."""
-    seen: dict[str, Tensor] = {}
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], note: Callable[..., None], *, outputs: bool = False) -> Iterator[None]:
+    """Tell `note` the name, the module and the inputs (then the output) of each module that runs within the block.
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = inputs[0]
-            if len(seen) == len(names):
-                raise EnoughError
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    It may raise `EnoughError`, which ends the block there.
+    """
+    register = nn.Module.register_forward_hook if outputs else nn.Module.register_forward_pre_hook
+    handles = [register(module, partial(note, name)) for name, module in modules.items()]
     try:
-        forward(noisy)
+        yield
     except EnoughError:
         pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+def capture(model: nn.Module, names: Sequence[str], forward: Forward, noisy: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of the modules `names`, running the model no further than the last of them."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[name] = inputs[0]
+        if len(seen) == len(names):
+            raise EnoughError
+
+    with watched({name: model.get_submodule(name) for name in names}, note):
+        forward(noisy)
     return seen
 
 
@@ -134,23 +144,15 @@ def find_layers(
     layers: dict[str, Layer] = {}
     again: set[str] = set()  # the gradient of a layer that runs twice mixes two inputs
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name in layers:
-                again.add(name)
-            elif inputs[0].requires_grad:
-                _, positions, width = patches(module, inputs[0]).shape
-                outputs = len(module.get_parameter("weight"))
-                layers[name] = Layer(name, len(layers), positions, width, outputs)
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if name in layers:
+            again.add(name)
+        elif inputs[0].requires_grad:
+            _, positions, width = patches(module, inputs[0]).shape
+            layers[name] = Layer(name, len(layers), positions, width, len(module.get_parameter("weight")))
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates.items()]
-    try:
+    with watched(candidates, note):
         forward(probe.detach().clone().requires_grad_(True))
-    finally:
-        for handle in handles:
-            handle.remove()
     return [layer for name, layer in layers.items() if name not in again]
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.denoisers import ControlledUNet, needs, predict
-from splitlab.federated.attacks.patches import EnoughError, capture
+from splitlab.federated.attacks.patches import EnoughError, capture, watched
 from splitlab.federated.client import InversionKnowledge
 
 ENTRIES = 2**21
@@ -91,27 +91,18 @@ class TimeProbe:
         """Return, by layer, its input at the timesteps, then at the first again, and whether it is a table."""
         seeing: dict[str, tuple[Tensor, bool]] = {}
 
-        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-                rows = _rows(module, inputs, output, len(times) + 1)
-                if rows is None or name in seeing or not _close(rows[0], rows[-1]) or _close(rows[0], rows[-2]):
-                    return
-                seeing[name] = rows, isinstance(module, nn.Embedding)
-                if only_first:
-                    raise EnoughError
+        def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            rows = _rows(module, inputs, output, len(times) + 1)
+            if rows is None or name in seeing or not _close(rows[0], rows[-1]) or _close(rows[0], rows[-2]):
+                return
+            seeing[name] = rows, isinstance(module, nn.Embedding)
+            if only_first:
+                raise EnoughError
 
-            return hook
-
-        layers = [(name, module) for name, module in self.model.named_modules() if _weight(module) is not None]
-        handles = [module.register_forward_hook(note(name)) for name, module in layers]
+        layers = {name: module for name, module in self.model.named_modules() if _weight(module) is not None}
         images = self._images(2)
-        try:
+        with watched(layers, note, outputs=True):
             self._at(torch.cat([times, times[:1]]))(torch.cat([images[:1].expand(len(times), -1, -1, -1), images[1:]]))
-        except EnoughError:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         if not seeing:
             raise InputError(
                 f"timesteps are not recoverable: no layer of this {type(self.model).__name__} sees the timestep alone; "
