@@ -11,14 +11,13 @@ from pathlib import Path
 import closure
 import pytest
 import yaml
-from world import names, tiny
+from world import names
+from world.project import write_splits
 from world.watch import watched
 
 from splitlab.core.config import parse
 from splitlab.core.paths import ROOT
 from splitlab.data.datasets import SPLITS
-from splitlab.data.generate import write_split
-from splitlab.data.image_set import load
 from splitlab.diffusion.base import load_base
 from splitlab.federated.attacks import INVERSIONS
 from splitlab.params import SECTIONS
@@ -122,10 +121,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Path:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(base_path, root / "models/base")
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    base, data = load_base(root / "models/base"), {}
-    for seed, (split, n) in enumerate({"private": 12, "public": 24, "heldout": 4}.items()):
-        write_split(root / f"data/{split}/tiny.zip", tiny.samples(n, seed=seed))
-        data[split] = load(root / f"data/{split}/tiny.zip")
+    base, data = load_base(root / "models/base"), write_splits(root, "tiny", private=12, public=24, heldout=4)
     for run, values in PARAMS["runs"].items():
         config = parse(TrainConfig, values, where=run)
         more = {"public": data["public"]} if config.server == "hijack" else {}
