@@ -1,12 +1,16 @@
-"""A lower bound on what one message of a split client really leaks."""
+"""A lower bound on what one message of a split client really leaks, for `audit.py` and the tests."""
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from scipy.special import ndtri
+from scipy.stats import beta
 from torch import Tensor
 
+from splitlab.core.errors import InputError
 from splitlab.core.seeds import Key
 from splitlab.diffusion.base import Base, Encoded
 from splitlab.diffusion.controlnet import symsigmoid_inverse
-from splitlab.privacy.audit import mu_lower_bound
 from splitlab.split.client import Client, client_send
 from splitlab.split.config import Defences
 from splitlab.split.defences.latent_norm import bounded
@@ -62,3 +66,42 @@ def audit_message(
         return found
 
     return mu_lower_bound(scores(0), scores(1), confidence=confidence)
+
+
+def mu_lower_bound(first: Float[Tensor, " n"], second: Float[Tensor, " m"], *, confidence: float = 0.95) -> float:
+    """Return a lower bound on μ of a mechanism, from scores of many outputs on each of two neighbouring inputs.
+
+    A threshold that is chosen on one half of the scores tells the inputs apart on the other half; μ-GDP demands
+    μ ≥ Φ⁻¹(1 - FPR) - Φ⁻¹(FNR) (Dong et al. 2022, Def. 2.6), and both error rates are taken at the upper ends of their
+    Clopper-Pearson intervals (as Nasr et al. 2023 audit). No shape of the scores is assumed.
+
+    Args:
+        first: scores under one input, lower.
+        second: scores under the other, higher.
+        confidence: probability that the bound is none too high.
+
+    Raises:
+        InputError: fewer than four scores of either.
+    """
+    if min(len(first), len(second)) < 4:
+        raise InputError(f"{len(first)} and {len(second)} scores cannot bound μ: record more messages")
+    error = (1 - confidence) / 2
+    threshold = _best_threshold(first[::2], second[::2], error)
+    false_positives, false_negatives = (first[1::2] > threshold).sum(), (second[1::2] <= threshold).sum()
+    fpr = _upper(false_positives.numpy(), len(first[1::2]), error)
+    fnr = _upper(false_negatives.numpy(), len(second[1::2]), error)
+    return max(float(-ndtri(fpr) - ndtri(fnr)), 0.0)
+
+
+def _best_threshold(first: Float[Tensor, " n"], second: Float[Tensor, " m"], error: float) -> float:
+    """Return the threshold whose bound is highest on these scores: neither too few errors to count, nor too many."""
+    candidates = torch.cat([first, second]).sort().values
+    above = len(first) - torch.searchsorted(first.sort().values, candidates, right=True)
+    below = torch.searchsorted(second.sort().values, candidates, right=True)
+    gap = -ndtri(_upper(above.numpy(), len(first), error)) - ndtri(_upper(below.numpy(), len(second), error))
+    return float(candidates[int(gap.argmax())])
+
+
+def _upper(errors: np.ndarray, n: int, error: float) -> np.ndarray:
+    """Return the upper ends of the one-sided Clopper-Pearson intervals of rates."""
+    return np.where(errors >= n, 1.0, beta.ppf(1 - error, errors + 1, np.maximum(n - errors, 1)))

@@ -1,4 +1,4 @@
-"""Lower bounds on what really leaked: a one-run audit of DP-SGD, and of the split client's messages.
+"""A lower bound on what really leaked: a one-run audit of DP-SGD (of messages: `benchmarks/message_audit.py`).
 
 A guarantee is proved on paper; an audit attacks the code that claims it. A lower bound above the claim is a bug.
 """
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from scipy.optimize import brentq
-from scipy.special import ndtri
-from scipy.stats import beta, binom
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from splitlab.core.errors import InputError
@@ -64,8 +63,8 @@ class Canaries(nn.Module):
 
     def forward(self, marks: Float[Tensor, "b n"], *inputs: Tensor) -> Float[Tensor, " b"]:
         """Return one loss per row."""
-        own = self.scale * self.weights(marks)[:, 0]
-        return own if self.inner is None else own + self.inner(*inputs)
+        losses = self.scale * self.weights(marks)[:, 0]
+        return losses if self.inner is None else losses + self.inner(*inputs)
 
 
 def audit(
@@ -85,53 +84,39 @@ def audit(
     mechanism: Mechanism = private_gradient,
     sampler: Sampler = poisson_sample,
 ) -> Audit:
-    """Audit DP-SGD in one run (Steinke, Nasr & Jagielski 2023): which canaries were in, judging by what was released?
-
-    Each canary is in with probability 1/2. The auditor sees every released gradient (the guarantee covers them all,
-    so the trajectory too), scores a canary by the sum of the gradients' inner products with it, and guesses the
-    highest scores in, the lowest out.
+    """Audit DP-SGD in one run (Steinke, Nasr & Jagielski 2023), by all gradients released: which canaries were in?
 
     Args:
-        noise_multiplier: σ.
-        sample_rate: Poisson sampling rate.
-        steps: number of steps.
-        delta: δ of the claim.
+        noise_multiplier, sample_rate, steps, delta: of the claim: σ, Poisson sampling rate, number of steps, δ.
         seed: of all draws; an audit's are no secret, its canaries are nobody's data.
         key: of the mechanism's draws, to audit another kind of them; None: the published key of `seed`.
         n_canaries: m; of `GUESSES`, those up to m are tried.
         multiplicity: K, draws per sample.
         scale: gradient norm of a canary before clipping; the clip norm is 1.
-        inner: a real model that the canaries ride on, with its trainable parameters.
-        inputs: what it takes, one row per canary.
+        inner, inputs: a real model that the canaries ride on, and what it takes, one row per canary.
         confidence: of the lower bound.
-        mechanism: releases a batch's gradient; called like `private_gradient`.
-        sampler: draws a batch; called like `poisson_sample`.
+        mechanism, sampler: release a batch's gradient, and draw the batch.
 
     Raises:
         InputError: too few canaries.
     """
     model, key = Canaries(n_canaries, scale=scale, inner=inner), key or Key.published(seed)
+    # Step 1: each canary is in with probability 1/2 (Steinke et al. 2023, algorithm 1).
     included = torch.rand(n_canaries, generator=generator(seed, "audit", "included")) < 0.5
     members = included.nonzero()[:, 0]
     scores = torch.zeros(n_canaries, dtype=torch.float64)
+    claim = {"max_grad_norm": 1.0, "noise_multiplier": noise_multiplier, "multiplicity": multiplicity}
+    claim |= {"expected_batch": max(sample_rate * len(members), 1.0), "physical_batch": 256}
+    # Step 2: run the mechanism; a canary's score is the sum of its gradient's inner products with what is released.
     for number in range(steps):
         batch = sampler(len(members), sample_rate, generator=source(key, "audit", "batch", number))
         rows = members[batch].repeat_interleave(multiplicity)
-        marks = torch.zeros(len(rows), n_canaries)
-        marks[torch.arange(len(rows)), rows] = 1.0
-        released = mechanism(
-            model,
-            (marks, *(value[rows] for value in inputs)),
-            max_grad_norm=1.0,
-            noise_multiplier=noise_multiplier,
-            expected_batch=max(sample_rate * len(members), 1.0),
-            multiplicity=multiplicity,
-            physical_batch=256,
-            generator=source(key, "audit", "noise", number),
-        )
+        batch_inputs = (nn.functional.one_hot(rows, n_canaries).float(), *(value[rows] for value in inputs))
+        released = mechanism(model, batch_inputs, **claim, generator=source(key, "audit", "noise", number))
         scores += released["weights.weight"][0].double()
-    tried = [count for count in GUESSES if count <= n_canaries]
-    return epsilon_lower_bound(scores, included, delta=delta, confidence=confidence, guesses=tried)
+    # Step 3: guess the highest scores in and the lowest out, and take the best bound.
+    guesses = [count for count in GUESSES if count <= n_canaries]
+    return epsilon_lower_bound(scores, included, delta=delta, confidence=confidence, guesses=guesses)
 
 
 def epsilon_lower_bound(
@@ -163,13 +148,13 @@ def epsilon_lower_bound(
     if not torch.isfinite(scores).all():
         raise InputError("the canaries' scores are not finite; the released gradients must be")
     order = scores.argsort(descending=True, stable=True)
-    found = []
+    audits = []
     for total in guesses:
         half = total // 2
         correct = int(included[order[:half]].sum() + (~included[order[n - half :]]).sum())
         error = (1 - confidence) / len(guesses)
-        found.append(Audit(_refuted(n, 2 * half, correct, delta, error), 2 * half, correct, n, confidence))
-    return max(found, key=lambda one: one.lower_bound)
+        audits.append(Audit(_refuted(n, 2 * half, correct, delta, error), 2 * half, correct, n, confidence))
+    return max(audits, key=lambda result: result.lower_bound)
 
 
 def p_value(n: int, guesses: int, correct: int, *, epsilon: float, delta: float) -> float:
@@ -202,42 +187,3 @@ def _refuted(n: int, guesses: int, correct: int, delta: float, error: float) -> 
     if excess(0.0) >= 0:
         return 0.0
     return 50.0 if excess(50.0) < 0 else float(brentq(excess, 0.0, 50.0, xtol=1e-4))
-
-
-def mu_lower_bound(first: Float[Tensor, " n"], second: Float[Tensor, " m"], *, confidence: float = 0.95) -> float:
-    """Return a lower bound on μ of a mechanism, from scores of many outputs on each of two neighbouring inputs.
-
-    A threshold that is chosen on one half of the scores tells the inputs apart on the other half; μ-GDP demands
-    μ ≥ Φ⁻¹(1 - FPR) - Φ⁻¹(FNR) (Dong et al. 2022, Def. 2.6), and both error rates are taken at the upper ends of their
-    Clopper-Pearson intervals (as Nasr et al. 2023 audit). No shape of the scores is assumed.
-
-    Args:
-        first: scores under one input, lower.
-        second: scores under the other, higher.
-        confidence: probability that the bound is none too high.
-
-    Raises:
-        InputError: fewer than four scores of either.
-    """
-    if min(len(first), len(second)) < 4:
-        raise InputError(f"{len(first)} and {len(second)} scores cannot bound μ: record more messages")
-    error = (1 - confidence) / 2
-    threshold = _best_threshold(first[::2], second[::2], error)
-    false_positives, false_negatives = (first[1::2] > threshold).sum(), (second[1::2] <= threshold).sum()
-    fpr = _upper(false_positives.numpy(), len(first[1::2]), error)
-    fnr = _upper(false_negatives.numpy(), len(second[1::2]), error)
-    return max(float(-ndtri(fpr) - ndtri(fnr)), 0.0)
-
-
-def _best_threshold(first: Float[Tensor, " n"], second: Float[Tensor, " m"], error: float) -> float:
-    """Return the threshold whose bound is highest on these scores: neither too few errors to count, nor too many."""
-    candidates = torch.cat([first, second]).sort().values
-    above = len(first) - torch.searchsorted(first.sort().values, candidates, right=True)
-    below = torch.searchsorted(second.sort().values, candidates, right=True)
-    gap = -ndtri(_upper(above.numpy(), len(first), error)) - ndtri(_upper(below.numpy(), len(second), error))
-    return float(candidates[int(gap.argmax())])
-
-
-def _upper(errors: np.ndarray, n: int, error: float) -> np.ndarray:
-    """Return the upper ends of the one-sided Clopper-Pearson intervals of rates."""
-    return np.where(errors >= n, 1.0, beta.ppf(1 - error, errors + 1, np.maximum(n - errors, 1)))

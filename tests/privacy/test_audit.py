@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from message_audit import audit_message
+from message_audit import audit_message, mu_lower_bound
 from world import planted, tiny
 
 from splitlab.core.errors import InputError
@@ -12,7 +12,7 @@ from splitlab.diffusion.base import Base, Encoded
 from splitlab.diffusion.trainable import mark_trainable
 from splitlab.dp.conditioning import denoiser, make_conditioning
 from splitlab.privacy.accounting import composed_mu, noise_multiplier_for
-from splitlab.privacy.audit import Canaries, audit, epsilon_lower_bound, mu_lower_bound, p_value
+from splitlab.privacy.audit import Canaries, audit, epsilon_lower_bound, p_value
 from splitlab.privacy.mechanisms import norms, per_sample_gradients, per_sample_hooks
 from splitlab.split.config import Defences
 from splitlab.split.privacy import matched_message_event, message_events
