@@ -1,19 +1,17 @@
 """Browse the attacked runs."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import ipywidgets as widgets
 from markupsafe import Markup
 
 from splitlab.explorer import markup
 from splitlab.explorer.explore import Artefacts, attack_title, sample_groups
-from splitlab.explorer.parts import DESCRIBED, WIDE, dropdown, htmls, reported, row, run_rows
+from splitlab.explorer.parts import DESCRIBED, WIDE, Panel, dropdown, htmls, row, run_rows, slider
 from splitlab.explorer.run_view import Attempt, RunView, comparison, sample_scores
 
 
-class Explorer(widgets.VBox):
+class Explorer(Panel):
     """Browse the attacked runs: run, attack, timestep range, sample; pictures and scores of that sample."""
 
     def __init__(self, artefacts: Artefacts):
@@ -25,8 +23,8 @@ class Explorer(widgets.VBox):
         self.timesteps = widgets.IntRangeSlider(
             description="timesteps", min=0, max=1000, step=50, value=(0, 1000), layout=WIDE, style=DESCRIBED
         )
-        self.sample = widgets.IntSlider(description="sample", max=0, readout=False, layout=WIDE, style=DESCRIBED)
-        self.about, self.caption, self.pictures, self.scores, self.comparison, self.threats, self.message = htmls(7)
+        self.sample = slider("sample", max=0, readout=False)
+        self.about, self.caption, self.pictures, self.scores, self.comparison, self.threats = htmls(6)
         threats = widgets.Accordion(children=[self.threats], titles=("Threat model of this attack",))
         self._body = widgets.VBox(
             [
@@ -34,34 +32,15 @@ class Explorer(widgets.VBox):
                 *(row([self.sample, self.caption]), self.pictures, self.scores, self.comparison, threats),
             ]
         )
-        self.children = [widgets.HTML(markup.STYLE), self.message, self.run, self._body]
+        self.lay_out(self.message, self.run, self._body)
         self.view: RunView | None = None
         self._samples: list[int] = []
-        self._quiet = False
-        for widget, handler in (
-            *((self.run, self._load_run), (self.attack, self._list_seeds), (self.timesteps, self._list_samples)),
-            *((self.seed, self._show), (self.sample, self._show)),
-        ):
-            widget.observe(self._when_loud(handler), "value")
-        self._start()
-
-    def _when_loud(self, handler: Callable[[], None]) -> Callable[[object], None]:
-        """Call `handler` when the user changes something, not when a handler does; report bad input where it shows."""
-
-        def handle(change: object) -> None:
-            if not self._quiet:
-                with reported(self.message):
-                    handler()
-
-        return handle
-
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        before, self._quiet = self._quiet, True
-        try:
-            yield
-        finally:
-            self._quiet = before
+        self.when(self._load_run, self.run)
+        self.when(self._list_seeds, self.attack)
+        self.when(self._list_samples, self.timesteps)
+        self.when(self._show, self.seed, self.sample)
+        self.run.layout.display = self._body.layout.display = "none"
+        self.run_reported(self._start)
 
     @property
     def current(self) -> Attempt | None:
@@ -75,13 +54,10 @@ class Explorer(widgets.VBox):
         return self._samples[self.sample.value] if self._samples else None
 
     def _start(self) -> None:
-        self.run.layout.display = self._body.layout.display = "none"
-        with reported(self.message):
-            names = self.artefacts.attacked()
-            with self._quietly():
-                self.run.options, self.run.value = names, names[0]
-            self.run.layout.display = ""
-            self._load_run()
+        names = self.artefacts.attacked()
+        self.run.options, self.run.value = names, names[0]
+        self.run.layout.display = ""
+        self._load_run()
 
     def _load_run(self) -> None:
         self.view, self._body.layout.display = None, "none"  # until it is loaded there is nothing to show
@@ -99,19 +75,17 @@ class Explorer(widgets.VBox):
     def _list_attacks(self, wanted: str | None) -> None:
         assert self.view is not None, "a run is loaded first"
         attempts = self.view.attempts
-        with self._quietly():
-            self.attack.options = [(attack_title(next(iter(tries.values()))), name) for name, tries in attempts.items()]
-            self.attack.value = wanted if wanted in attempts else self.view.strongest
+        self.attack.options = [(attack_title(next(iter(tries.values()))), name) for name, tries in attempts.items()]
+        self.attack.value = wanted if wanted in attempts else self.view.strongest
         self._list_seeds()
 
     def _list_seeds(self) -> None:
         assert self.view is not None, "a run is loaded first"
         seeds = list(self.view.attempts[self.attack.value])
-        with self._quietly():
-            before = self.seed.value
-            self.seed.options = seeds
-            self.seed.value = before if before in seeds else seeds[0]
-            self.seed.disabled = len(seeds) == 1
+        before = self.seed.value
+        self.seed.options = seeds
+        self.seed.value = before if before in seeds else seeds[0]
+        self.seed.disabled = len(seeds) == 1
         self._show()
 
     def _list_samples(self) -> None:
@@ -122,10 +96,9 @@ class Explorer(widgets.VBox):
         """Walk through the samples in the timestep range, from `kept` on if it is one of them."""
         assert self.view is not None, "a run is loaded first"
         self._samples = self.view.within(*self.timesteps.value)
-        with self._quietly():
-            self.sample.max = max(0, len(self._samples) - 1)
-            self.sample.value = self._samples.index(kept) if kept in self._samples else self._middle()
-            self.sample.disabled = not self._samples
+        self.sample.max = max(0, len(self._samples) - 1)
+        self.sample.value = self._samples.index(kept) if kept in self._samples else self._middle()
+        self.sample.disabled = not self._samples
 
     def _middle(self) -> int:
         """Return the place in the slider nearest to its middle whose sample was scored; the middle where none was."""
@@ -138,14 +111,15 @@ class Explorer(widgets.VBox):
         """Take in a live attempt and show it, if its run is still the one shown."""
         view.add(attempt)
         if view is self.view:
-            self._describe(view)
-            self._list_attacks(attempt.attack)
+            with self.quietly():
+                self._describe(view)
+                self._list_attacks(attempt.attack)
 
     def _show(self) -> None:
-        view, one, sample = self.view, self.current, self.position
-        if view is None or one is None:
+        view, attempt, sample = self.view, self.current, self.position
+        if view is None or attempt is None:
             return
-        self.threats.value = markup.rows(one.threat_model)
+        self.threats.value = markup.rows(attempt.threat_model)
         if sample is None:
             (low, high), floor = self.timesteps.value, int(view.timesteps.min())
             text = (
@@ -156,14 +130,14 @@ class Explorer(widgets.VBox):
             return
         place = f"{self.sample.value + 1} of {len(self._samples)}"
         self.caption.value = markup.caption(int(view.timesteps[sample]), view.prompt(sample), place)
-        self.pictures.value = markup.groups(sample_groups(view, one, sample, self.artefacts.base))
-        self.scores.value, self.comparison.value = self._numbers(view, one, sample)
+        self.pictures.value = markup.groups(sample_groups(view, attempt, sample, self.artefacts.base))
+        self.scores.value, self.comparison.value = self._numbers(view, attempt, sample)
 
-    def _numbers(self, view: RunView, one: Attempt, sample: int) -> tuple[str, str]:
-        if not one.scores:
+    def _numbers(self, view: RunView, attempt: Attempt, sample: int) -> tuple[str, str]:
+        if not attempt.scores:
             text = "There are no scores of this reconstruction yet."
             return markup.message(text, hint=Markup("<code>dvc repro evaluate</code> makes them.")), ""
-        scores = sample_scores(view, one, sample)
+        scores = sample_scores(view, attempt, sample)
         candidates = min(self.artefacts.config.candidates, len(view.known.private))
         shown = {}
         if "psnr_db" in scores:
@@ -183,9 +157,9 @@ class Explorer(widgets.VBox):
             shown["prompt exact"] = markup.verdict([scores["prompt_exact"]])
         reference = {"guess": scores["no_info_psnr_db"], "ceiling": scores["ceiling_psnr_db"]}
         chips = markup.chips(shown)
-        if all(math.isnan(scores[name]) for name in one.scores):
+        if all(math.isnan(scores[name]) for name in attempt.scores):
             first = self.artefacts.config.samples
             chips += markup.message(
                 f"This sample was not scored: the evaluation scores the first {first} of each timestep bucket."
             )
-        return chips, markup.bars(comparison(view, sample), chosen=one.attack, **reference)
+        return chips, markup.bars(comparison(view, sample), chosen=attempt.attack, **reference)

@@ -1,7 +1,7 @@
 """How the explorer looks: numbers in words, and pieces of HTML from `templates/parts.html` that load nothing."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -13,29 +13,10 @@ _PARTS = macros("splitlab.explorer")
 
 STYLE: Markup = _PARTS.style()
 
-image: Callable[[bytes, str], Markup] = _PARTS.image
-"""A PNG that carries its bytes, and what it shows in words: `image(content, alt)`."""
-
-note: Callable[[str], Markup] = _PARTS.note
-"""A remark."""
-
-caption: Callable[[int, str, str], Markup] = _PARTS.caption
-"""Which sample is shown: `caption(timestep, prompt, place)`."""
-
-groups: Callable[[Sequence[tuple[str, str, Sequence[Any]]]], Markup] = _PARTS.groups
-"""Groups of pictures side by side: of each a title, a subtitle, and its `explore.Picture`s."""
-
-chips: Callable[[Mapping[str, str]], Markup] = _PARTS.chips
-"""A few numbers, large, each with its name below: name -> number."""
-
-rows: Callable[[Sequence[tuple[str, str]]], Markup] = _PARTS.rows
-"""Rows of (what, value)."""
-
-picture: Callable[[bytes, str], Markup] = _PARTS.picture
-"""One picture with its caption."""
-
-gallery: Callable[[Sequence[tuple[bytes, bytes, str]]], Markup] = _PARTS.gallery
-"""Triples of hint, generated image and prompt."""
+image, note, caption, groups, chips, rows, picture, gallery = (
+    getattr(_PARTS, name) for name in ("image", "note", "caption", "groups", "chips", "rows", "picture", "gallery")
+)
+"""Pieces that are the macros of `templates/parts.html` themselves: from PNG bytes, numbers and texts to markup."""
 
 
 def message(text: object, *, hint: str = "") -> Markup:

@@ -29,7 +29,7 @@ import torch
 from splitlab.core.config import parse
 from splitlab.core.seeds import Key
 from splitlab.diffusion.base import encoded, load_base
-from splitlab.explorer import playground_panel
+from splitlab.explorer import panels
 from splitlab.report.layout import in_words
 from splitlab.split.attacks.latent_view import latent_view
 from splitlab.split.client import Client, client_send
@@ -64,7 +64,7 @@ print(json.dumps({
     "label": header.label,
     "in the report": in_words(str(header)),
     "on the grid": all((2 * one.need("smashed")).frac().eq(0).all().item() for one in (sent, *transcript.observations)),
-    "offered": playground_panel._control(DEFENCES["round_latents"]).options,
+    "offered": panels._control(DEFENCES["round_latents"]).options,
     "unseen": [defence.name for defence in unseen(header)],
     "std": sorted({round(value, 4) for value in std.flatten().tolist()}),
 }))
