@@ -12,7 +12,7 @@ draws of all noise. `id_*_ideal`: the same by whoever holds the 100 candidates a
 every attack.
 
 `control_iou_guided` is what settings are compared by: all are asked alike, at the guidance along the control
-(`splitlab.diffusion.guided`) that is best for 64 public hints, for 64 held-out ones, both against the whole hint;
+(`benchmarks/guided.py`) that is best for 64 public hints, for 64 held-out ones, both against the whole hint;
 `guidance` is the one chosen. `control_iou` is as learned: at guidance 1 where clients disguise themselves
 (`split.defences.disguised`; they are asked with layouts), at control scale 1 of diffusers' pipeline elsewhere, and
 `control_iou_amplified` at `AMPLIFIED`. No control and the VAE's own reconstruction are rows of the table.
@@ -34,6 +34,7 @@ import argparse
 
 import pandas as pd
 import torch
+from guided import generate_guided
 from matched_attacks import FOLDER, N, attacked
 from matched_parts import asked_layout, recoloured
 from matched_settings import DATASETS, STEPS, read
@@ -46,7 +47,6 @@ from splitlab.core.tables import read_table, write_table
 from splitlab.data.image_set import digest
 from splitlab.diffusion.base_files import load_model
 from splitlab.diffusion.controlnet import LatentHintControlNet, control_pipeline
-from splitlab.diffusion.guided import generate_guided
 from splitlab.diffusion.metrics import disc_iou, edge_control
 from splitlab.split.config import read_defences
 from splitlab.split.defences import disguises

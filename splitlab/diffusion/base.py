@@ -159,14 +159,14 @@ class Base:
 
 
 def noised(
-    latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alphas: Float[Tensor, "b 1 1 1"]
+    latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alphas: Float[Tensor, "#b 1 1 1"]
 ) -> Float[Tensor, "b c h w"]:
     """Return sqrt(ᾱ) latents + sqrt(1 - ᾱ) noise (Ho et al. 2020, eq. 4)."""
     return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
 
 
 def denoised(
-    noisy_latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alphas: Float[Tensor, "b 1 1 1"]
+    noisy_latents: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], alphas: Float[Tensor, "#b 1 1 1"]
 ) -> Float[Tensor, "b c h w"]:
     """Solve `noised` for the latents (Ho et al. 2020, eq. 15)."""
     return (noisy_latents - (1 - alphas).sqrt() * noise) / alphas.sqrt()

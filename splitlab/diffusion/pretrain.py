@@ -5,7 +5,6 @@ convolutions, so `scaling_factor` is 1), and a text-conditional U-Net with a CLI
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from splitlab.core import checkpoint, storage
 from splitlab.core.errors import InputError
+from splitlab.core.schedule import cosine
 from splitlab.core.seeds import generator
 from splitlab.data.image_set import ImageSet, digest
 
 MAX_TOKENS = 16
 REPORT_EVERY = 50
+WARM_UP = 200
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def _optimise(
         start, losses = int(tensors["step"]), tensors["losses"].tolist()
     for step in tqdm(range(start, steps), desc=label, initial=start, total=steps, mininterval=5):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = cosine(lr, step, steps, warm_up=WARM_UP)
         loss = step_loss(step)
         if not torch.isfinite(loss):
             raise InputError(f"{label}: the loss is {loss.item()} at step {step}; lower its learning rate")

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError
+from splitlab.diffusion import sampling
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.base_files import load_model
 from splitlab.dp.conditioning import ClassEmbedder, TextEmbedder, labels_of
@@ -146,10 +147,12 @@ def _denoise(
     scheduler.set_timesteps(steps)
     guided = guidance != 1.0
     both = torch.cat([empty.expand(states.shape), states]) if guided else states
-    for timestep in scheduler.timesteps:
-        noise = unet(torch.cat([latents, latents]) if guided else latents, timestep, both).sample
-        if guided:
-            away, towards = noise.chunk(2)
-            noise = away + guidance * (towards - away)
-        latents = scheduler.step(noise, timestep, latents).prev_sample
-    return latents
+
+    def noise_pred(latents: Tensor, timestep: Tensor) -> Tensor:
+        predicted = unet(torch.cat([latents, latents]) if guided else latents, timestep, both).sample
+        if not guided:
+            return predicted
+        away, towards = predicted.chunk(2)
+        return sampling.guided(away, towards, guidance)
+
+    return sampling.sample(noise_pred, latents, scheduler.timesteps, sampling.scheduler_step(scheduler))

@@ -52,12 +52,7 @@ def run_attack(
     denied = [name for name in knowledge.ignored if name not in FACTS]
     seen = [observation.without(*denied) for observation in observations]
     began, worked = time.perf_counter(), time.process_time()
-    try:
-        result = ATTACKS[attack].function(seen, knowledge, generator=generator, callback=callback, **(options or {}))
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise InputError(f"attack {attack}: {error}; see its docstring for the options it takes") from None
-        raise
+    result = ATTACKS[attack].run(seen, knowledge, options or {}, generator=generator, callback=callback)
     return replace(result, wall_s=time.perf_counter() - began, cpu_s=time.process_time() - worked)
 
 

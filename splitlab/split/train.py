@@ -24,6 +24,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
 from splitlab.core.pixels import to_uint8
 from splitlab.core.progress import Callback
+from splitlab.core.schedule import cosine
 from splitlab.core.seeds import PUBLISHED, Key, generator
 from splitlab.data.colours import are_shapes
 from splitlab.data.image_set import ImageSet, digest, partition
@@ -252,8 +253,7 @@ def _run(scheme: Scheme, config: TrainConfig, state: Path, callback: Callback | 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Warm up over 5 % of the steps, then decay along a cosine to zero."""
-    warm_up = max(1, config.steps // 20)
-    return config.lr * min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+    return cosine(config.lr, step, config.steps, warm_up=max(1, config.steps // 20))
 
 
 def _checkpoint(scheme: Scheme, state: Path, step: int, progress: Progress) -> None:

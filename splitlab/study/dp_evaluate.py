@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitlab.core.errors import InputError
+from splitlab.core.schedule import cosine
 from splitlab.core.seeds import generator
 from splitlab.dp.public import warped
 
@@ -85,7 +86,7 @@ def train_classifier(
         logits = head(body(_varied(images[chosen], draw)))
         loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = cosine(lr, step, steps, warm_up=50)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

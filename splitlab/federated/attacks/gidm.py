@@ -7,6 +7,7 @@ schedule whose means of t and of the signal rates are what the model sees, so th
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
+from splitlab.diffusion import sampling
 from splitlab.federated.attacks.problem import Inversion, Problem, Recorder
 from splitlab.federated.attacks.record import Attack
 from splitlab.federated.client import InversionKnowledge
@@ -188,15 +190,8 @@ def _sampler(problem: Problem, prior: nn.Module | None, steps: int) -> Callable[
         times = torch.full((len(x),), timestep)
         return network(x, times).sample if text is None else network(x, times, text).sample
 
-    def sample(x: Tensor) -> Tensor:
-        for here, there in zip(grid, [*grid[1:], -1], strict=True):
-            noise = checkpoint(noise_pred, x, here, use_reentrant=False)
-            clean = (x - (1 - alphas[here]).sqrt() * noise) / alphas[here].sqrt()
-            alpha = alphas[there] if there >= 0 else torch.ones(())
-            x = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        return x
-
-    return sample
+    model = partial(checkpoint, noise_pred, use_reentrant=False)
+    return lambda x: sampling.sample(model, x, grid, sampling.ddim_step(alphas))
 
 
 ATTACKS = (

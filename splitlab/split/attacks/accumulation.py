@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -10,14 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitlab.core.progress import Callback
+from splitlab.split.attacks.calibration import Calibration, CalibrationSet, principal
 from splitlab.split.attacks.closed_form import hint_latents
-from splitlab.split.attacks.latent_view import averaged, labelled, latent_view, summed
-from splitlab.split.attacks.posterior import Calibration, CalibrationSet, denoise, principal, used_fields
-from splitlab.split.attacks.record import Attack, Family
+from splitlab.split.attacks.latent_view import FLOOR, averaged, labelled, latent_view, summed, used_fields
+from splitlab.split.attacks.posterior import denoise
+from splitlab.split.attacks.record import Attack, Family, Option
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
-
-FLOOR = 0.03
-"""Least standard deviation of a view: rounding to fp16, amplified by 1 / sqrt(ᾱ_T), stays below."""
 
 
 @torch.no_grad()
@@ -27,7 +26,7 @@ def accumulation(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    batch: int = 128,
+    batch: Annotated[int, Option("samples per U-Net call", least=1)] = 128,
 ) -> Reconstruction:
     """Find out which messages show one image, average their views, and denoise the average.
 
@@ -36,26 +35,20 @@ def accumulation(
     matching timestep as in `posterior`. Which samples belong together is not told but found (`link`), by the recovered
     hints where there are any and by the views themselves, among the samples of one client.
 
-    Args:
-        observations: what was sent; needs `timesteps` and `noisy_latents`.
-        knowledge: the threat model.
-        generator: of the public samples for calibration.
-        callback: told of every linked sample, with the number of images found so far.
-        batch: samples per U-Net call.
-
-    Returns one reconstruction per sample, in the order sent; those linked share one. `objective`: how many images
-    had been found after each sample that was linked; its last entry is their number.
-
-    Raises:
-        InputError: `timesteps` or `noisy_latents` were not sent.
+    Needs `timesteps` and `noisy_latents`. Samples that were linked share one reconstruction. The objective is how many
+    images had been found after each sample that was linked.
     """
+    # Step 1: reduce the messages to views, and play the client on public data.
     seen, base = labelled(observations, knowledge), knowledge.base
     view, std = latent_view(seen, knowledge)
     calibration_set = CalibrationSet(seen, observations, knowledge, generator)
     raw_hints = calibration_set.clamp(hint_latents(seen, observations, knowledge))
-    features = Features.of(view, std, raw_hints, calibration_set)
-    labels, found = link(features, senders(observations), threshold(calibration_set), callback=callback)
 
+    # Step 2: link the samples that show one image.
+    features = Features.of(view, std, raw_hints, calibration_set)
+    labels, n_images = link(features, senders(observations), threshold(calibration_set), callback=callback)
+
+    # Step 3: average each image's views, and denoise the average.
     counts = summed(torch.ones(len(labels)), labels)
     once = knowledge.defences.per_image_noise
     merged, merged_std = averaged(view, std.clamp_min(FLOOR), labels, once=once)
@@ -70,7 +63,7 @@ def accumulation(
         mean_hints = summed(raw_hints, labels) / counts[:, None, None, None]
         merged_hints = calibration_set.hints(mean_hints, None if once else counts)
         hints, used = base.decode(torch.as_tensor(merged_hints))[labels], (*used, "smashed")
-    return Reconstruction(base.decode(latents)[labels], hints, used=used, objective=tuple(found), n_evals=1)
+    return Reconstruction(base.decode(latents)[labels], hints, used=used, objective=tuple(n_images), n_evals=1)
 
 
 def _calibrated(
@@ -190,29 +183,25 @@ def link(
     """
     labels = torch.full((len(features),), -1)
     groups: list[Features] = []
-    owner: list[int] = []
-    found = []
+    group_owners: list[int] = []
+    counts: list[float] = []
     order = features.variances[0].argsort(stable=True)
     for done, index in enumerate(tqdm(order.tolist(), desc="linking", mininterval=2, leave=False)):
-        sample, own = features[torch.tensor([index])], int(owners[index])
-        rivals = [number for number, other in enumerate(owner) if other == own]
-        best = -1
-        if rivals:
-            joined = _together([groups[number] for number in rivals])
-            ratios = same_image(sample, joined)[0]
-            if float(ratios.max()) > limit:
-                best = rivals[int(ratios.argmax())]
-        if best < 0:
-            best = len(groups)
-            groups.append(sample)
-            owner.append(own)
+        sample, owner = features[torch.tensor([index])], int(owners[index])
+        rivals = [number for number, other in enumerate(group_owners) if other == owner]
+        ratios = same_image(sample, _together([groups[number] for number in rivals]))[0] if rivals else None
+        if ratios is not None and float(ratios.max()) > limit:
+            group = rivals[int(ratios.argmax())]
+            groups[group] = _merge(groups[group], sample)
         else:
-            groups[best] = _merge(groups[best], sample)
-        labels[index] = best
-        found.append(float(len(groups)))
+            group = len(groups)
+            groups.append(sample)
+            group_owners.append(owner)
+        labels[index] = group
+        counts.append(float(len(groups)))
         if callback:
-            callback("accumulation", done + 1, len(order), found[-1])
-    return labels, found
+            callback("accumulation", done + 1, len(order), counts[-1])
+    return labels, counts
 
 
 def _together(groups: Sequence[Features]) -> Features:

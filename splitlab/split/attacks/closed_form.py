@@ -11,7 +11,7 @@ from splitlab.core.seeds import generator as splitlab_generator
 from splitlab.diffusion.base import encoded
 from splitlab.diffusion.controlnet import coarse_gain, coarsened, low_frequencies, symsigmoid_inverse
 from splitlab.diffusion.controlnet import symsigmoid as activation
-from splitlab.split.attacks.latent_view import labelled, latent_view
+from splitlab.split.attacks.latent_view import labelled, latent_view, used_fields
 from splitlab.split.attacks.record import Attack, Family
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
@@ -27,23 +27,19 @@ def closed_form(
     """Solve for image and hint, exactly up to the floating-point format on the wire.
 
     latents = (noisy_latents - sqrt(1 - ᾱ_t) noise) / sqrt(ᾱ_t)  (Ho et al. 2020, eq. 4, solved for x_0), with the noise
-    as sent or, in a U-shaped split, solved for from the returned gradient (`channel.labelled`); feature noise stays in.
+    as sent or, in a U-shaped split, solved for from the returned gradient (`labelled`); feature noise stays in.
     hint_latents = activation⁻¹(smashed - fixed_noise) - noisy_latents, with each client's fixed noise estimated from
     all its messages (`estimate_fixed_noise`). Hints need no label; they are solved for where the cut lies before
     anything trainable (`split`, `u_shaped`). Without any label only the hints are recovered.
     """
     seen, base = labelled(observations, knowledge), knowledge.base
-    hints = hint_latents(seen, observations, knowledge)
-    if seen.noise is None:
-        if hints is None:
-            seen.need("noise")
-        return Reconstruction(hints=base.decode(torch.as_tensor(hints)), used=("noisy_latents", "smashed"), n_evals=1)
-    images = base.decode(latent_view(seen, knowledge)[0])
-    label = ("noise",) if seen.noise_pred is None else ("noise_pred", "noise_pred_gradient")
-    used = ("timesteps", "noisy_latents", *label)
-    if hints is None:
-        return Reconstruction(images, used=used, n_evals=1)
-    return Reconstruction(images, base.decode(hints), used=(*used, "smashed"), n_evals=1)
+    raw_hints = hint_latents(seen, observations, knowledge)
+    hints = None if raw_hints is None else base.decode(raw_hints)
+    if seen.noise is None and hints is not None:
+        return Reconstruction(hints=hints, used=("noisy_latents", "smashed"), n_evals=1)
+    seen.need("noise")
+    images, used = base.decode(latent_view(seen, knowledge)[0]), used_fields(seen, prompts=False)
+    return Reconstruction(images, hints, used=used if hints is None else (*used, "smashed"), n_evals=1)
 
 
 def hint_latents(
@@ -61,15 +57,16 @@ def hint_latents(
         public = coarsened(noised_hints(data.hint_latents, knowledge.defences), knowledge.defences.coarse_hints)
         sender = senders(observations)
         for client in sender.unique().tolist():
-            own = sender == client
-            fixed_noise[own] = estimate_fixed_noise(
-                seen.smashed[own],
-                noisy_latents[own],
+            sent = sender == client
+            fixed_noise[sent] = estimate_fixed_noise(
+                seen.smashed[sent],
+                noisy_latents[sent],
                 public,
                 symsigmoid=knowledge.defences.symsigmoid,
                 span=4.0 * knowledge.defences.fixed_noise,
             )
-    raw = _invert(seen.smashed - fixed_noise, knowledge.defences.symsigmoid) - noisy_latents
+    activated = seen.smashed - fixed_noise
+    raw = (symsigmoid_inverse(activated) if knowledge.defences.symsigmoid else activated) - noisy_latents
     kept = knowledge.defences.coarse_hints
     return low_frequencies(raw, kept) / coarse_gain(raw.shape, kept) if kept else raw
 
@@ -85,10 +82,6 @@ def public_hints(hints: Float[Tensor, "m c h w"], knowledge: Knowledge) -> Float
     """Return public hint latents as `hint_latents` would find them but for the noise."""
     kept = knowledge.defences.coarse_hints
     return low_frequencies(hints, kept) if kept else hints
-
-
-def _invert(smashed: Tensor, symsigmoid: bool) -> Tensor:
-    return symsigmoid_inverse(smashed) if symsigmoid else smashed
 
 
 def estimate_fixed_noise(
@@ -188,6 +181,9 @@ ATTACKS = (
         rank=10,
         family=ALGEBRA,
         reason="the label is sent and the message holds nothing else that hides the latents",
+        moral="**The reason is the protocol,** not a clever attacker: the server computes the loss, so it is *sent the "
+        "noise*, and noisy latents minus known noise are latents. None of S1's defences touches the noise.",
         colour="#D55E00",
+        shows_hints=True,
     ),
 )

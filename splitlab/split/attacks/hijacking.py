@@ -4,6 +4,7 @@ The server, `splitlab.split.hijacker`, has trained the clients' encoder for itse
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.diffusion.base import Base
-from splitlab.split.attacks.record import Attack, Family
+from splitlab.split.attacks.record import Attack, Family, Option
 from splitlab.split.hijacker import HijackingNetworks, hijacking_networks
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
 
@@ -24,22 +25,17 @@ def hijacking(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    batch: int = 256,
+    batch: Annotated[int, Option("samples decoded at once", least=1)] = 256,
 ) -> Reconstruction:
     """Decode what a hijacked client sent with the decoder that the malicious server trained (Pasquini et al. 2021).
 
-    It is after the hints, whose features are all that a client's encoder sends. Messages should be late ones
-    (`record_from`): the first are those of a client that is not hijacked yet.
-
-    Args:
-        observations: what was sent; needs `smashed` `[b, k, h, w]`.
-        knowledge: the threat model; its `server` holds the networks that `HijackingServer` trained.
-        generator: unused; nothing is drawn.
-        callback: told of every batch; the objective is the share of it that the discriminator takes for public hints.
-        batch: samples decoded at once.
+    It is after the hints, whose features are all that a client's encoder sends: needs `smashed` `[b, k, h, w]`, of late
+    messages (`record_from`), since the first are those of a client that is not hijacked yet, and the networks that
+    `HijackingServer` trained (`knowledge.server`). The objective is the share that the discriminator takes for public
+    hints.
 
     Raises:
-        InputError: the server was honest, its networks are of another shape, or no `smashed` was sent.
+        InputError: the server was honest, or its networks are of another shape.
     """
     networks = restored_networks(knowledge.base, knowledge.size, knowledge.server)
     smashed = stack(observations).need("smashed")
@@ -68,9 +64,9 @@ def restored_networks(base: Base, size: int, server: Mapping[str, Tensor]) -> Hi
     try:
         networks.load_state_dict(dict(server))
     except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise InputError(
-            f"the malicious server's networks do not fit this base model and image size ({first}); "
+            f"the malicious server's networks do not fit this base model and image size ({reason}); "
             "give those of the attacked run"
         ) from None
     return networks.eval()
@@ -82,4 +78,6 @@ HIJACKING = Family(
     "(Pasquini et al. 2021). It needs the returned gradient: where nothing returns, as in S1, it has no lever.",
 )
 
-ATTACKS = (Attack(hijacking, "feature-space hijacking (FSHA)", rank=110, family=HIJACKING),)
+ATTACKS = (
+    Attack(hijacking, "feature-space hijacking (FSHA)", rank=110, family=HIJACKING, schemes=("split_gradients",)),
+)

@@ -6,93 +6,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.data.image_set import digest
 from splitlab.diffusion.base import encoded
+from splitlab.split.attacks.calibration import Calibration, CalibrationSet
 from splitlab.split.attacks.closed_form import hint_latents
-from splitlab.split.attacks.latent_view import labelled, latent_view
-from splitlab.split.attacks.networks import InverseNetwork
-from splitlab.split.attacks.posterior import Calibration, CalibrationSet, denoise, used_fields
-from splitlab.split.attacks.record import Attack, Family
+from splitlab.split.attacks.latent_view import labelled, latent_view, used_fields
+from splitlab.split.attacks.networks import InverseNetwork, fit, initialised
+from splitlab.split.attacks.posterior import denoise
+from splitlab.split.attacks.record import Attack, Family, Option
 from splitlab.split.attacks.simulated_client import imitable, imitate
 from splitlab.split.defences.matched import signal_level
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
 
 INPUTS = ("noisy_latents", "smashed", "noise")
 
-
 MOST_PLACES = 1024
 """Latents of more positions are not mixed over all of them at once: that layer grows with their square."""
 
+LEAST_ERROR = 0.01
+"""Errors of latents below this are none: fp16 and the autoencoder err more."""
 
-def inverse_network(
-    observations: Sequence[Observation],
-    knowledge: Knowledge,
-    *,
-    generator: torch.Generator,
-    callback: Callback | None = None,
-    prior: bool = False,
-    steps: int = 400,
-    batch: int = 32,
-    width: int = 48,
-    n_blocks: int = 4,
-    lr: float = 3e-3,
-    pool: int = 2560,
-) -> Reconstruction:
-    """Train a network to undo the client on public data, then apply it to what was sent.
-
-    The attacker imitates the client it faces: same fields, same defences, its own draws of what it does not know.
-    Denied `noise` (`ignore: [noise]`), this is He et al.'s attack; with it, the network has to find the
-    closed form by itself. Denied `defences`, it is trained on an undefended client: their attacker, who does not adapt.
-
-    With `prior`, the network starts where algebra and the public diffusion model end: its inputs are what follows
-    from the message in closed form (`Clues`), and it learns what the denoised view and the solved hints still lack.
-
-    Args:
-        observations: what was sent; needs `timesteps`, and `noisy_latents` or `smashed`; with `prior`, `noisy_latents`.
-        knowledge: the threat model.
-        generator: of initialisation and training draws.
-        callback: told of every step's loss (none where `knowledge.cache` holds the network).
-        prior: improve on the closed form and the public U-Net, instead of starting from nothing.
-        steps, batch, lr: of training (AdamW, one cycle).
-        width, n_blocks: of the network.
-        pool: with `prior`: imitated samples to train on (without, every step imitates new ones).
-
-    Raises:
-        InputError: a field that it needs was not sent.
-    """
-    seen = labelled(observations, knowledge)
-    if prior:
-        options = _Options(steps, batch, width, n_blocks, lr, pool, weight_decay=0.1)
-        return _improved(seen, observations, knowledge, generator, callback, options)
-    return _plain(seen, knowledge, generator, callback, _Options(steps, batch, width, n_blocks, lr))
-
-
-def adaptive_network(
-    observations: Sequence[Observation],
-    knowledge: Knowledge,
-    *,
-    generator: torch.Generator,
-    callback: Callback | None = None,
-    steps: int = 300,
-    batch: int = 32,
-    width: int = 48,
-    n_blocks: int = 2,
-    lr: float = 3e-3,
-    pool: int = 2560,
-) -> Reconstruction:
-    """Run `inverse_network` with `prior`: the strongest form; arguments and errors as there."""
-    seen = labelled(observations, knowledge)
-    options = _Options(steps, batch, width, n_blocks, lr, pool, weight_decay=0.1)
-    return _improved(seen, observations, knowledge, generator, callback, options)
+Steps = Annotated[int, Option("training steps (AdamW, one cycle)", least=2)]
+Batch = Annotated[int, Option("samples per training step", least=1)]
+Width = Annotated[int, Option("channels of the network", least=1)]
+Blocks = Annotated[int, Option("residual blocks of the network", least=1)]
+Rate = Annotated[float, Option("highest learning rate", above=0)]
+Pool = Annotated[int, Option("imitated samples that the form with a prior is trained on", least=2)]
 
 
 @dataclass(frozen=True)
@@ -102,48 +50,89 @@ class _Options:
     width: int
     n_blocks: int
     lr: float
-    pool: int = 0
-    weight_decay: float = 1e-4
+    weight_decay: float
+
+
+def inverse_network(
+    observations: Sequence[Observation],
+    knowledge: Knowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+    prior: Annotated[bool, Option("start from the closed form and the public U-Net: adaptive_network")] = False,
+    steps: Steps = 400,
+    batch: Batch = 32,
+    width: Width = 48,
+    n_blocks: Blocks = 4,
+    lr: Rate = 3e-3,
+    pool: Pool = 2560,
+) -> Reconstruction:
+    """Train a network to undo the client on public data, then apply it to what was sent.
+
+    The attacker imitates the client it faces: same fields, same defences, its own draws of what it does not know.
+    Denied `noise` (`ignore: [noise]`), this is He et al.'s attack; with it, the network has to find the
+    closed form by itself. Denied `defences`, it is trained on an undefended client: their attacker, who does not adapt.
+    Every step imitates new messages. Needs `timesteps`, and `noisy_latents` or `smashed`.
+    """
+    seen, base = labelled(observations, knowledge), knowledge.base
+    options = _Options(steps, batch, width, n_blocks, lr, weight_decay=0.1 if prior else 1e-4)
+    if prior:
+        return _improved(seen, observations, knowledge, generator, callback, options, pool)
+    inputs = [name for name in INPUTS if getattr(seen, name) is not None and (name != "smashed" or imitable(knowledge))]
+    if "noisy_latents" not in inputs and "smashed" not in inputs:
+        raise InputError("the inverse network needs noisy_latents or smashed, and neither was sent")
+    timesteps, data = seen.need("timesteps"), encoded(base, knowledge.public, cache=knowledge.cache)
+    channels = data.latents.shape[1]
+    path = _cached(knowledge, inputs, options, generator)
+    network = _network(channels * len(inputs), 2 * channels, options, generator)
+
+    # Step 1: learn the inverse on messages of an imitated client (He et al. 2019).
+    def loss() -> Tensor:
+        message, chosen = imitate(data, knowledge, options.batch, generator)
+        maps = torch.cat([message.need(name) for name in inputs], 1)
+        answer = network(maps, message.need("timesteps") / base.n_timesteps)
+        return F.mse_loss(answer, torch.cat([data.latents[chosen], data.hint_latents[chosen]], 1))
+
+    losses = _fit(network, loss, callback, options, path)
+
+    # Step 2: apply it to the real ones.
+    maps = torch.cat([seen.need(name) for name in inputs], 1).split(256)
+    with torch.no_grad():
+        levels = (timesteps / base.n_timesteps).split(256)
+        latents, hints = torch.cat([network(m, t) for m, t in zip(maps, levels, strict=True)]).split(channels, 1)
+    solved = () if seen.noise_pred is None or seen.noise is None else ("noise_pred", "noise_pred_gradient")
+    used = ("timesteps", *(name for name in inputs if name != "noise" or not solved), *solved)
+    return Reconstruction(base.decode(latents), base.decode(hints), used=used, objective=tuple(losses), n_evals=1)
+
+
+def adaptive_network(
+    observations: Sequence[Observation],
+    knowledge: Knowledge,
+    *,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+    steps: Steps = 300,
+    batch: Batch = 32,
+    width: Width = 48,
+    n_blocks: Blocks = 2,
+    lr: Rate = 3e-3,
+    pool: Pool = 2560,
+) -> Reconstruction:
+    """Train a network to improve on algebra and the public diffusion model: the strongest form of `inverse_network`.
+
+    It starts where they end: its inputs are what follows from the message in closed form (`Clues`), and it learns, on a
+    pool of imitated messages, what the denoised view and the solved hints still lack. Needs `noisy_latents` and
+    `timesteps`.
+    """
+    seen, options = labelled(observations, knowledge), _Options(steps, batch, width, n_blocks, lr, weight_decay=0.1)
+    return _improved(seen, observations, knowledge, generator, callback, options, pool)
 
 
 def _network(
     n_inputs: int, n_outputs: int, options: _Options, generator: torch.Generator, **more: int
 ) -> InverseNetwork:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+    with initialised(generator):
         return InverseNetwork(n_inputs, n_outputs, options.width, options.n_blocks, **more)
-
-
-def _plain(
-    seen: Observation, knowledge: Knowledge, generator: torch.Generator, callback: Callback | None, options: _Options
-) -> Reconstruction:
-    """He et al.: from the sent maps to image and hint, everything learned."""
-    base = knowledge.base
-    inputs = [name for name in INPUTS if getattr(seen, name) is not None and (name != "smashed" or imitable(knowledge))]
-    if "noisy_latents" not in inputs and "smashed" not in inputs:
-        raise InputError("the inverse network needs noisy_latents or smashed, and neither was sent")
-    timesteps = seen.need("timesteps")
-    data = encoded(base, knowledge.public, cache=knowledge.cache)
-    channels = data.latents.shape[1]
-    kept = _kept(knowledge, inputs, options, generator)
-    network = _network(channels * len(inputs), 2 * channels, options, generator)
-
-    def loss() -> Tensor:
-        message, chosen = imitate(data, knowledge, options.batch, generator)
-        maps = torch.cat([message.need(name) for name in inputs], 1)
-        found = network(maps, message.need("timesteps") / base.n_timesteps)
-        return F.mse_loss(found, torch.cat([data.latents[chosen], data.hint_latents[chosen]], 1))
-
-    losses = _fit(network, loss, callback, options, kept)
-    with torch.no_grad():
-        maps = torch.cat([seen.need(name) for name in inputs], 1)
-        found = torch.cat(
-            [network(m, t / base.n_timesteps) for m, t in zip(maps.split(256), timesteps.split(256), strict=True)]
-        )
-    latents, hints = found.split(channels, 1)
-    solved = () if seen.noise_pred is None or seen.noise is None else ("noise_pred", "noise_pred_gradient")
-    used = ("timesteps", *(name for name in inputs if name != "noise" or not solved), *solved)
-    return Reconstruction(base.decode(latents), base.decode(hints), used=used, objective=tuple(losses), n_evals=1)
 
 
 def _fit(
@@ -151,32 +140,21 @@ def _fit(
     loss_of: Callable[[], Tensor],
     callback: Callback | None,
     options: _Options,
-    kept: Path | None,
+    path: Path | None,
 ) -> list[float]:
-    """Train by AdamW under one cycle of the learning rate (Smith & Topin 2018), or read what was trained before."""
-    if kept and kept.exists():
-        tensors, meta = checkpoint.load(kept, remedy=checkpoint.CACHED)
+    """Train, or read what was trained before."""
+    if path and path.exists():
+        tensors, meta = checkpoint.load(path, remedy=checkpoint.CACHED)
         network.load_state_dict(tensors)
         return list(meta["losses"])  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps, pct_start=0.1)
-    losses = []
-    for step in tqdm(range(options.steps), desc="inverse network", mininterval=2, leave=False):
-        loss = loss_of()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if callback:
-            callback("inverse_network", step + 1, options.steps, losses[-1])
-    if kept:
-        checkpoint.save(kept, network.state_dict(), {"losses": losses})
+    cycle = {"steps": options.steps, "lr": options.lr, "weight_decay": options.weight_decay}
+    losses = fit(network, loss_of, "inverse_network", callback, **cycle)  # type: ignore[arg-type]
+    if path:
+        checkpoint.save(path, network.state_dict(), {"losses": losses})
     return losses
 
 
-def _kept(knowledge: Knowledge, inputs: Sequence[str], options: _Options, generator: torch.Generator) -> Path | None:
+def _cached(knowledge: Knowledge, inputs: Sequence[str], options: _Options, generator: torch.Generator) -> Path | None:
     """Name the file of a network that does not depend on the defences, by all that determines it; else None.
 
     Only an attacker who was denied them trains the same network again for every defence.
@@ -224,17 +202,17 @@ class Clues:
 class _Detective:
     """Finds clues in messages; what it needs to know of the estimates' errors it learns on imitated ones."""
 
-    def __init__(self, calibration_set: CalibrationSet, knowledge: Knowledge):
-        self.calibration_set, self.knowledge = calibration_set, knowledge
-        self.estimate = denoise(calibration_set.view, calibration_set.std, knowledge, text=calibration_set.text)
-        self.calibration = Calibration(calibration_set.std, self.estimate, calibration_set.latents)
-        self.hint_truth = calibration_set.data.hint_latents[calibration_set.chosen]
+    def __init__(self, simulated: CalibrationSet, knowledge: Knowledge):
+        self.simulated, self.knowledge = simulated, knowledge
+        self.estimate = denoise(simulated.view, simulated.std, knowledge, text=simulated.text)
+        self.calibration = Calibration(simulated.std, self.estimate, simulated.latents)
+        self.hint_truth = simulated.data.hint_latents[simulated.chosen]
 
-    def simulated(self) -> Clues:
+    def simulated_clues(self) -> Clues:
         """Return the clues in the imitated messages."""
-        r = self.calibration_set
-        raw = hint_latents(r.message, [r.message], r.known)
-        return self._clues(r.message, r.view, r.std, self.estimate, raw, r.known, own=r.chosen)
+        s = self.simulated
+        raw = hint_latents(s.message, [s.message], s.known)
+        return self._clues(s.message, s.view, s.std, self.estimate, raw, s.known, ruled_out=s.chosen)
 
     def clues(self, seen: Observation, observations: Sequence[Observation]) -> Clues:
         """Return the clues in the real messages."""
@@ -251,7 +229,7 @@ class _Detective:
         estimate: Tensor,
         raw: Tensor | None,
         knowledge: Knowledge,
-        own: Tensor | None = None,
+        ruled_out: Tensor | None = None,
     ) -> Clues:
         latents = self.calibration(std, estimate)
         alphas = signal_level(knowledge.defences, seen.need("timesteps"), knowledge.base.alphas_cumprod)
@@ -260,7 +238,7 @@ class _Detective:
         maps = [view / (1 + std.square()).sqrt(), latents, flat * log_std / 3, flat * alphas.sqrt()]
         hints, hint_error = None, torch.zeros_like(std)
         if raw is not None:
-            hints = torch.as_tensor(self.calibration_set.hints(self.calibration_set.clamp(raw), own=own))
+            hints = torch.as_tensor(self.simulated.hints(self.simulated.clamp(raw), ruled_out=ruled_out))
             hint_error = hint_error + self.hint_error
             noise = knowledge.defences.hint_noise
             maps += [raw / (2 * math.sqrt(1 + noise**2)) if noise else raw.clamp(-8, 8) / 2, hints]
@@ -271,13 +249,8 @@ class _Detective:
     @cached_property
     def hint_error(self) -> float:
         """Root mean square error of the estimated hints on imitated messages."""
-        r = self.calibration_set
-        found = torch.as_tensor(r.hints(r.raw_hints, own=r.chosen))
-        return float((found - self.hint_truth).square().mean().sqrt())
-
-
-LEAST_ERROR = 0.01
-"""Errors of latents below this are none: fp16 and the autoencoder err more."""
+        hints = torch.as_tensor(self.simulated.hints(self.simulated.raw_hints, ruled_out=self.simulated.chosen))
+        return float((hints - self.hint_truth).square().mean().sqrt())
 
 
 def _improved(
@@ -287,46 +260,53 @@ def _improved(
     generator: torch.Generator,
     callback: Callback | None,
     options: _Options,
+    pool: int,
 ) -> Reconstruction:
-    """Learn what the closed form and the public U-Net leave to be learned.
-
-    The network's output, times the error that the estimate has at its noise level (compare Karras et al. 2022, eq. 7),
-    is added to the estimate; it starts at zero.
-    """
+    """Learn what the closed form and the public U-Net leave to be learned."""
     base = knowledge.base
     for name in ("noisy_latents", "timesteps"):
         seen.need(name)
     if not imitable(knowledge):
         seen = seen.without("smashed")
-    kept = _kept(knowledge, list(seen.tensors), options, generator)
-    calibration_set = CalibrationSet(seen, observations, knowledge, generator, n=options.pool)
-    detective = _Detective(calibration_set, knowledge)
-    known = detective.simulated()
-    latent_scale, hint_scale = (e.clamp_min(LEAST_ERROR) for e in (known.latent_error, known.hint_error))
-    wanted = (calibration_set.latents - known.latents) / latent_scale
-    if known.hints is not None:
-        wanted = torch.cat([wanted, (detective.hint_truth - known.hints) / hint_scale], 1)
-    n_context = 0 if known.text is None else known.text.shape[1]
-    places = known.maps[0, 0].numel()
-    more = {"n_frequencies": 4, "n_context": n_context, "n_places": places if places <= MOST_PLACES else 0}
-    network = _network(known.maps.shape[1], wanted.shape[1], options, generator, **more)
-    nn.init.zeros_(network.last.weight)
-    nn.init.zeros_(torch.as_tensor(network.last.bias))
 
-    n_trained = len(wanted) - max(len(wanted) // 8, 1)
+    # Step 1: estimate the samples behind imitated messages, and what those estimates lack, in units of their errors.
+    path = _cached(knowledge, list(seen.tensors), options, generator)
+    simulated = CalibrationSet(seen, observations, knowledge, generator, n=pool)
+    detective = _Detective(simulated, knowledge)
+    clues = detective.simulated_clues()
+    latent_scale, hint_scale = (e.clamp_min(LEAST_ERROR) for e in (clues.latent_error, clues.hint_error))
+    lacking = (simulated.latents - clues.latents) / latent_scale
+    if clues.hints is not None:
+        lacking = torch.cat([lacking, (detective.hint_truth - clues.hints) / hint_scale], 1)
+
+    # Step 2: learn that, from an output of zero (compare Karras et al. 2022, eq. 7), on all samples but an eighth.
+    network = _residual_network(clues, lacking.shape[1], options, generator)
+    n_trained = len(lacking) - max(len(lacking) // 8, 1)
 
     def loss() -> Tensor:
         chosen = torch.randint(n_trained, (options.batch,), generator=generator)
-        part = known[chosen]
-        return F.mse_loss(network(part.maps, part.level, part.text), wanted[chosen])
+        part = clues[chosen]
+        return F.mse_loss(network(part.maps, part.level, part.text), lacking[chosen])
 
-    losses = _fit(network, loss, callback, options, kept)
-    rest = torch.arange(n_trained, len(wanted))
-    gains = _gains(_run(network, known[rest]), wanted[rest], calibration_set.latents.shape[1])
-    latents, hints = _apply(network, detective.clues(seen, observations), gains)
+    losses = _fit(network, loss, callback, options, path)
+
+    # Step 3: correct the estimates by as much of its output as pays on that eighth.
+    rest = torch.arange(n_trained, len(lacking))
+    gains = _gains(_run(network, clues[rest]), lacking[rest], simulated.latents.shape[1])
+    latents, hints = _corrected(network, detective.clues(seen, observations), gains)
     used = used_fields(seen) if hints is None else (*used_fields(seen), "smashed")
     pictures = None if hints is None else base.decode(hints)
     return Reconstruction(base.decode(latents), pictures, used=used, objective=tuple(losses), n_evals=2)
+
+
+def _residual_network(clues: Clues, n_outputs: int, options: _Options, generator: torch.Generator) -> InverseNetwork:
+    n_context = 0 if clues.text is None else clues.text.shape[1]
+    places = clues.maps[0, 0].numel()
+    more = {"n_frequencies": 4, "n_context": n_context, "n_places": places if places <= MOST_PLACES else 0}
+    network = _network(clues.maps.shape[1], n_outputs, options, generator, **more)
+    nn.init.zeros_(network.last.weight)
+    nn.init.zeros_(torch.as_tensor(network.last.bias))
+    return network
 
 
 @torch.no_grad()
@@ -335,21 +315,21 @@ def _run(network: InverseNetwork, clues: Clues) -> Tensor:
     return torch.cat([network(part.maps, part.level, part.text) for part in parts])
 
 
-def _gains(found: Tensor, wanted: Tensor, channels: int) -> list[float]:
+def _gains(outputs: Tensor, lacking: Tensor, channels: int) -> list[float]:
     """Return by how much of the network's output, 0 to 1, to correct latents and hints: the best on samples kept back.
 
     So a network that has only learned its training samples by heart does no harm.
     """
-    pairs = zip(found.split(channels, 1), wanted.split(channels, 1), strict=True)
+    pairs = zip(outputs.split(channels, 1), lacking.split(channels, 1), strict=True)
     return [min(max(float((f * w).sum() / f.square().sum().clamp_min(1e-12)), 0.0), 1.0) for f, w in pairs]
 
 
-def _apply(network: InverseNetwork, clues: Clues, gains: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-    found = _run(network, clues).split(clues.latents.shape[1], 1)
-    latents = clues.latents + gains[0] * clues.latent_error.clamp_min(LEAST_ERROR) * found[0]
+def _corrected(network: InverseNetwork, clues: Clues, gains: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+    outputs = _run(network, clues).split(clues.latents.shape[1], 1)
+    latents = clues.latents + gains[0] * clues.latent_error.clamp_min(LEAST_ERROR) * outputs[0]
     if clues.hints is None:
         return latents, None
-    return latents, clues.hints + gains[1] * clues.hint_error.clamp_min(LEAST_ERROR) * found[1]
+    return latents, clues.hints + gains[1] * clues.hint_error.clamp_min(LEAST_ERROR) * outputs[1]
 
 
 NETWORK = Family(
@@ -367,6 +347,7 @@ ATTACKS = (
         family=NETWORK,
         reason="a network trained through the defence on public images undoes it",
         colour="#0072B2",
+        shows_hints=True,
     ),
     Attack(
         adaptive_network,

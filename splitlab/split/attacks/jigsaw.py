@@ -2,21 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.diffusion.base import encoded
 from splitlab.split.attacks.closed_form import closed_form, hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
-from splitlab.split.attacks.record import Attack, Family
+from splitlab.split.attacks.networks import fit, initialised
+from splitlab.split.attacks.record import Attack, Family, Option
+from splitlab.split.attacks.simulated_client import imitable
 from splitlab.split.defences.keys import from_patches, to_patches
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
@@ -27,12 +28,12 @@ def jigsaw(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    steps: int = 1000,
-    batch: int = 8,
-    width: int = 64,
-    n_layers: int = 4,
-    lr: float = 3e-3,
-    sweeps: int = 200,
+    steps: Annotated[int, Option("training steps of the transformer (AdamW, one cycle)", least=2)] = 1000,
+    batch: Annotated[int, Option("samples per training step", least=1)] = 8,
+    width: Annotated[int, Option("width of the transformer, a multiple of its 4 heads", least=4)] = 64,
+    n_layers: Annotated[int, Option("layers of the transformer", least=1)] = 4,
+    lr: Annotated[float, Option("highest learning rate", above=0)] = 3e-3,
+    sweeps: Annotated[int, Option("most exchanges of two patches while fitting moments", least=0)] = 200,
 ) -> Reconstruction:
     """Find where each patch belongs, put all fields in order, and solve the rest in closed form.
 
@@ -42,14 +43,7 @@ def jigsaw(
     public data, names each patch's place from all the patches' contents, and an assignment makes a permutation of it
     (as in Noroozi & Favaro 2016, with places in the place of permutations).
 
-    Args:
-        observations: what was sent; needs `noisy_latents`, `timesteps` and the label; `smashed` helps unless a fixed
-            noise hides the hints.
-        knowledge: the threat model; patch_shuffle must be on, key_mixing off.
-        generator: of initialisation and training draws.
-        callback: told of every training step's loss, or of every client's fit.
-        steps, batch, lr, width, n_layers: of the transformer (AdamW, one cycle).
-        sweeps: most exchanges of two patches while fitting moments.
+    Needs `noisy_latents`, `timesteps` and the label; `smashed` helps unless a fixed noise hides the hints.
 
     Raises:
         InputError: patch_shuffle is off, or key_mixing is on as well.
@@ -59,18 +53,24 @@ def jigsaw(
         raise InputError("jigsaw undoes patch_shuffle, which is not on here: use closed_form")
     if defences.key_mixing:
         raise InputError("jigsaw cannot undo key_mixing, which is on as well: try no-information attacks only")
+    # Step 1: with the label, each place's latents follow exactly; only the places are wrong.
     seen = labelled(observations, knowledge)
     seen.need("noise")
     plain = replace(knowledge, defences=replace(defences, patch_shuffle=0, fresh_keys=False))
     pieces, public = _pieces(seen, observations, plain, defences.patch_shuffle)
+
+    # Step 2: find where each patch belongs.
     if defences.fresh_keys:
         solver, std = _Solver(public, width, n_layers, generator), latent_view(seen, plain)[1].flatten()
         objective = solver.fit(std, generator, callback, steps=steps, batch=batch, lr=lr)
         orders = solver(pieces)
     else:
         orders, objective = _fixed_orders(pieces, public, senders(observations), sweeps, callback)
+
+    # Step 3: put all fields in order, and solve the rest in closed form.
     result = closed_form(_ordered(observations, orders, defences.patch_shuffle), plain, generator=generator)
-    used = result.used if defences.fixed_noise else tuple(dict.fromkeys((*result.used, *_hint_fields(seen, plain))))
+    hinted = seen.smashed is not None and imitable(knowledge) and not defences.fixed_noise
+    used = tuple(dict.fromkeys((*result.used, *(("smashed",) if hinted else ()))))
     return replace(result, used=used, objective=tuple(objective))
 
 
@@ -93,10 +93,6 @@ def _fixed_orders(
     return orders, fits
 
 
-def _hint_fields(seen: Observation, knowledge: Knowledge) -> tuple[str, ...]:
-    return ("smashed",) if seen.smashed is not None and knowledge.scheme in ("split", "u_shaped") else ()
-
-
 def _pieces(
     seen: Observation, observations: Sequence[Observation], knowledge: Knowledge, side: int
 ) -> tuple[Float[Tensor, "n p d"], Float[Tensor, "m p d"]]:
@@ -116,11 +112,11 @@ def _ordered(observations: Sequence[Observation], orders: Int[Tensor, "n p"], si
     """Put the patches of all shuffled fields in order, message by message."""
     ordered, first = [], 0
     for message in observations:
-        own = orders[first : first + message.batch_size]
+        order = orders[first : first + message.batch_size]
         first += message.batch_size
         names = ("noisy_latents", "smashed", "noise", "noise_pred", "noise_pred_gradient")
         fields = {name: value.float() for name, value in message.tensors.items() if name in names}
-        moved: dict[str, Any] = {k: from_patches(to_patches(v, side), own, side) for k, v in fields.items()}
+        moved: dict[str, Any] = {k: from_patches(to_patches(v, side), order, side) for k, v in fields.items()}
         ordered.append(replace(message, **moved))
     return ordered
 
@@ -201,8 +197,7 @@ class _Solver:
     def __init__(self, public: Float[Tensor, "m p d"], width: int, n_layers: int, generator: torch.Generator):
         self.public = public
         self.mean, self.scale = public.mean((0, 1)), public.flatten(0, 1).std(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        with initialised(generator):
             layers = [
                 nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
                 for _ in range(n_layers)
@@ -223,24 +218,15 @@ class _Solver:
         lr: float,
     ) -> list[float]:
         """Train with cross-entropy on public patches, as noisy as the messages' (`std`)."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr, weight_decay=1e-2, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(0.1, 2 / steps))
         target = torch.arange(self.public.shape[1]).expand(batch, -1)
-        losses = []
-        for step in tqdm(range(steps), desc="jigsaw", mininterval=2, leave=False):
+
+        def loss() -> Tensor:
             pieces = self.public[torch.randint(len(self.public), (batch,), generator=generator)]
             noise = torch.randn(pieces.shape, generator=generator)
             pieces = pieces + noise * std[torch.randint(len(std), (batch,), generator=generator)][:, None, None]
-            loss = F.cross_entropy(self.network((pieces - self.mean) / self.scale).transpose(1, 2), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if callback:
-                callback("jigsaw", step + 1, steps, losses[-1])
-        return losses
+            return F.cross_entropy(self.network((pieces - self.mean) / self.scale).transpose(1, 2), target)
+
+        return fit(self.network, loss, "jigsaw", callback, steps=steps, lr=lr, weight_decay=1e-2)
 
     @torch.no_grad()
     def __call__(self, pieces: Float[Tensor, "n p d"]) -> Int[Tensor, "n p"]:

@@ -11,6 +11,9 @@ from splitlab.split.defences import unseen_variance
 from splitlab.split.defences.matched import feature_scale, label_share, noise_variance, signal_level
 from splitlab.split.messages import Knowledge, Observation, stack
 
+FLOOR = 0.03
+"""Least standard deviation of a view: rounding to fp16, amplified by 1 / sqrt(ᾱ_T), stays below."""
+
 
 def labelled(observations: Sequence[Observation], knowledge: Knowledge) -> Observation:
     """Stack messages; where the client kept the noise but returned its loss's gradient, solve that for the noise.
@@ -52,6 +55,15 @@ def latent_view(seen: Observation, knowledge: Knowledge) -> tuple[Float[Tensor, 
     unseen = unseen_variance(defences) / feature_scale(defences, alphas) ** 2
     variance = variance + noise_variance(defences, alphas) + unseen
     return noised / alphas.sqrt(), (variance / alphas).sqrt()
+
+
+def used_fields(seen: Observation, *, prompts: bool = True) -> tuple[str, ...]:
+    """Name the sent fields that a latent view is taken from, and the prompt's where it is `prompts` that help, too."""
+    label: tuple[str, ...] = ()
+    if seen.noise is not None:
+        label = ("noise",) if seen.noise_pred is None else ("noise_pred", "noise_pred_gradient")
+    text = ("encoder_hidden_states",) if prompts and seen.encoder_hidden_states is not None else ()
+    return ("timesteps", "noisy_latents", *label, *text)
 
 
 def averaged(

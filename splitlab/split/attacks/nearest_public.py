@@ -1,26 +1,20 @@
 """Which public sample could have sent this message? Bayes over the public data, image and hint together."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
+from splitlab.data.image_set import ImageSet
 from splitlab.diffusion import metrics
-from splitlab.split.attacks.accumulation import FLOOR
+from splitlab.split.attacks.calibration import GALLERY, CalibrationSet, choose_sharpness, public_posterior
 from splitlab.split.attacks.closed_form import hint_latents
-from splitlab.split.attacks.latent_view import labelled, latent_view
-from splitlab.split.attacks.posterior import CalibrationSet, public_posterior, used_fields
-from splitlab.split.attacks.record import Attack, Family
+from splitlab.split.attacks.latent_view import FLOOR, labelled, latent_view, used_fields
+from splitlab.split.attacks.record import Attack, Family, Option
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
-
-SHARPNESS = (1.0, 2.0, 4.0, 64.0)
-"""What the attacker tries: from the mean of all that is likely to the likeliest sample alone."""
-
-GALLERY = 100
-"""Public samples among which the attacker tries to recognise its own."""
 
 
 @torch.no_grad()
@@ -30,77 +24,60 @@ def nearest_public(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    sharpness: float = 0.0,
+    sharpness: Annotated[float, Option("power of the weights; 0: the one that recognises most", least=0)] = 0.0,
 ) -> Reconstruction:
     """Weigh every public sample by how likely it is to have sent each message, and answer with the weighted mean.
 
     Image and hint are weighed together: p(view | latents) p(hint view | hint latents), both Gaussian of known size
-    (`channel.latent_view`, `closed_form.hint_latents`), over samples that are equally likely before (Bayes). Where
-    noise hides most, the mean resembles no image in particular, so the weights may be raised to a power: the one that
-    recognises most public samples, each ruled out as its own answer, in a gallery of public ones.
-
-    Args:
-        observations: what was sent; needs `timesteps` and `noisy_latents`.
-        knowledge: the threat model.
-        generator: of the simulated messages.
-        callback: told of every sharpness tried and the share of simulated messages it recognises.
-        sharpness: the power; 0: choose among `SHARPNESS`.
-
-    Raises:
-        InputError: a needed field was not sent, or `sharpness` is negative.
+    (`latent_view`, `hint_latents`), over samples that are equally likely before (Bayes). Where noise hides most, the
+    mean resembles no image in particular, so the weights may be raised to a power: the one that recognises most public
+    samples, each ruled out as its own answer, in a gallery of public ones. Needs `timesteps` and `noisy_latents`.
     """
-    if not sharpness >= 0:
-        raise InputError(f"sharpness is a power above 0 (0: chosen by calibration_set), got {sharpness}")
+    # Step 1: reduce the messages to views of image and hint with Gaussian noise, and play the client on public data.
     seen, public = labelled(observations, knowledge), knowledge.public
     view, std = latent_view(seen, knowledge)
-    calibration_set = CalibrationSet(seen, observations, knowledge, generator)
-    raw = calibration_set.clamp(hint_latents(seen, observations, knowledge))
-    images, hints = public.images.flatten(1), public.need_hints().flatten(1)
+    simulated = CalibrationSet(seen, observations, knowledge, generator)
+    raw_hints = simulated.clamp(hint_latents(seen, observations, knowledge))
+
+    # Step 2: choose how bold to be, by the public samples that are recognised in their own messages.
     objective: tuple[float, ...] = ()
     if not sharpness:
-        own = calibration_set.chosen
-        gallery_indices = metrics.draw_galleries(len(public), own, min(GALLERY, len(public)), generator)
-        scores = []
-        for tried in SHARPNESS:
-            weights = _weights(
-                calibration_set.view, calibration_set.std, calibration_set.raw_hints, calibration_set, tried, own=own
-            )
-            known = _recognised(weights @ images, images, gallery_indices)
-            known = known | _recognised(weights @ hints, hints, gallery_indices)
-            scores.append(float(known.float().mean()))
-            if callback:
-                callback("nearest_public", len(scores), len(SHARPNESS), scores[-1])
-        sharpness, objective = SHARPNESS[scores.index(max(scores))], tuple(scores)
-    weights = _weights(view, std, raw, calibration_set, sharpness)
-    used = used_fields(seen.without("encoder_hidden_states")) if seen.encoder_hidden_states is not None else None
-    used = used or used_fields(seen)
-    return Reconstruction(
-        (weights @ images).view(-1, *public.images.shape[1:]),
-        (weights @ hints).view(-1, *public.need_hints().shape[1:]),
-        used=used if raw is None else (*used, "smashed"),
-        objective=objective,
-        n_evals=1,
-    )
+        truth = simulated.chosen
+        galleries = metrics.draw_galleries(len(public), truth, min(GALLERY, len(public)), generator)
+
+        def recognised(power: float) -> Tensor:
+            weights = _weights(simulated.view, simulated.std, simulated.raw_hints, simulated, power, ruled_out=truth)
+            pairs = zip(_means(weights, public), (public.images, public.need_hints()), strict=True)
+            return torch.stack([metrics.identified(mean, gallery, galleries) for mean, gallery in pairs]).any(0)
+
+        sharpness, objective = choose_sharpness(recognised, "nearest_public", callback)
+
+    # Step 3: answer with the means of all public samples under their weights.
+    images, hints = _means(_weights(view, std, raw_hints, simulated, sharpness), public)
+    used = used_fields(seen, prompts=False)
+    used = used if raw_hints is None else (*used, "smashed")
+    return Reconstruction(images, hints, used=used, objective=objective, n_evals=1)
 
 
-def _recognised(found: Tensor, public: Tensor, gallery_indices: Tensor) -> Bool[Tensor, " n"]:
-    shape = (-1, 1, 1, public.shape[1])
-    return metrics.identified(found.view(shape), public.view(shape), gallery_indices)
+def _means(weights: Float[Tensor, "n m"], public: ImageSet) -> list[Float[Tensor, "n 3 s s"]]:
+    """Return weighted means of the public images and of their hints."""
+    return [(weights @ part.flatten(1)).view(-1, *part.shape[1:]) for part in (public.images, public.need_hints())]
 
 
 def _weights(
     view: Tensor,
     std: Tensor,
-    raw: Tensor | None,
-    calibration_set: CalibrationSet,
+    raw_hints: Tensor | None,
+    simulated: CalibrationSet,
     sharpness: float,
-    own: Tensor | None = None,
+    *,
+    ruled_out: Tensor | None = None,
 ) -> Float[Tensor, "n m"]:
-    clues = [(view, std.flatten().clamp_min(FLOOR), calibration_set.data.latents)]
-    if raw is not None:
-        noise = torch.full((len(raw),), max(calibration_set.hint_std(), FLOOR))
-        clues.append((raw, noise, calibration_set.public_hints))
-    return public_posterior(clues, own=own, sharpness=sharpness)
+    clues = [(view, std.flatten().clamp_min(FLOOR), simulated.data.latents)]
+    if raw_hints is not None:
+        noise = torch.full((len(raw_hints),), max(simulated.hint_std(), FLOOR))
+        clues.append((raw_hints, noise, simulated.public_hints))
+    return public_posterior(clues, ruled_out=ruled_out, sharpness=sharpness)
 
 
 SAMPLES = Family(

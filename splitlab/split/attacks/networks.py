@@ -1,11 +1,72 @@
-"""The network that inverse networks are."""
+"""Networks that attackers train: how they are begun and fitted, and the one that inverse networks are."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
+
+from splitlab.core.progress import Callback
+
+Rate = Callable[[int], float]
+"""`step -> learning rate`."""
+
+
+@contextmanager
+def initialised(generator: torch.Generator) -> Iterator[None]:
+    """Draw the initial weights of what is built inside from `generator`; torch's global state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        yield
+
+
+def fit(
+    network: nn.Module,
+    loss_of: Callable[[], Tensor],
+    what: str,
+    callback: Callback | None,
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    max_norm: float = 1.0,
+    rate: Rate | None = None,
+) -> list[float]:
+    """Train by AdamW, in one cycle of the learning rate (Smith & Topin 2018) if in no other; return the losses.
+
+    Args:
+        network: what is trained, in place.
+        loss_of: draws a batch and returns its loss.
+        what: the attack, for the callback.
+        callback: told of every step's loss.
+        steps: 2 or more, unless there is a `rate`.
+        lr: highest learning rate.
+        weight_decay: AdamW's.
+        max_norm: that gradients are clipped to.
+        rate: takes the place of the cycle.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    rises = max(0.1, 2 / max(steps, 2))
+    cycle = None if rate else torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rises)
+    losses: list[float] = []
+    for step in tqdm(range(steps), desc=what.replace("_", " "), mininterval=2, leave=False):
+        if rate:
+            optimizer.param_groups[0]["lr"] = rate(step)
+        loss = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+        optimizer.step()
+        if cycle:
+            cycle.step()
+        losses.append(loss.item())
+        if callback:
+            callback(what, step + 1, steps, losses[-1])
+    return losses
 
 
 class InverseNetwork(nn.Module):

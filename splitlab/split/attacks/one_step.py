@@ -1,13 +1,14 @@
 """The public U-Net as a denoiser: no training, no label."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 
 from splitlab.core.progress import Callback
-from splitlab.split.attacks.latent_view import latent_view
-from splitlab.split.attacks.posterior import POSTERIOR, denoise, used_fields
-from splitlab.split.attacks.record import Attack
+from splitlab.split.attacks.latent_view import latent_view, used_fields
+from splitlab.split.attacks.posterior import POSTERIOR, denoise
+from splitlab.split.attacks.record import Attack, Option
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
 
 
@@ -17,15 +18,12 @@ def one_step(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    batch: int = 128,
+    batch: Annotated[int, Option("samples per U-Net call", least=1)] = 128,
 ) -> Reconstruction:
     """Predict the noise in the sent noisy latents with the public U-Net and subtract it (Ho et al. 2020, eq. 15).
 
     The `posterior` attack in one step, without the label and without calibration. Needs `noisy_latents` and
     `timesteps`; uses the prompt where one is sent.
-
-    Raises:
-        InputError: `noisy_latents` or `timesteps` were not sent.
     """
     seen = stack([o.without("noise", "noise_pred", "noise_pred_gradient") for o in observations])
     view, std = latent_view(seen, knowledge)

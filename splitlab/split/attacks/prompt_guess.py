@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
+from splitlab.core.schedule import cosine
 from splitlab.diffusion.base import Base, Encoded, encoded
-from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps
-from splitlab.split.attacks.record import Attack
+from splitlab.diffusion.sampling import Level, level_model
+from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps, used_fields
+from splitlab.split.attacks.networks import fit, initialised
+from splitlab.split.attacks.record import Attack, Option
 from splitlab.split.messages import Knowledge, Observation, Reconstruction
 
 
@@ -23,54 +25,41 @@ def prompt_guess(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    steps: int = 500,
-    batch: int = 64,
-    lr: float = 6e-3,
-    shortlist: int = 8,
-    draws: int = 4,
-    weight: float = 2.0,
+    steps: Annotated[int, Option("training steps of the captioner (AdamW, warm-up, cosine decay)", least=0)] = 500,
+    batch: Annotated[int, Option("samples per training step", least=1)] = 64,
+    lr: Annotated[float, Option("highest learning rate", above=0)] = 6e-3,
+    shortlist: Annotated[int, Option("prompts proposed per sample", least=1)] = 8,
+    draws: Annotated[int, Option("U-Net noise draws per prompt; 0: the captioner decides alone", least=0)] = 4,
+    weight: Annotated[float, Option("of the U-Net's squared error against a log probability", least=0)] = 2.0,
 ) -> Reconstruction:
     """Guess hidden prompts from what the messages still say about the image.
 
-    1. The messages become latents plus Gaussian noise of known strength (`channel.latent_view`): with the label and
-       without feature noise, the latents themselves.
-    2. A captioner, trained on public (latents, prompt) pairs noised alike, proposes a shortlist by beam search.
-    3. The public U-Net judges it (diffusion classifier, Li et al. 2023): the prompt under which it denoises the view
-       best is the likeliest; both logarithms of probability are added.
-
-    The U-Net knows more than the captioner, but can judge few prompts. Words of no public prompt cannot be guessed.
-
-    Args:
-        observations: what was sent; needs `noisy_latents` and `timesteps`, and takes the label where there is one.
-        knowledge: the threat model.
-        generator: of initialisation, training draws and the U-Net's noise.
-        callback: told of every training step's loss, then of every draw.
-        steps, batch, lr: of the captioner's training (AdamW, warm-up, cosine decay).
-        shortlist: prompts proposed per sample.
-        draws: noise draws per sample and prompt for the U-Net; 0: the captioner decides alone.
-        weight: of the U-Net's squared error against the captioner's log probability (chosen on held-out shapes).
-
-    Raises:
-        InputError: noisy latents or timesteps were not sent, or `shortlist` is below 1.
+    Needs `noisy_latents` and `timesteps`, and takes the label where there is one. The U-Net knows more than the
+    captioner, but can judge few prompts. Words of no public prompt cannot be guessed. The default weight was chosen on
+    held-out shapes.
     """
-    if shortlist < 1:
-        raise InputError(f"shortlist is a number of prompts and must be 1 or more, got {shortlist}")
+    # Step 1: latents plus Gaussian noise of known strength; none with the label and without feature noise.
     seen, base = labelled(observations, knowledge), knowledge.base
     view, std = latent_view(seen, knowledge)
+
+    # Step 2: a captioner, trained on public (latents, prompt) pairs noised alike, proposes a shortlist by beam search.
     data = encoded(base, knowledge.public, cache=knowledge.cache)
     ids = prompt_tokens(base, knowledge.public.prompts)
-    captioner = _fresh_captioner(view.shape[1], ids, base, generator)
+    with initialised(generator):
+        captioner = Captioner(view.shape[1], ids, base.text_shape[1])
     losses = _fit(captioner, data, ids, std, generator, callback, steps=steps, batch=batch, lr=lr)
     tokens, scores = _propose(captioner, base, view, std, beam=shortlist, length=ids.shape[1])
+
+    # Step 3: the prompt under which the public U-Net denoises the view best is the likeliest (diffusion classifier, Li
+    # et al. 2023); both logarithms of probability are added.
     for done in range(draws if shortlist > 1 else 0):
         scores = scores - weight / draws * _misfit(knowledge, tokens, view, std, generator)
         if callback:
             callback("prompt_guess", done + 1, draws, losses[-1] if losses else 0.0)
     chosen = tokens[torch.arange(len(tokens)), scores.argmax(1)]
-    label = ("noise",) if seen.noise_pred is None else ("noise_pred", "noise_pred_gradient")
     return Reconstruction(
         prompts=tuple(text.strip() for text in base.tokenizer.batch_decode(chosen, skip_special_tokens=True)),
-        used=("timesteps", "noisy_latents", *(label if seen.noise is not None else ())),
+        used=used_fields(seen, prompts=False),
         objective=tuple(losses),
         n_evals=1 + shortlist * draws,
     )
@@ -78,9 +67,9 @@ def prompt_guess(
 
 def prompt_tokens(base: Base, prompts: Sequence[str]) -> Int[Tensor, "n k"]:
     """Return the prompts' tokens, from start to end of text, padded to the longest with the end token."""
-    found = base.tokenizer(list(prompts)).input_ids
-    longest = max(len(ids) for ids in found)
-    return torch.tensor([[*ids, *[int(base.tokenizer.eos_token_id)] * (longest - len(ids))] for ids in found])
+    rows = base.tokenizer(list(prompts)).input_ids
+    longest = max(len(ids) for ids in rows)
+    return torch.tensor([[*ids, *[int(base.tokenizer.eos_token_id)] * (longest - len(ids))] for ids in rows])
 
 
 class Captioner(nn.Module):
@@ -120,12 +109,6 @@ class Captioner(nn.Module):
         return self.last(self.text(states) + self.image(seen)).log_softmax(-1)
 
 
-def _fresh_captioner(channels: int, ids: Int[Tensor, "n k"], base: Base, generator: torch.Generator) -> Captioner:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        return Captioner(channels, ids, base.text_shape[1])
-
-
 def _fit(
     captioner: Captioner,
     data: Encoded,
@@ -139,12 +122,10 @@ def _fit(
     lr: float,
 ) -> list[float]:
     """Train on public pairs, noised as the messages are."""
-    optimizer = torch.optim.AdamW(captioner.parameters(), lr=lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall(step, max(1, steps)))
     wanted = torch.searchsorted(captioner.tokens, ids[:, 1:].contiguous())
     wanted[:, 1:][ids[:, 1:-1] == ids[0, -1]] = -100  # past the end: every row's last token is the end's
-    losses = []
-    for step in tqdm(range(steps), desc="captioner", mininterval=2, leave=False):
+
+    def loss() -> Tensor:
         chosen = torch.randint(len(data), (batch,), generator=generator)
         level = _blurred(std[torch.randint(len(std), (batch,), generator=generator)])
         latents = data.latents[chosen]
@@ -152,20 +133,13 @@ def _fit(
         if torch.rand((), generator=generator) < 0.5:
             view = view.flip(3)
         scores = captioner(captioner.features(view, level), data.text[chosen, : ids.shape[1] - 1])
-        loss = F.nll_loss(scores.flatten(0, 1), wanted[chosen].flatten(), ignore_index=-100)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if callback:
-            callback("prompt_guess", step + 1, steps, losses[-1])
-    return losses
+        return F.nll_loss(scores.flatten(0, 1), wanted[chosen].flatten(), ignore_index=-100)
 
+    def rate(step: int) -> float:
+        return lr * cosine(1.0, step, steps + 1, warm_up=steps / 10)
 
-def _rise_and_fall(step: int, steps: int) -> float:
-    """Return the learning rate's factor in (0, 1]: a linear warm-up over a tenth of the steps, then half a cosine."""
-    return min(1.0, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
+    options = {"steps": steps, "lr": lr, "weight_decay": 0.01, "max_norm": math.inf}
+    return fit(captioner, loss, "prompt_guess", callback, rate=rate, **options)  # type: ignore[arg-type]
 
 
 def _blurred(std: Tensor) -> Tensor:
@@ -231,11 +205,11 @@ def _misfit(
     text = torch.cat([base.text_encoder(part).last_hidden_state for part in unique.split(256)])
     rows, misfits = torch.arange(len(view)).repeat_interleave(tokens.shape[1]), []
     for part in torch.arange(len(rows)).split(batch):
-        own = rows[part]
-        noisy_latents = states[own] / (1 + q[own].square()).sqrt()
-        noise_pred = base.unet(noisy_latents, timesteps[own], encoder_hidden_states=text[inverse[part]]).sample
-        mean = states[own] - noise_pred * (q - std.square() / q)[own]
-        misfits.append((view[own] - mean).square().flatten(1).sum(1) / r.square())
+        row = rows[part]
+        model = level_model(base.unet, text[inverse[part]])
+        noise_pred = model(states[row], Level(timesteps[row], q[row]))
+        mean = states[row] - noise_pred * (q - std.square() / q)[row]
+        misfits.append((view[row] - mean).square().flatten(1).sum(1) / r.square())
     return torch.cat(misfits).view(tokens.shape[:2])
 
 

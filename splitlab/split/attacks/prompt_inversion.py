@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
 from splitlab.diffusion.base import Base
-from splitlab.split.attacks.record import Attack
+from splitlab.split.attacks.record import Attack, Option
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
 
 TOLERANCE = 2e-3
@@ -42,8 +43,8 @@ def prompt_inversion(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    beam: int = 4,
-    tolerance: float = TOLERANCE,
+    beam: Annotated[int, Option("hypotheses kept per sample where none fits", least=1)] = 4,
+    tolerance: Annotated[float, Option("relative error up to which a token fits", above=0)] = TOLERANCE,
 ) -> Reconstruction:
     """Read the prompts off the sent text embeddings, token by token.
 
@@ -57,20 +58,12 @@ def prompt_inversion(
     minutes of CPU time for the 49,408 tokens of Stable Diffusion 1.5's. Signs for which the shipped tokenizer has no
     token become its end-of-text token, and there the search ends.
 
-    Args:
-        observations: what was sent; needs `encoder_hidden_states`.
-        knowledge: the threat model; of the public data, the prompts order the candidates.
-        generator: unused, nothing is drawn.
-        callback: told of every position, with the samples' mean squared relative residual.
-        beam: hypotheses kept per sample where none fits, by the sum of their squared relative residuals.
-        tolerance: relative error up to which a token fits.
+    Needs `encoder_hidden_states`; of the public data, the prompts order the candidates. Hypotheses are ranked by the
+    sum of their squared relative residuals; the objective is the samples' mean of the last one.
 
     Raises:
-        InputError: no text embedding was sent (prompts are hidden), `beam` is below 1, or the embeddings have
-            another shape than the base model's.
+        InputError: no text embedding was sent (prompts are hidden), or not of the base model's shape.
     """
-    if beam < 1:
-        raise InputError(f"beam is a number of hypotheses and must be 1 or more, got {beam}")
     base = knowledge.base
     states, inverse = torch.unique(_embeddings(observations, base), dim=0, return_inverse=True)
     search = _Search(base, knowledge.public.prompts, states, beam, tolerance)
@@ -187,8 +180,8 @@ class _Search:
             / self.power[samples, position, None]
         )
         steps, order = distance.topk(min(self.beam, len(tokens)), dim=1, largest=False)
-        for (i, score), own, chosen in zip(askers, steps.tolist(), tokens[order].tolist(), strict=True):
-            grown[i] += [_Hypothesis(score + s, (*prefix, t), s) for s, t in zip(own, chosen, strict=True)]
+        for (i, score), residuals, best in zip(askers, steps.tolist(), tokens[order].tolist(), strict=True):
+            grown[i] += [_Hypothesis(score + s, (*prefix, t), s) for s, t in zip(residuals, best, strict=True)]
 
 
 @torch.no_grad()

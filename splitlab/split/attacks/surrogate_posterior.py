@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -14,11 +15,11 @@ from splitlab.data.colours import COLOURS
 from splitlab.data.image_set import ImageSet, digest
 from splitlab.diffusion import metrics
 from splitlab.diffusion.base import Base, encoded
+from splitlab.split.attacks.calibration import GALLERY, N_PUBLIC, choose_sharpness
 from splitlab.split.attacks.closed_form import hint_latents
-from splitlab.split.attacks.latent_view import averaged, labelled, latent_view
+from splitlab.split.attacks.latent_view import averaged, labelled, latent_view, used_fields
 from splitlab.split.attacks.nearest_public import SAMPLES
-from splitlab.split.attacks.posterior import used_fields
-from splitlab.split.attacks.record import Attack
+from splitlab.split.attacks.record import Attack, Option
 from splitlab.split.attacks.simulated_client import imitate
 from splitlab.split.defences import disguised, disguises
 from splitlab.split.defences.borrowed_colours import colours_of, discs
@@ -27,17 +28,11 @@ from splitlab.split.defences.random_symmetry import SYMMETRIES, every_turn
 from splitlab.split.identification import identified_as_sent
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
 
-SHARPNESS = (1.0, 2.0, 4.0, 64.0)
-"""What the attacker tries: from the mean of all that is likely to the likeliest sample alone."""
-
 LEAST_STD = 0.1
 """Least standard deviation of a view, for what plain colours leave out of an image."""
 
 SAME_LAYOUT = 0.01
 """Distance of two layouts, in shares of the picture's side, up to which they are one that was sent twice."""
-
-N_CALIBRATION, GALLERY = 256, 100
-"""Public messages on which sharpness is chosen, and among how many public samples each is to be recognised."""
 
 
 @torch.no_grad()
@@ -47,7 +42,7 @@ def surrogate_posterior(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    sharpness: float = 0.0,
+    sharpness: Annotated[float, Option("power of the weights; 0: the one that recognises most", least=0)] = 0.0,
 ) -> Reconstruction:
     """Weigh every public sample by how likely its disguise is to have sent each message; answer with the weighted mean.
 
@@ -56,35 +51,27 @@ def surrogate_posterior(
     averaged first, since a disguise stays and noise that is drawn anew does not.
 
     The layout is read off the sent hint, exactly but for its noise, which is Gaussian and of known size. The view of
-    the latents (`channel.latent_view`) is compared with what each public disc would look like in the colours that the
+    the latents (`latent_view`) is compared with what each public disc would look like in the colours that the
     sent prompt names: between the latents of two plain pictures, position by position as far as the disc covers it.
     Images are answered in the sent colours, since the true ones were never sent.
 
-    Args:
-        observations: what was sent; needs `timesteps`, `noisy_latents` and, against a layout, `smashed`.
-        knowledge: the threat model; `borrowed_colours`, `hint_layout_noise` or `random_symmetry` are on.
-        generator: of the calibration_set.
-        callback: told of every sharpness tried and the share of simulated messages that it recognises.
-        sharpness: power to which weights are raised; 0: the one of `SHARPNESS` that recognises most public samples.
+    Needs `timesteps`, `noisy_latents` and, against a layout, `smashed`.
 
     Raises:
-        InputError: nothing was disguised, a needed field was not sent, or `sharpness` is negative.
+        InputError: none of `borrowed_colours`, `hint_layout_noise` and `random_symmetry` is on.
     """
     if not disguises(knowledge.defences):
         raise InputError(
             "surrogate_posterior is for clients with borrowed_colours, hint_layout_noise or random_symmetry; "
             "take nearest_public instead"
         )
-    if not sharpness >= 0:
-        raise InputError(f"sharpness is a power above 0 (0: chosen by calibration), got {sharpness}")
     seen = labelled(observations, knowledge)
     gallery = _Gallery(knowledge)
     prompts = _prompts(seen, knowledge)
     likelihood, first, labels = gallery.log_likelihood(seen, observations, prompts)
     objective: tuple[float, ...] = ()
     if not sharpness:
-        objective = _calibrated(gallery, knowledge, generator, callback)
-        sharpness = SHARPNESS[objective.index(max(objective))]
+        sharpness, objective = _calibrated(gallery, knowledge, generator, callback)
     weights = (sharpness * likelihood).softmax(1)
     used = tuple(dict.fromkeys((*used_fields(seen), *(["smashed"] if knowledge.defences.hint_layout_noise else []))))
     images = gallery.pictures(weights, [prompts[i] for i in first.tolist()] if prompts else ())
@@ -103,26 +90,24 @@ def _prompts(seen: Observation, knowledge: Knowledge) -> tuple[str, ...]:
 
 def _calibrated(
     gallery: "_Gallery", knowledge: Knowledge, generator: torch.Generator, callback: Callback | None
-) -> tuple[float, ...]:
-    """Disguise and send public samples, and return the share recognised by the hint at every sharpness."""
+) -> tuple[float, tuple[float, ...]]:
+    """Disguise and send public samples; choose the sharpness under which most are recognised by the hint."""
     public, defences = knowledge.public, knowledge.defences
-    own = torch.randperm(len(public), generator=generator)[:N_CALIBRATION]
-    part = disguised(public.subset(own.tolist()), defences, key=Key.published(("rehearsal", int(own[0]))))
+    truth = torch.randperm(len(public), generator=generator)[:N_PUBLIC]
+    part = disguised(public.subset(truth.tolist()), defences, key=Key.published(("rehearsal", int(truth[0]))))
     data = encoded(knowledge.base, part)
-    message, _ = imitate(data, knowledge, len(own), generator, chosen=torch.arange(len(own)))
+    message, _ = imitate(data, knowledge, len(truth), generator, chosen=torch.arange(len(truth)))
     prompts = part.prompts if defences.borrowed_colours else ()
     grouped, _, labels = gallery.log_likelihood(message, [message], prompts)
     likelihood = grouped[labels]
-    likelihood.unflatten(1, (-1, len(public)))[torch.arange(len(own)), :, own] = -torch.inf
-    gallery_indices = metrics.draw_galleries(len(public), own, min(GALLERY, len(public)), generator)
-    scores: list[float] = []
-    for tried in SHARPNESS:
-        found = gallery.drawn((tried * likelihood).softmax(1))
-        known = identified_as_sent(None, found, public, (), gallery_indices, defences)["hint"]
-        scores.append(float(known.float().mean()))
-        if callback:
-            callback("surrogate_posterior", len(scores), len(SHARPNESS), scores[-1])
-    return tuple(scores)
+    likelihood.unflatten(1, (-1, len(public)))[torch.arange(len(truth)), :, truth] = -torch.inf
+    gallery_indices = metrics.draw_galleries(len(public), truth, min(GALLERY, len(public)), generator)
+
+    def recognised(power: float) -> Tensor:
+        hints = gallery.drawn((power * likelihood).softmax(1))
+        return identified_as_sent(None, hints, public, (), gallery_indices, defences)["hint"]
+
+    return choose_sharpness(recognised, "surrogate_posterior", callback)
 
 
 class _Gallery:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from splitlab.diffusion.base import Encoded, encoded, noised
 from splitlab.diffusion.controlnet import symsigmoid
 from splitlab.split.attacks.closed_form import closed_form
 from splitlab.split.attacks.latent_view import labelled, latent_view
-from splitlab.split.attacks.record import Attack, Family
+from splitlab.split.attacks.record import Attack, Family, Option
+from splitlab.split.attacks.simulated_client import imitable
 from splitlab.split.defences.matched import signal_level
 from splitlab.split.defences.record import FEATURES
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, senders
@@ -33,8 +34,8 @@ def unmixing(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    rounds: int = 12,
-    bandwidth: float = 0.1,
+    rounds: Annotated[int, Option("of refinement", least=0)] = 12,
+    bandwidth: Annotated[float, Option("variance of the public density's kernel / public variance", above=0)] = 0.1,
 ) -> Reconstruction:
     """Find the inverse W of each secret key K, unmix all fields with it, and solve the rest in closed form.
 
@@ -46,43 +47,48 @@ def unmixing(
 
     Sources come in the order of their largest weights in the mixtures: no attacker can know a group's true order.
 
-    Args:
-        observations: what was sent; needs `noisy_latents`, `timesteps` and the label; `smashed` helps where it can
-            be imitated: a client without trained parts or fixed noise.
-        knowledge: the threat model; key_mixing must be on, patch_shuffle off.
-        generator: of random starts.
-        callback: told of every key's objective, a log-likelihood per source.
-        rounds: of refinement.
-        bandwidth: variance of the kernel of the public density, in units of the public variance.
+    Needs `noisy_latents`, `timesteps` and the label; `smashed` helps where it can be imitated: a client without trained
+    parts or fixed noise. The objective is each key's log-likelihood per source.
 
     Raises:
         InputError: key_mixing is off, patch_shuffle is on as well, or messages are not whole groups.
     """
+    # Step 1: with the label, mixtures of latents follow exactly; whiten them by the public data.
     group, fresh = knowledge.defences.key_mixing, knowledge.defences.fresh_keys
     _check(observations, knowledge)
     seen = labelled(observations, knowledge)
     seen.need("noise")
-    n_groups = seen.batch_size // group
-    owner = torch.arange(n_groups) if fresh else senders(observations)[::group]
     spaces = _spaces(seen, knowledge)
-    unmixers, scores = torch.empty(n_groups, group, group), []
+
+    # Step 2: find each key's inverse.
+    owner = torch.arange(len(spaces)) if fresh else senders(observations)[::group]
+    unmixers, scores = torch.empty(len(spaces), group, group), []
     keys = owner.unique().tolist()
     for key in tqdm(keys, desc="unmixing", mininterval=2, leave=False):
-        own = [spaces[i] for i in (owner == key).nonzero().flatten().tolist()]
-        columns = torch.cat([space.mixtures for space in own], 1)
-        starts = (
-            [search(own[0], overlap, generator) for overlap in OVERLAPS] if fresh else [fast_ica(columns, generator)]
-        )
-        tried = [refine(own, start, rounds, bandwidth) for start in starts]
-        score, found = max(tried, key=lambda pair: pair[0])
-        unmixers[owner == key] = _in_slots(_affine(found, columns))
+        groups = [spaces[i] for i in (owner == key).nonzero().flatten().tolist()]
+        score, unmixers[owner == key] = _unmixer(groups, fresh, generator, rounds, bandwidth)
         scores.append(score)
         if callback:
             callback("unmixing", len(scores), len(keys), score)
+
+    # Step 3: unmix all fields, and solve the rest in closed form.
     plain = replace(knowledge, defences=replace(knowledge.defences, key_mixing=0, fresh_keys=False))
     result = closed_form(_unmixed(observations, unmixers), plain, generator=generator)
-    used = tuple(dict.fromkeys((*result.used, *(("smashed",) if _imitable(seen, knowledge) else ()))))
+    used = tuple(dict.fromkeys((*result.used, *(("smashed",) if _hinted(seen, knowledge) else ()))))
     return replace(result, used=used, objective=tuple(scores), n_evals=rounds)
+
+
+def _unmixer(
+    groups: Sequence["Space"], fresh: bool, generator: torch.Generator, rounds: int, bandwidth: float
+) -> tuple[float, Float[Tensor, "g g"]]:
+    """Return the objective and the W of the groups that one key mixed: the likeliest that any start leads to."""
+    columns = torch.cat([space.mixtures for space in groups], 1)
+    if fresh:
+        starts = [search(groups[0], overlap, generator) for overlap in OVERLAPS]
+    else:
+        starts = [fast_ica(columns, generator)]
+    score, unmixer = max((refine(groups, start, rounds, bandwidth) for start in starts), key=lambda pair: pair[0])
+    return score, _in_slots(_affine(unmixer, columns))
 
 
 def _check(observations: Sequence[Observation], knowledge: Knowledge) -> None:
@@ -114,9 +120,9 @@ class Space:
     public: Tensor
 
 
-def _imitable(seen: Observation, knowledge: Knowledge) -> bool:
+def _hinted(seen: Observation, knowledge: Knowledge) -> bool:
     fixed = knowledge.defences.fixed_noise or knowledge.defences.independent_draws
-    return knowledge.scheme in ("split", "u_shaped") and seen.smashed is not None and not fixed
+    return imitable(knowledge) and seen.smashed is not None and not fixed
 
 
 def _spaces(seen: Observation, knowledge: Knowledge) -> list[Space]:
@@ -130,7 +136,7 @@ def _spaces(seen: Observation, knowledge: Knowledge) -> list[Space]:
         if max(levels)
         else _shared(view, data.latents)
     )
-    if not _imitable(seen, knowledge):
+    if not _hinted(seen, knowledge):
         return images
     smashed, noisy_latents = (seen.need(name).unflatten(0, (-1, group)) for name in ("smashed", "noisy_latents"))
     if not defences.symsigmoid:
@@ -138,8 +144,8 @@ def _spaces(seen: Observation, knowledge: Knowledge) -> list[Space]:
     else:
         firsts = torch.arange(0, seen.batch_size, group).split(1)
         hints = [
-            _whitened(mixtures, _imitated(seen, one, data, knowledge), defences.feature_noise)
-            for mixtures, one in zip(smashed, firsts, strict=True)
+            _whitened(mixtures, _imitated(seen, first, data, knowledge), defences.feature_noise)
+            for mixtures, first in zip(smashed, firsts, strict=True)
         ]
     both = zip(images, hints, strict=True)
     return [Space(torch.cat([i.mixtures, h.mixtures], 1), torch.cat([i.public, h.public], 1)) for i, h in both]
@@ -148,13 +154,13 @@ def _spaces(seen: Observation, knowledge: Knowledge) -> list[Space]:
 def _shared(mixtures: Float[Tensor, "q g c h w"], public: Float[Tensor, "m c h w"]) -> list[Space]:
     """Whiten all groups alike."""
     space = _whitened(mixtures, public, 0.0)
-    return [Space(own, space.public) for own in space.mixtures]
+    return [Space(mixture, space.public) for mixture in space.mixtures]
 
 
-def _imitated(seen: Observation, one: Tensor, data: Encoded, knowledge: Knowledge) -> Float[Tensor, "m c h w"]:
-    """Return public activations at the timestep and noise of sample `one`, which its group shares."""
-    alphas = signal_level(knowledge.defences, seen.need("timesteps")[one], knowledge.base.alphas_cumprod)
-    noise = seen.need("noise")[one].expand_as(data.latents)
+def _imitated(seen: Observation, first: Tensor, data: Encoded, knowledge: Knowledge) -> Float[Tensor, "m c h w"]:
+    """Return public activations at the timestep and noise of sample `first`, which its group shares."""
+    alphas = signal_level(knowledge.defences, seen.need("timesteps")[first], knowledge.base.alphas_cumprod)
+    noise = seen.need("noise")[first].expand_as(data.latents)
     return symsigmoid(data.hint_latents + noised(data.latents, noise, alphas.expand(len(data), -1, -1, -1)))
 
 

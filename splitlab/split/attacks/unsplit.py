@@ -1,8 +1,7 @@
 """UnSplit (Erdoğan et al. 2022): recover inputs of a client whose weights are unknown, by cloning it meanwhile."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -12,21 +11,10 @@ from tqdm import tqdm
 
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
+from splitlab.core.schedule import cosine
 from splitlab.diffusion.controlnet import image_hint_controlnet
-from splitlab.split.attacks.record import Attack, Family
+from splitlab.split.attacks.record import Attack, Family, Option
 from splitlab.split.messages import Knowledge, Observation, Reconstruction, stack
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How to search; see `unsplit`."""
-
-    epochs: int
-    batch: int
-    lr: float
-    clone_lr: float
-    tv: float
-    sparsity: float
 
 
 def unsplit(
@@ -35,47 +23,30 @@ def unsplit(
     *,
     generator: torch.Generator,
     callback: Callback | None = None,
-    epochs: int = 30,
-    restarts: int = 2,
-    batch: int = 32,
-    lr: float = 0.1,
-    clone_lr: float = 2e-3,
-    tv: float = 0.1,
-    sparsity: float = 0.1,
-    calibrate: bool = True,
+    epochs: Annotated[int, Option("passes over all samples, per restart", least=1)] = 30,
+    restarts: Annotated[int, Option("how often to begin anew; the smallest misfit is kept", least=1)] = 2,
+    batch: Annotated[int, Option("samples per step", least=1)] = 32,
+    lr: Annotated[float, Option("Adam's first step size for hints", above=0)] = 0.1,
+    clone_lr: Annotated[float, Option("Adam's first step size for the clone's weights", above=0)] = 2e-3,
+    tv: Annotated[float, Option("weight of total variation", least=0)] = 0.1,
+    sparsity: Annotated[float, Option("weight of the mean difference from the mean public hint", least=0)] = 0.1,
+    calibrate: Annotated[bool, Option("give brightnesses the distribution of the public hints'")] = True,
 ) -> Reconstruction:
     """Search hints x and weights of a clone g together, so that g(x) is what was sent (Erdoğan et al. 2022, alg. 1).
 
     Minimises |g(x) - smashed|² / |smashed|² + tv TV(x) + sparsity |x - mean public hint|₁ in turns over x and g; one
     backward pass serves a step of both. All messages share one clone, as their client's encoder hardly moves between
     late messages. The clone has the public architecture and weights of its own; x starts at the mean public hint, is
-    kept in [-1, 1], and is grey where the public hints are. Of several restarts that of the smallest misfit is kept.
+    kept in [-1, 1], and is grey where the public hints are. Both step sizes fall to zero along a cosine. `calibrate`
+    makes outlines stand out and tell whose they are, at the price of squared error where they lie beside the true ones.
 
     What stays open: a clone may answer for hints that are fainter than the true ones, or lie some pixels beside them.
-
-    Args:
-        observations: what was sent; needs `smashed` `[b, k, h, w]`, from late in a run of split_gradients.
-        knowledge: the threat model.
-        generator: of the clone's initial weights, the start's perturbation and the order of samples.
-        callback: told of every epoch's misfit.
-        epochs: passes over all samples, per restart.
-        restarts: how often to begin anew.
-        batch: samples per step.
-        lr, clone_lr: Adam's step sizes for hints and weights; both fall to zero along a cosine.
-        tv: weight of the total variation (`total_variation`).
-        sparsity: weight of the mean absolute difference from the mean public hint.
-        calibrate: give the brightnesses found the distribution of the public hints': outlines then stand out and tell
-            whose they are, at the price of squared error where they lie beside the true ones.
+    Needs `smashed` `[b, k, h, w]`, from late in a run of split_gradients.
 
     Raises:
-        InputError: no `smashed` was sent, it is that of another scheme, or all zero; or `epochs`, `restarts` or
-            `batch` is below 1.
+        InputError: `smashed` is that of another scheme, or all zero.
     """
-    for name, value in {"epochs": epochs, "restarts": restarts, "batch": batch}.items():
-        if value < 1:
-            raise InputError(f"unsplit: {name} must be 1 or more, got {value}")
     smashed = _informative(stack(observations).need("smashed"), knowledge)
-    settings = _Settings(epochs, batch, lr, clone_lr, tv, sparsity)
     tries = []
     for restart in range(restarts):
 
@@ -84,7 +55,10 @@ def unsplit(
                 callback("unsplit", first + done, restarts * epochs, misfit)
 
         clone = hint_encoder(knowledge, int(torch.randint(2**31, (1,), generator=generator)))
-        tries.append(_search(clone, smashed, knowledge, settings, generator, told))
+        search = _Search(
+            clone, smashed, knowledge.public.need_hints(), batch, (lr, clone_lr), (tv, sparsity), generator
+        )
+        tries.append(search.run(epochs, generator, told))
     hints, misfits = min(tries, key=lambda tried: tried[1][-1])
     if calibrate:
         hints = calibrated(hints, knowledge.public.need_hints())
@@ -118,42 +92,58 @@ def hint_encoder(knowledge: Knowledge, seed: int) -> nn.Module:
     return encoder
 
 
-def _search(
-    clone: nn.Module,
-    smashed: Tensor,
-    knowledge: Knowledge,
-    settings: _Settings,
-    generator: torch.Generator,
-    told: Callable[[int, float], None],
-) -> tuple[Tensor, list[float]]:
-    """Run one restart: return hints `[n, 3, s, s]` and every epoch's misfit."""
-    mean = _mean_hint(knowledge.public.need_hints())
-    start = mean + 0.05 * torch.randn((len(smashed), *mean.shape[1:]), generator=generator)
-    parts = [part.clone().requires_grad_() for part in start.clamp(-1.0, 1.0).split(settings.batch)]
-    wanted, scale = smashed.split(settings.batch), smashed.square().mean()
-    searches = [torch.optim.Adam([part], betas=(0.5, 0.99)) for part in parts]
-    cloning = torch.optim.Adam(clone.parameters())
-    misfits: list[float] = []
-    for epoch in tqdm(range(settings.epochs), desc="unsplit", mininterval=2, leave=False):
-        decay = 0.5 + 0.5 * math.cos(math.pi * epoch / settings.epochs)
-        total = 0.0
-        for number in torch.randperm(len(parts), generator=generator).tolist():
-            hints = parts[number]
-            misfit = F.mse_loss(clone((hints.expand(-1, 3, -1, -1) + 1.0) / 2.0), wanted[number]) / scale
-            sparse = (hints - mean).abs().mean()
-            loss = misfit + settings.tv * total_variation(hints) + settings.sparsity * sparse
-            for optimizer, rate in ((searches[number], settings.lr), (cloning, settings.clone_lr)):
-                optimizer.zero_grad(set_to_none=True)
-                optimizer.param_groups[0]["lr"] = rate * decay
-            loss.backward()
-            searches[number].step()
-            cloning.step()
-            with torch.no_grad():
-                hints.clamp_(-1.0, 1.0)
-            total += misfit.item() * len(hints) / len(smashed)
-        misfits.append(total)
-        told(epoch + 1, total)
-    return torch.cat(parts).detach().expand(-1, 3, -1, -1).clone(), misfits
+class _Search:
+    """One restart's variables, the hints batch by batch and a clone, and how they are moved."""
+
+    def __init__(
+        self,
+        clone: nn.Module,
+        smashed: Float[Tensor, "n k h w"],
+        public: Float[Tensor, "m 3 s s"],
+        batch: int,
+        rates: tuple[float, float],
+        weights: tuple[float, float],
+        generator: torch.Generator,
+    ):
+        self.clone, self.rates, self.weights = clone, rates, weights
+        self.mean = _mean_hint(public)
+        start = self.mean + 0.05 * torch.randn((len(smashed), *self.mean.shape[1:]), generator=generator)
+        self.parts = [part.clone().requires_grad_() for part in start.clamp(-1.0, 1.0).split(batch)]
+        self.sent, self.scale = smashed.split(batch), smashed.square().mean()
+        self.n = len(smashed)
+        self.optimizers = [torch.optim.Adam([part], betas=(0.5, 0.99)) for part in self.parts]
+        self.cloning = torch.optim.Adam(clone.parameters())
+
+    def run(
+        self, epochs: int, generator: torch.Generator, told: Callable[[int, float], None]
+    ) -> tuple[Float[Tensor, "n 3 s s"], list[float]]:
+        """Search; return the hints and every epoch's misfit."""
+        misfits: list[float] = []
+        for epoch in tqdm(range(epochs), desc="unsplit", mininterval=2, leave=False):
+            rates = [cosine(rate, epoch, epochs) for rate in self.rates]
+            total = 0.0
+            for number in torch.randperm(len(self.parts), generator=generator).tolist():
+                total += self._step(number, rates) * len(self.parts[number]) / self.n
+            misfits.append(total)
+            told(epoch + 1, total)
+        return torch.cat(self.parts).detach().expand(-1, 3, -1, -1).clone(), misfits
+
+    def _step(self, number: int, rates: Sequence[float]) -> float:
+        """Move one batch of hints and the clone by one gradient (Erdoğan et al. 2022, alg. 1)."""
+        hints, (tv, sparsity) = self.parts[number], self.weights
+        misfit = F.mse_loss(self.clone((hints.expand(-1, 3, -1, -1) + 1.0) / 2.0), self.sent[number]) / self.scale
+        sparse = (hints - self.mean).abs().mean()
+        loss = misfit + tv * total_variation(hints) + sparsity * sparse
+        optimizers = (self.optimizers[number], self.cloning)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.param_groups[0]["lr"] = rate
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            hints.clamp_(-1.0, 1.0)
+        return misfit.item()
 
 
 def _mean_hint(hints: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "1 c s s"]:
@@ -169,10 +159,10 @@ def total_variation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
 
 def calibrated(hints: Float[Tensor, "n 3 s s"], public: Float[Tensor, "m 3 s s"]) -> Float[Tensor, "n 3 s s"]:
     """Map the values of all hints together, in their order, to the distribution of the public hints' values."""
-    found = hints[:, :1] if (hints == hints[:, :1]).all() else hints
+    values = hints[:, :1] if (hints == hints[:, :1]).all() else hints
     target = public.flatten().sort().values
-    ranks = found.flatten().argsort(stable=True).argsort(stable=True).double() / max(1, found.numel() - 1)
-    return target[(ranks * (len(target) - 1)).round().long()].view(found.shape).expand_as(hints).clone()
+    ranks = values.flatten().argsort(stable=True).argsort(stable=True).double() / max(1, values.numel() - 1)
+    return target[(ranks * (len(target) - 1)).round().long()].view(values.shape).expand_as(hints).clone()
 
 
 CLONE = Family(
@@ -182,4 +172,4 @@ CLONE = Family(
     "after the hint, the input of that part.",
 )
 
-ATTACKS = (Attack(unsplit, "UnSplit", rank=100, family=CLONE),)
+ATTACKS = (Attack(unsplit, "UnSplit", rank=100, family=CLONE, schemes=("split_gradients",)),)
