@@ -3,7 +3,7 @@
 import math
 
 
-def cosine(rate: float, step: int, steps: int, *, warm_up: float = 1) -> float:
+def cosine(rate: float, step: int, steps: int, *, warm_up: int | float = 1) -> float:
     """Return the learning rate of a step: half a cosine from `rate` to 0 (Loshchilov & Hutter 2017, eq. 5), warmed up.
 
     Args:

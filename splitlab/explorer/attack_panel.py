@@ -1,6 +1,5 @@
 """Attack the explorer's run live."""
 
-import inspect
 import threading
 import time
 from typing import Any
@@ -12,7 +11,8 @@ from splitlab.explorer import markup
 from splitlab.explorer.explorer_panel import Explorer
 from splitlab.explorer.parts import DESCRIBED, checkbox, dropdown, reported, row
 from splitlab.explorer.run_view import RunView
-from splitlab.split.attacks import ATTACKS
+from splitlab.split.attacks import ATTACKS, NO_INFORMATION
+from splitlab.split.attacks.record import Parameter
 
 
 class Cancelled(Exception):
@@ -26,7 +26,7 @@ class AttackPanel(widgets.VBox):
         super().__init__()
         self.explorer = explorer
         self.attack = dropdown("attack", [(record.label, name) for name, record in ATTACKS.items()])
-        self.attack.value = "closed_form"  # the quickest that tells something
+        self.attack.value = next(n for n in ATTACKS if n not in NO_INFORMATION)  # the simplest that looks
         self.seed = widgets.IntText(description="seed", value=0, layout=widgets.Layout(width="170px"), style=DESCRIBED)
         self.fields = {name: checkbox(f"use {FIELD_WORDS[name]}") for name in FIELD_WORDS if name != "timesteps"}
         self.options: dict[str, Any] = {}
@@ -53,13 +53,9 @@ class AttackPanel(widgets.VBox):
         self._list_fields()
 
     def _list_options(self) -> None:
-        """Offer every numeric keyword of the attack function, at its default."""
-        self.options = {}
-        for name, parameter in inspect.signature(ATTACKS[self.attack.value].function).parameters.items():
-            kind = {int: widgets.IntText, float: widgets.FloatText}.get(type(parameter.default))
-            if kind is not None:
-                layout = widgets.Layout(width="190px")
-                self.options[name] = kind(description=name, value=parameter.default, layout=layout, style=DESCRIBED)
+        """Offer every option of the attack that has a default, at it; its words and range come up over it."""
+        offered = ATTACKS[self.attack.value].options
+        self.options = {name: _field(name, p) for name, p in offered.items() if p.default is not None}
         self._options.children = tuple(self.options.values())
 
     def _list_fields(self) -> None:
@@ -110,3 +106,14 @@ class AttackPanel(widgets.VBox):
             self._shown_at = time.monotonic()
             self.progress.value = min(1.0, done / total)
             self.status.value = f"step {min(done, total)} of {total}, objective {objective:.4g}"
+
+
+def _field(name: str, parameter: Parameter) -> Any:
+    """Make the input of an option."""
+    option, layout = parameter.option, widgets.Layout(width="190px")
+    words = f"{option.words} ({option.range})" if option.range else option.words
+    shown = {"description": name, "value": parameter.default, "layout": layout, "style": DESCRIBED, "tooltip": words}
+    if option.choices:
+        return widgets.Dropdown(options=option.choices, **shown)
+    kinds = {bool: widgets.Checkbox, int: widgets.IntText, float: widgets.FloatText}
+    return kinds[type(parameter.default)](**shown)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from splitlab.core.labels import FIELD_WORDS
-from splitlab.split.attacks import NO_INFORMATION, attack_label
+from splitlab.split.attacks import NO_INFORMATION, REFERENCE, attack_label
 from splitlab.split.config import Adversary
 from splitlab.split.messages import Observation
 from splitlab.split.wire import Transcript
@@ -191,7 +191,7 @@ def sample_scores(view: RunView, one: Attempt, sample: int) -> dict[str, float]:
     """Return one sample's scores, with `ceiling_psnr_db` and `no_info_psnr_db`; NaN where there are none."""
     scores = {name: float(value[sample]) for name, value in one.scores.items()}
     guesses = [
-        guess.scores["psnr_db"][sample] for guess in view.attempts.get("mean_public", {}).values() if guess.scores
+        guess.scores["psnr_db"][sample] for guess in view.attempts.get(REFERENCE, {}).values() if guess.scores
     ]
     guess = float(torch.stack(guesses).mean()) if guesses else math.nan
     return scores | {"ceiling_psnr_db": float(view.known.ceiling[sample]), "no_info_psnr_db": guess}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from splitlab.core.labels import UNMEASURED, counted, percent
-from splitlab.split.attacks import NO_INFORMATION, attack_label
+from splitlab.split.attacks import ATTACKS, NO_INFORMATION, REFERENCE, attack_label
 from splitlab.split.client import reference_message, sample_bytes
 from splitlab.split.config import Defences
 from splitlab.study.leaks import Leak, bucket, leaks, strongest
@@ -198,7 +198,7 @@ def _activation(evidence: Evidence) -> Claim:
     reference = max((float(rows["hint_psnr_db"].mean()) for rows in looked.values()), default=math.nan)
     least, most, measured = [], [], []
     for run, own in rows[rows["dataset"].isin(open_runs["dataset"])].groupby("run", sort=False):
-        guess = own[own["attack"] == "mean_public"].set_index("t_low")["hint_psnr_db"]
+        guess = own[own["attack"] == REFERENCE].set_index("t_low")["hint_psnr_db"]
         tried = by_adversary(own[~own["attack"].isin(NO_INFORMATION)])
         if not strength(str(own["defences"].iloc[0]), "symsigmoid") or not tried or guess.empty:
             continue
@@ -266,7 +266,8 @@ def _attacks_fail(evidence: Evidence) -> Claim:
     if found:
         order = " / ".join(dict.fromkeys(leak.run for leak in found))
         measured.append(f"Runs in this order: {order}; means over buckets.")
-        elsewhere = [attack_label(name) for name in ("unsplit", "hijacking") if name in set(evidence.attacks["attack"])]
+        present = set(evidence.attacks["attack"])
+        elsewhere = [r.label for r in ATTACKS.values() if r.name in present and r.schemes and "split" not in r.schemes]
         if elsewhere:
             measured.append(
                 f"{' and '.join(elsewhere)} need a client that is trained, or gradients that return: S1 has neither. "

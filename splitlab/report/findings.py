@@ -4,7 +4,7 @@ import math
 
 from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.report.claims import FULL, HOLDS, LITTLE, PARTLY, REFUTED, Evidence, claims, defended, strength
-from splitlab.split.attacks import attack_label
+from splitlab.split.attacks import ATTACKS, attack_label
 from splitlab.split.config import Adversary
 from splitlab.study.leaks import Leak, leaks, strongest
 
@@ -47,13 +47,9 @@ def _main(own: list[Leak]) -> list[str]:
         f"within {gap:.1f} dB of the VAE ceiling, the best that decoding recovered latents can reach, and "
         f"{picks}."
     )
-    if any(leak.adversary != Adversary("closed_form") for leak in best):
-        return [first]
-    why = (
-        "**The reason is the protocol,** not a clever attacker: the server computes the loss, so it is *sent the "
-        "noise*, and noisy latents minus known noise are latents. None of S1's defences touches the noise."
-    )
-    return [first, why]
+    who = {leak.adversary for leak in best}
+    morals = {ATTACKS[one.attack].moral for one in who if one.attack in ATTACKS and not one.denied}
+    return [first, *(morals - {""} if len(who) == len(morals) == 1 else ())]
 
 
 def _picks(own: list[Leak], best: list[Leak]) -> str:

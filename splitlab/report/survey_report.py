@@ -10,7 +10,7 @@ from splitlab.privacy.accounting import SIMULATED_NOTE, epsilon_words
 from splitlab.report import layout
 from splitlab.report.claims import HOLDS, REFUTED
 from splitlab.report.page import Material
-from splitlab.split.attacks import ATTACKS, FAMILIES, NO_INFORMATION, attack_label, fields_label
+from splitlab.split.attacks import ATTACKS, FAMILIES, NO_INFORMATION, REFERENCE, attack_label, fields_label
 from splitlab.split.config import Adversary
 from splitlab.split.privacy import DELTA
 from splitlab.study.results import by_adversary, by_run, words
@@ -124,7 +124,7 @@ def _transcript(rows: pd.DataFrame) -> str:
 def _guessing(rows: pd.DataFrame) -> str:
     """Say what guessing gets on the same transcripts."""
     guesses = rows[rows["attack"].isin(NO_INFORMATION)]
-    psnr = guesses[guesses["attack"] == "mean_public"]["psnr_db"]
+    psnr = guesses[guesses["attack"] == REFERENCE]["psnr_db"]
     images, hints = (percent(guesses[name].max()) for name in ("id_top1", "hint_id_top1"))
     return (
         f"No information, on the same transcripts: the mean public image reaches {psnr.min():.1f} to "

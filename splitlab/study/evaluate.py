@@ -25,6 +25,7 @@ from splitlab.data.overlap import refuse_overlap
 from splitlab.diffusion.base import Base
 from splitlab.params import load_split
 from splitlab.split.artefacts import SavedReconstruction, load_reconstruction, read_record
+from splitlab.split.attacks import REFERENCE
 from splitlab.split.config import Adversary, Defences, TrainConfig, read_defences
 from splitlab.split.privacy import message_guarantee
 from splitlab.split.train import control_scores
@@ -34,7 +35,7 @@ from splitlab.study.scoring import RunTruth, buckets, run_truth, score_samples
 from splitlab.study.survey import UTILITY_COLUMNS
 from splitlab.study.verdicts import ablations, verdicts
 
-NO_INFORMATION_ROW = Adversary("mean_public")
+NO_INFORMATION_ROW = Adversary(REFERENCE)
 """What every table of attacks must have."""
 
 METRICS = {name: name for name in ("psnr_db", "ssim", "mse", "hint_psnr_db", "hint_iou", "prompt_exact")} | {

@@ -7,7 +7,7 @@ from scipy.stats import norm
 from world import tiny
 
 from splitlab.core.seeds import Key
-from splitlab.split.attacks.posterior import public_posterior
+from splitlab.split.attacks.calibration import public_posterior
 from splitlab.split.identification import identified_by_both
 
 

@@ -27,7 +27,7 @@ from splitlab.report.figures.style import STYLE, fill, save_figure, subplots
 from splitlab.report.figures.survey_figures import draw_frontier, draw_matrix
 from splitlab.report.figures.tradeoff_figures import draw_tradeoff
 from splitlab.split.artefacts import Recorded, load_reconstruction, read_record, read_samples, read_scores
-from splitlab.split.attacks import ATTACKS, attack_label
+from splitlab.split.attacks import ATTACKS, REFERENCE, attack_label
 from splitlab.split.config import Adversary
 from splitlab.split.messages import stack
 from splitlab.split.wire import read_transcript, read_truth
@@ -217,9 +217,9 @@ def draw_grid(
     rows["private hint"] = private.need_hints()[picked.indices]
     of_hints = {name: one for name, one in shown.items() if one.hints is not None and one.images is None}
     rows |= {f"hint by {_wrapped(name)}": torch.as_tensor(one.hints) for name, one in of_hints.items()}
-    for name in map(Adversary, ("inverse_network", "closed_form")):
-        if name in of_images and (hints := of_images[name].hints) is not None:
-            rows[f"hint by {attack_label(name)}"] = hints
+    for who, one in of_images.items():
+        if who.attack in ATTACKS and ATTACKS[who.attack].shows_hints and not who.denied and one.hints is not None:
+            rows[f"hint by {attack_label(who)}"] = one.hints
     n = len(picked.positions)
     figure, axes = subplots(len(rows), n, size=(0.86 * n + 2.3, 0.98 * len(rows) + 0.3))
     fill(axes, rows)
@@ -252,12 +252,12 @@ def draw_leakage(rows: pd.DataFrame, order: Sequence[Adversary], config: Evaluat
     bounds = rows.drop_duplicates("t_low").sort_values("t_low")
     where = [place[low] for low in bounds["t_low"]]
     left.plot(where, bounds["ceiling_psnr_db"], color="#222222", lw=6, alpha=0.22, label="VAE ceiling", zorder=1)
-    left.plot(where, bounds["no_info_psnr_db"], color="#555555", ls=":", lw=2, label=attack_label("mean_public"))
+    left.plot(where, bounds["no_info_psnr_db"], color="#555555", ls=":", lw=2, label=attack_label(REFERENCE))
     right.plot(where, bounds["id_chance"], color="#555555", ls="--", lw=1.5, label="chance")
     looks, lines = attack_looks(order), by_adversary(rows)
     for adversary in order:
         own = lines[adversary].sort_values("t_low")
-        if adversary.attack == "mean_public" or own["psnr_db"].isna().all():
+        if adversary.attack == REFERENCE or own["psnr_db"].isna().all():
             continue  # the first is the reference line, the others recover no image
         x = [place[low] for low in own["t_low"]]
         look = looks[adversary]

@@ -16,6 +16,9 @@ ATTACKS: dict[str, Attack] = catalogue(__name__, __path__)
 NO_INFORMATION = tuple(name for name, record in ATTACKS.items() if not record.informed)
 """The attacks that look at no message: what all others are measured against."""
 
+REFERENCE = NO_INFORMATION[0]
+"""The simplest of them: the row that pictures and differences are drawn against."""
+
 FAMILIES = tuple(dict.fromkeys(record.family for record in ATTACKS.values() if record.family))
 """The ideas, in the order of their simplest attacks."""
 

@@ -26,12 +26,12 @@ class Option:
     """
 
     words: str
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
+    least: int | float = -math.inf
+    most: int | float = math.inf
+    above: int | float = -math.inf
     choices: tuple[str, ...] = ()
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: int | float) -> bool:
         """Say whether a number is finite and within the bounds."""
         return math.isfinite(value) and self.least <= value <= self.most and value > self.above
 
@@ -129,6 +129,18 @@ class Attack:
         annotated = [p for p in parameters if getattr(p.annotation, "__metadata__", None)]
         return {p.name: _parameter(p) for p in annotated}
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that it does not take, or not with such values.
+
+        Raises:
+            InputError: which, and what it takes.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                takes = f"it takes {', '.join(self.options)}" if self.options else "it takes none"
+                raise InputError(f"attack {self.name} has no option {name!r}; {takes}")
+            self.options[name].check(self.name, name, value)
+
     def run(
         self,
         observations: Sequence[Observation],
@@ -151,11 +163,7 @@ class Attack:
             InputError: it takes no such option, or not with such a value; there are no messages, or they lack a field
                 that it needs.
         """
-        for name, value in options.items():
-            if name not in self.options:
-                takes = f"it takes {', '.join(self.options)}" if self.options else "it takes none"
-                raise InputError(f"attack {self.name} has no option {name!r}; {takes}")
-            self.options[name].check(self.name, name, value)
+        self.check(options)
         return self.function(observations, knowledge, generator=generator, callback=callback, **options)
 
 

@@ -6,9 +6,9 @@ from world import shipped, tiny
 
 from splitlab.core.errors import InputError
 from splitlab.split.attacks.accumulation import Features, link, same_image
+from splitlab.split.attacks.calibration import CalibrationSet
 from splitlab.split.attacks.closed_form import hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view
-from splitlab.split.attacks.posterior import CalibrationSet
 from splitlab.split.config import Defences
 from splitlab.split.server import make_knowledge
 

@@ -203,7 +203,7 @@ def test_bad_calls_say_what_to_do(public: ImageSet, send: Callable) -> None:
             attack(seen.without(missing), knowledge)
     with pytest.raises(InputError, match="space 'dreams' is unknown; choose one of pixels, latents"):
         attack(seen, knowledge, space="dreams")
-    with pytest.raises(InputError, match="steps 0 and batch 128 must be 1 or more"):
+    with pytest.raises(InputError, match="likelihood: steps must be 1 or more, got 0"):
         attack(seen, knowledge, steps=0)
     with pytest.raises(InputError, match="no messages to attack"):
         run_attack("likelihood", [], knowledge, generator=tiny.draw())

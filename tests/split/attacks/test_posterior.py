@@ -8,7 +8,8 @@ from world import shipped, tiny
 
 from splitlab.core.errors import InputError
 from splitlab.diffusion.base import encoded
-from splitlab.split.attacks.posterior import Calibration, denoise, wiener
+from splitlab.split.attacks.calibration import Calibration, wiener
+from splitlab.split.attacks.posterior import denoise
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge
 from splitlab.split.server import run_attack

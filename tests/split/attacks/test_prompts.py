@@ -15,6 +15,7 @@ from splitlab.split.attacks.prompt_guess import prompt_guess
 from splitlab.split.attacks.prompt_inversion import normalise_prompt, prompt_inversion, token_states, word_accuracy
 from splitlab.split.config import Defences
 from splitlab.split.messages import Knowledge, Observation
+from splitlab.split.server import run_attack
 
 QUICK = {"steps": 10, "batch": 8, "shortlist": 4, "draws": 1}
 
@@ -106,14 +107,14 @@ def test_bad_calls_say_what_to_do(base: Base) -> None:
     with pytest.raises(InputError, match="use prompt_guess instead"):
         prompt_inversion(hidden(base, public), knowledge, generator=generator)
     seen = embedded(base.encode_prompts(public.prompts))
-    with pytest.raises(InputError, match="beam is a number"):
-        prompt_inversion(seen, knowledge, generator=generator, beam=0)
+    with pytest.raises(InputError, match="prompt_inversion: beam must be 1 or more, got 0"):
+        run_attack("prompt_inversion", seen, knowledge, generator=generator, options={"beam": 0})
     with pytest.raises(InputError, match="give the base model"):
         prompt_inversion(embedded(torch.zeros(4, 16, 7)), knowledge, generator=generator)
     with pytest.raises(InputError, match="carries no noisy_latents"):
         prompt_guess([Observation(0, 0, torch.zeros(4, dtype=torch.long))], knowledge, generator=generator)
-    with pytest.raises(InputError, match="shortlist is a number"):
-        prompt_guess(hidden(base, public), knowledge, generator=generator, shortlist=0)
+    with pytest.raises(InputError, match="prompt_guess: shortlist must be 1 or more, got 0"):
+        run_attack("prompt_guess", hidden(base, public), knowledge, generator=generator, options={"shortlist": 0})
 
 
 @shipped.needs_shipped

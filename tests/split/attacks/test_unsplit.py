@@ -14,6 +14,7 @@ from splitlab.split.attacks.unsplit import calibrated, hint_encoder, total_varia
 from splitlab.split.config import Defences
 from splitlab.split.hijacker import Pilot
 from splitlab.split.messages import Knowledge, Observation
+from splitlab.split.server import run_attack
 
 FAST = {"epochs": 2, "restarts": 1}
 
@@ -111,7 +112,7 @@ def test_bad_calls_say_what_to_do(knowledge: Knowledge, sent: list[Observation])
     with pytest.raises(InputError, match="no messages"):
         unsplit([], knowledge, generator=tiny.draw(), **FAST)
     with pytest.raises(InputError, match="restarts must be 1 or more"):
-        unsplit(sent, knowledge, generator=tiny.draw(), restarts=0)
+        run_attack("unsplit", sent, knowledge, generator=tiny.draw(), options={"restarts": 0})
 
 
 def test_coloured_hints_are_searched_in_colour(knowledge: Knowledge, sent: list[Observation]) -> None:
