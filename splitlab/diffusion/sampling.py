@@ -23,7 +23,12 @@ Step = Callable[[Tensor, Tensor, Any, Any], Tensor]
 
 
 def sample(
-    model: Model, x: Float[Tensor, "b c h w"], levels: Sequence[Any], step: Step, *, callback: Callback | None = None
+    model: Model,
+    x: Float[Tensor, "b c h w"],
+    levels: Sequence[Any] | Tensor,
+    step: Step,
+    *,
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Go from noise to data.
 
