@@ -190,9 +190,7 @@ def _strength(tries: Sequence[Attempt], compared: Tensor) -> Strength:
 def sample_scores(view: RunView, one: Attempt, sample: int) -> dict[str, float]:
     """Return one sample's scores, with `ceiling_psnr_db` and `no_info_psnr_db`; NaN where there are none."""
     scores = {name: float(value[sample]) for name, value in one.scores.items()}
-    guesses = [
-        guess.scores["psnr_db"][sample] for guess in view.attempts.get(REFERENCE, {}).values() if guess.scores
-    ]
+    guesses = [guess.scores["psnr_db"][sample] for guess in view.attempts.get(REFERENCE, {}).values() if guess.scores]
     guess = float(torch.stack(guesses).mean()) if guesses else math.nan
     return scores | {"ceiling_psnr_db": float(view.known.ceiling[sample]), "no_info_psnr_db": guess}
 

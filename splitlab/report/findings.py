@@ -5,7 +5,6 @@ import math
 from splitlab.core.labels import UNMEASURED, counted, percent
 from splitlab.report.claims import FULL, HOLDS, LITTLE, PARTLY, REFUTED, Evidence, claims, defended, strength
 from splitlab.split.attacks import ATTACKS, attack_label
-from splitlab.split.config import Adversary
 from splitlab.study.leaks import Leak, leaks, strongest
 
 

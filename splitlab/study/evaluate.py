@@ -112,7 +112,7 @@ def evaluate_run(
     known = run_truth(run, base, private)
     saved = {path: load_reconstruction(path) for path in sorted(reconstructions.glob("*.safetensors"))}
     if NO_INFORMATION_ROW not in {reconstruction.adversary for reconstruction in saved.values()}:
-        raise InputError(f"{reconstructions}: no reconstruction by mean_public, the no-information row; attack first")
+        raise InputError(f"{reconstructions}: no reconstruction by {REFERENCE}, the no-information row; attack first")
     chosen = None if every else torch.cat(list(buckets(known.truth.timesteps, config).values()))
     tries: dict[Adversary, list[tuple[SavedReconstruction, dict[str, Tensor]]]] = {}
     seconds: dict[tuple[str, tuple[str, ...]], list[float]] = {}
