@@ -34,7 +34,7 @@ def generate_guided(
         base: the public models.
         controlnet: trained with latent hints; with hidden prompts, the third term is without prompt.
         prompts: what to show.
-        hints: in [-1, 1]; as in training, so where layouts were noised, `splitlab.split.surrogates.asked_layout`.
+        hints: in [-1, 1]; as in training, so where layouts were noised, `matched_parts.asked_layout`.
         control: 0: no control, 1: as learned.
         generator: of the initial latents.
         steps: denoising steps of the base's scheduler.

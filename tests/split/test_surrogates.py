@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from guided import generate_guided
 from matched_parts import asked_layout
 from world import shipped, tiny
 
@@ -11,7 +12,6 @@ from splitlab.core.seeds import Key
 from splitlab.data.colours import are_shapes
 from splitlab.diffusion.base import encoded
 from splitlab.diffusion.controlnet import LatentHintControlNet, control_pipeline, generate, latent_hint_controlnet
-from guided import generate_guided
 from splitlab.diffusion.metrics import draw_galleries, iou, outline_mask
 from splitlab.split.attacks.surrogate_posterior import same_image
 from splitlab.split.client import client_send
