@@ -72,7 +72,7 @@ print(json.dumps({
 
 
 def test_the_file_that_contributing_shows_is_all_it_takes(tmp_path: Path):
-    (code,) = (example for example in EXAMPLES if "DEFENCES = (" in example)
+    (code,) = (example for example in EXAMPLES if "split.defences.record" in example)
     (test,) = (example for example in EXAMPLES if "def test_rounded_latents" in example)
     shutil.copytree(ROOT / "splitlab", tmp_path / "splitlab", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "splitlab/split/defences/round_latents.py").write_text(code, encoding="utf-8")
