@@ -1,7 +1,6 @@
 """What Yao (2024, S1) claims, what the result tables say, and a verdict by rules that are written beside it."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,12 +47,6 @@ def defended(training: pd.DataFrame) -> list[str]:
     return [str(run) for run in chosen["run"]]
 
 
-def strength(defences: str, name: str) -> float:
-    """Read one defence's strength out of a table's defences cell; 1 for a switch that is on, 0 for off."""
-    found = re.search(rf"(?:^| ){name}(?:=(\S+))?(?: |$)", defences)
-    return float(found[1] or 1) if found else 0.0
-
-
 def protection(least: Sequence[float], most: Sequence[float]) -> str:
     """Judge a protection by how far the strongest attack gets: smallest and largest share, run by run."""
     if not least or any(map(math.isnan, (*least, *most))):
@@ -78,12 +71,14 @@ class Evidence:
         attacks: the attack table.
         sent: for each attacked run, the fields that its messages carry.
         control: for each run with an IoU, (number of generated images, standard error of the IoU).
+        defences: for each run, those of its clients.
     """
 
     training: pd.DataFrame
     attacks: pd.DataFrame
     sent: Mapping[str, tuple[str, ...]]
     control: Mapping[str, tuple[int, float]]
+    defences: Mapping[str, Defences]
 
     def trained(self, *schemes: str) -> pd.DataFrame:
         """Return the rows of runs of those schemes that generate shapes, whose control can be measured as IoU."""
@@ -91,14 +86,13 @@ class Evidence:
         rows = every[every["steps"].notna() & every["control_iou"].notna() & (every["server"] == "honest")]
         return rows[rows["scheme"].isin(schemes)] if schemes else rows
 
-    @property
-    def defences(self) -> dict[str, str]:
-        """Attacked run -> its cell of defences."""
-        return dict(self.attacks.drop_duplicates("run").set_index("run")["defences"].astype(str))
-
     def with_defence(self, name: str) -> set[str]:
         """Return the attacked runs that have a defence on."""
-        return {run for run, defences in self.defences.items() if strength(defences, name)}
+        return {str(run) for run in self.attacks["run"].unique() if getattr(self.of_run(run), name)}
+
+    def of_run(self, run: str) -> Defences:
+        """Return a run's defences."""
+        return self.defences.get(run, Defences())
 
     def ends(self, leak: Leak) -> tuple[pd.Series, pd.Series]:
         """Return an attack's rows at the least and the most noisy timesteps that were scored."""
@@ -200,7 +194,7 @@ def _activation(evidence: Evidence) -> Claim:
     for run, own in rows[rows["dataset"].isin(open_runs["dataset"])].groupby("run", sort=False):
         guess = own[own["attack"] == REFERENCE].set_index("t_low")["hint_psnr_db"]
         tried = by_adversary(own[~own["attack"].isin(NO_INFORMATION)])
-        if not strength(str(own["defences"].iloc[0]), "symsigmoid") or not tried or guess.empty:
+        if not evidence.of_run(str(run)).symsigmoid or not tried or guess.empty:
             continue
         best = max(sorted(tried), key=lambda who: tried[who]["hint_psnr_db"].mean())
         psnr = tried[best].set_index("t_low")["hint_psnr_db"]

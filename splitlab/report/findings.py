@@ -3,7 +3,7 @@
 import math
 
 from splitlab.core.labels import UNMEASURED, counted, percent
-from splitlab.report.claims import FULL, HOLDS, LITTLE, PARTLY, REFUTED, Evidence, claims, defended, strength
+from splitlab.report.claims import FULL, HOLDS, LITTLE, PARTLY, REFUTED, Evidence, claims, defended
 from splitlab.split.attacks import ATTACKS, attack_label
 from splitlab.study.leaks import Leak, leaks, strongest
 
@@ -68,7 +68,7 @@ def _floor(evidence: Evidence, found: list[Leak]) -> list[str]:
     floors: dict[float, list[float]] = {}
     for run, leak in strongest(found).items():
         if run in evidence.control:
-            floors.setdefault(strength(evidence.defences[run], "timestep_floor"), []).append(leak.least)
+            floors.setdefault(evidence.of_run(run).timestep_floor, []).append(leak.least)
     if len(floors) < 2:
         return []
     reached = {floor: min(least) for floor, least in sorted(floors.items())}

@@ -24,7 +24,7 @@ from splitlab.report import layout
 from splitlab.report.claims import Evidence, claims, message_sizes
 from splitlab.report.figures.run_figures import by_strength, control_per_image
 from splitlab.report.findings import findings
-from splitlab.split.artefacts import load_reconstruction
+from splitlab.split.artefacts import load_reconstruction, read_record
 from splitlab.split.attacks import ATTACKS, NO_INFORMATION, attack_label
 from splitlab.split.config import Adversary
 from splitlab.study.leaks import leaks, shares, strongest
@@ -90,10 +90,12 @@ def load_material(runs: Path, reconstructions: Path, metrics: Path, figures: Pat
     for run in trained.dropna(subset=["control_iou"])["run"]:
         overlap = control_per_image(runs / run, shapes=True)
         control[str(run)] = len(overlap), float(overlap.std() / len(overlap) ** 0.5)
-    records = {str(run): load_json(runs / run / "record.json", "base", "privacy") for run in trained["run"]}
+    records, configs = {}, {}
+    for run in trained["run"]:
+        records[str(run)], configs[str(run)] = read_record(runs / run / "record.json", "base", "privacy")
     sent = {run: tuple(rows.get("receives", "").split(", ")) for run, rows in models.items()}
     material = Material(
-        evidence=Evidence(training, attacks, sent, control),
+        evidence=Evidence(training, attacks, sent, control, {run: config.defences for run, config in configs.items()}),
         threat_models=models,
         timings={str(run): load_json(path) for run in trained["run"] if (path := runs / run / "timing.json").exists()},
         bases={run: str(record["base"]) for run, record in records.items()},
@@ -300,7 +302,7 @@ def leakage(material: Material) -> HTML:
     sections = []
     for run in material.attacked:
         scheme = layout.scheme_words(material.threat_models.get(run, {}).get("scheme", ""))
-        title = f"{run}: {scheme}; defences: {layout.in_words(material.evidence.defences[run])}"
+        title = f"{run}: {scheme}; defences: {layout.in_words(str(material.evidence.of_run(run)))}"
         sections.append(layout.section(title, *_pictures(material, run, captions), anchor=run))
     return layout.together(sections)
 

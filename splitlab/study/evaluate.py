@@ -1,7 +1,7 @@
 """Reconstructions meet the truth, here and nowhere before; figures and explorer show what was scored here."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -166,12 +166,7 @@ def evaluate_all(
     Raises:
         InputError: something is missing, or public and private data share images.
     """
-    names = list(params["runs"])
-    training = [training_row(runs / name) for name in names]
-    for dataset in dict.fromkeys(
-        parse(TrainConfig, params["runs"][name], where=f"runs.{name}").dataset for name in names
-    ):
-        training += yardsticks(dataset, base, load_split(dataset, "heldout", params))
+    training = list(training_rows(runs, base, params))
     training += [] if utility is None else cost_rows(read_table(utility, *UTILITY_COLUMNS))
     folders = [(runs / name, reconstructions / name) for name in params["attacks"]]
     surveyed = [] if survey is None else sorted(path for path in (survey / "truth").iterdir() if path.is_dir())
@@ -189,16 +184,26 @@ def evaluate_all(
     measured = pd.concat([rounded(training), rounded(attacks)])
     found = Results(long_table("split", measured), settings_table("split", pd.DataFrame(settings)))
     write_part(found, metrics, "split")
-    views = {name: found.view(name) for name in ("training", "split_attacks", "costs")}
-    claims = found.settings.set_index("setting")
-    write_table(
-        verdicts(views["split_attacks"], views["costs"] if utility else None, claims), metrics / "split_verdicts.csv"
-    )
-    write_table(ablations(views["split_attacks"], refused), metrics / "ablations.csv")
-    content = summary(views["training"], views["split_attacks"])
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    storage.write_text(metrics / "summary.json", text + "\n")
+    _judge(found, refused, metrics, costed=utility is not None)
     return found
+
+
+def _judge(found: Results, refused: Mapping[tuple[str, Adversary], str], metrics: Path, *, costed: bool) -> None:
+    """Write what follows from the results: verdicts, ablations, and the summary."""
+    training, attacks = found.view("training"), found.view("split_attacks")
+    judged = verdicts(attacks, found.view("costs") if costed else None, found.settings.set_index("setting"))
+    write_table(judged, metrics / "split_verdicts.csv")
+    write_table(ablations(attacks, refused), metrics / "ablations.csv")
+    text = json.dumps(summary(training, attacks), indent=1, sort_keys=True, allow_nan=False)
+    storage.write_text(metrics / "summary.json", text + "\n")
+
+
+def training_rows(runs: Path, base: Base, params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a line for every run that the parameters name, then the yardsticks of their data sets."""
+    yield from (training_row(runs / name) for name in params["runs"])
+    configs = [parse(TrainConfig, section, where=f"runs.{name}") for name, section in params["runs"].items()]
+    for dataset in dict.fromkeys(config.dataset for config in configs):
+        yield from yardsticks(dataset, base, load_split(dataset, "heldout", params))
 
 
 def setting_of(setting: str, kind: str, config: TrainConfig, *, name: str = "") -> dict[str, Any]:

@@ -129,8 +129,11 @@ def measured(attacks: pd.DataFrame, utility: pd.DataFrame | None = None) -> list
         found.append(Setting(defences, identification, attack, psnr, control, messages, _ideal(rows), chance))
     if utility is None:
         return found
-    known = utility.groupby("defences")["control_iou"].agg(lambda values: values.mean(skipna=False)).to_dict()
-    return [replace(one, control_iou=float(known.get(str(one.defences), one.control_iou))) for one in found]
+    costs = {
+        read_defences(str(words)): float(rows["control_iou"].mean(skipna=False))
+        for words, rows in utility.groupby("defences", sort=False)
+    }
+    return [replace(setting, control_iou=costs.get(setting.defences, setting.control_iou)) for setting in found]
 
 
 def _strongest(rows: pd.DataFrame, columns: Sequence[str]) -> tuple[float, str]:

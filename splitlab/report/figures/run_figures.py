@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,15 @@ def draw_figures(
     if survey is not None:
         recorded += [Recorded.of_survey(path.name, survey) for path in sorted((survey / "truth").iterdir())]
     drawn = []
-    for one in recorded:
-        rows = attacks[attacks["run"] == one.name]
+    for run in recorded:
+        rows = attacks[attacks["run"] == run.name]
         private = load_split(str(rows["dataset"].iloc[0]), "private", params)
-        picked = pick(one, config)
-        order = by_strength(rows)
-        shown = _reconstructed(one, scores / f"{one.name}.safetensors", order, picked)
-        drawn.append(save_figure(draw_grid(one, base, private, picked, shown), out / f"grid-{one.name}.png"))
-        drawn.append(save_figure(draw_leakage(rows, order, config), out / f"leakage-{one.name}.png"))
+        picked, order = pick(run, config), by_strength(rows)
+        shown = _reconstructed(run, scores / f"{run.name}.safetensors", order, picked)
+        drawn.append(save_figure(draw_grid(run, base, private, picked, shown), out / f"grid-{run.name}.png"))
+        drawn.append(save_figure(draw_leakage(rows, order, config), out / f"leakage-{run.name}.png"))
     drawn.append(save_figure(draw_overview(_defended(recorded, base, scores, params)), out / "overview.png"))
-    for dataset in training["dataset"].unique():
-        trained = training[(training["dataset"] == dataset) & training["steps"].notna()]
-        folders = {name: runs / name for name in trained["run"]}
-        yardsticks = training[(training["dataset"] == dataset) & training["steps"].isna()]
-        drawn.append(save_figure(draw_losses(folders), out / f"loss-{dataset}.png"))
-        drawn.append(save_figure(draw_control(folders, trained, yardsticks), out / f"control-{dataset}.png"))
-        drawn.append(save_figure(draw_samples(folders), out / f"samples-{dataset}.png"))
-    drawn.append(save_figure(draw_bytes(training[training["steps"].notna()]), out / "bytes.png"))
+    drawn += _draw_trainings(training, runs, out)
     judged = read_table(metrics / "split_verdicts.csv", empty=True)
     for dataset in judged["dataset"].unique():
         own = judged[judged["dataset"] == dataset]
@@ -111,6 +103,17 @@ def draw_figures(
     points = tradeoff(metrics, alphas_cumprod=base.alphas_cumprod)
     write_table(points, out / "tradeoff.csv")
     return [*drawn, save_figure(draw_tradeoff(points), out / "tradeoff.png")]
+
+
+def _draw_trainings(training: pd.DataFrame, runs: Path, out: Path) -> Iterator[Path]:
+    """Draw losses, control and samples of every data set's runs, and the bytes of all."""
+    for dataset, rows in training.groupby("dataset", sort=False):
+        trained, yardsticks = rows[rows["steps"].notna()], rows[rows["steps"].isna()]
+        folders = {name: runs / name for name in trained["run"]}
+        yield save_figure(draw_losses(folders), out / f"loss-{dataset}.png")
+        yield save_figure(draw_control(folders, trained, yardsticks), out / f"control-{dataset}.png")
+        yield save_figure(draw_samples(folders), out / f"samples-{dataset}.png")
+    yield save_figure(draw_bytes(training[training["steps"].notna()]), out / "bytes.png")
 
 
 def _defended(recorded: Sequence[Recorded], base: Base, scores: Path, params: Mapping[str, Any]) -> Sample:
