@@ -52,12 +52,7 @@ report: setup ## run the pipeline, then render reports/index.html
 		echo "error: another 'make report' is at work in this folder; wait until it has ended" >&2; exit 1; }
 
 pipeline: data
-	@dvc repro inputs
-	@echo "== training, runs side by side (5 to 10 minutes on 2 cores; interrupt and repeat as you like)"
-	@# A run that fails (255) must not keep the others from being started.
-	dvc stage list --name-only | grep '^train@' \
-		| xargs -d '\n' -P "$$(nproc)" -n 1 bash -c 'dvc --wait-for-lock repro --single-item "$$0" || exit 1'
-	@echo "== running the rest of the pipeline (about 20 minutes on 2 cores)"
+	@echo "== running the pipeline (about 30 minutes on 2 cores; interrupt and repeat as you like)"
 	dvc repro
 	@echo "== rendering the report"
 	splitlab report
@@ -72,7 +67,7 @@ lab: data ## JupyterLab on the explorer
 lint: setup ## what pre-commit checks
 	ruff check . && ruff format --check . && lint-imports --no-logo && mypy && nbstripout --keep-id --verify notebooks/*.ipynb
 
-reproducible: data ## run train and attack stages twice and compare every tensor, table and figure
+reproducible: data ## run record and attack stages twice and compare every tensor, table and figure
 	python benchmarks/reproducibility.py
 
 data-regenerate: setup ## write data/ anew from the seeded generators (provenance; not needed to use the project)

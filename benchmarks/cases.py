@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from splitlab import ROOT, TrainConfig, attack_gradient, load, load_base, parse, resolve, train
 from splitlab.core.errors import InputError
 from splitlab.dp.finetune import DPConfig, finetune
-from splitlab.params import load_split
+from splitlab.params import load_params, load_split
 
 CASES: dict[str, Callable[[Path], None]] = {}
 BASE = ROOT / "models/base"
@@ -99,7 +99,7 @@ def csv_unquoted_commas(scratch: Path) -> None:
 
 @case
 def dataset_path(scratch: Path) -> None:
-    params = {**yaml.safe_load((ROOT / "params.yaml").read_text()), "data": {"root": "data"}}
+    params = {**load_params(), "data": {"root": "data"}}
     splits = ("private", "public", "heldout")
     for split in splits:
         folder(scratch / "three" / split, [split] * 3)

@@ -1,7 +1,7 @@
 """What the learning rate and the fixed noise of the shipped runs were chosen over, on the images of the tables.
 
-`python benchmarks/defaults.py` trains the runs of params.yaml named below with other values, one seed, and prints their
-control IoU as learned, on the same 64 held-out hints as `reports/metrics/training.csv`. Models are kept in
+`python benchmarks/defaults.py` trains the runs of params/split.yaml named below with other values, one seed, and prints
+their control IoU as learned, on the same 64 held-out hints as `reports/metrics/training.csv`. Models are kept in
 `.cache/defaults`, so an interrupted call goes on.
 """
 

@@ -34,24 +34,24 @@ class MissingInput(Exception):
 def reads(params: Mapping[str, Any]) -> dict[str, set[Split]]:
     """Return stage -> the splits it reads, for all stages that read data sets."""
     runs = {run: _dataset(entry, "shapes") for run, entry in params["runs"].items()}
+    attacked = {runs[run] for run in params["attacks"] if run in runs}
     surveyed = {*params["survey"].get("datasets", ("shapes",)), *params["survey"].get("default", {})}
+    recorded = {*runs.values(), *surveyed}
     updates = {_dataset(case, "photos") for case in params["updates"].get("cases", ())}
     trained = {"private", "public", "heldout"}
-    stages = {f"train/{run}": _pairs([name], trained) for run, name in runs.items()}
-    stages |= {f"attack/{run}": _pairs([runs[run]], {"public"}) for run in params["attacks"] if run in runs}
-    for grid, entry in params["dp"].items():
-        stages[f"dp-survey/{grid}"] = _pairs([_dataset(entry.get("common", {}), "digits")], SPLITS)
+    grids = {f"dp/{grid}": _dataset(entry.get("common", {}), "digits") for grid, entry in params["dp"].items()}
     shares = params["pretrain"].get("shares", ("shapes", "photos", "digits"))
+    stages = {grid: _pairs([dataset], SPLITS) for grid, dataset in grids.items()}
     return stages | {
         "pretrain": _pairs(shares, {"public"}),
-        "survey-record": _pairs(surveyed, trained),
-        "survey-utility": _pairs(surveyed, {"private", "heldout"}),
-        "survey-attack": _pairs(surveyed, {"public"}),
-        "updates-record": _pairs(updates, trained),
-        "updates-attack": _pairs(updates, {"public"}),
-        "updates-evaluate": _pairs(updates, {"private"}),
-        "evaluate": _pairs({*runs.values(), *surveyed}, trained),
-        "figures": _pairs({*runs.values(), *surveyed}, {"private"}),
+        "record-split": _pairs(recorded, trained),
+        "cost": _pairs(surveyed, {"private", "heldout"}),
+        "attack-split": _pairs(attacked | surveyed, {"public"}),
+        "evaluate-split": _pairs(recorded, trained),
+        "record-federated": _pairs(updates, trained),
+        "attack-federated": _pairs(updates, {"public"}),
+        "evaluate-federated": _pairs(updates, {"private"}),
+        "figures": _pairs(recorded, {"private"}),
     }
 
 
@@ -188,11 +188,11 @@ def written(params: Mapping[str, Any], digests: Digests) -> dict[str, dict[str, 
         found = {f"{name}/{split}": digests.split(name, split, params) for name, split in sorted(pairs)}
         files[f"data/{stage}.json"] = {name: value for name, value in found.items() if value}
     trained = {name: value for name, value in params["survey"].items() if name not in RECORDED}
-    files["data/survey-utility.json"]["survey"] = _digest(trained)
+    files["data/cost.json"]["survey"] = _digest(trained)
     for name, model in params["updates"].get("models", {}).items():
         source = model.get("source", "")
         if source and not _path(source).is_relative_to(ROOT / "runs"):  # that of a run is a stage's output
-            for stage in ("updates-record", "updates-attack"):
+            for stage in ("record-federated", "attack-federated"):
                 files[f"data/{stage}.json"][f"model {name}"] = digests.content(source)
     return files
 
@@ -230,7 +230,9 @@ def _is_digests(path: Path) -> bool:
 
 def main() -> int:
     """Bring `inputs/` up to date; what is right already is not touched."""
-    params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params: dict[str, Any] = {}
+    for path in (ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))):
+        params |= YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     digests, folder = Digests(ROOT / ".cache" / "inputs.json"), ROOT / "inputs"
     try:
         files = written(params, digests)

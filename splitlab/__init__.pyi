@@ -38,9 +38,11 @@ from .split.wire import read_server as read_server
 from .split.wire import read_transcript as read_transcript
 from .study.config import EvaluateConfig as EvaluateConfig
 from .study.evaluate import evaluate_all as evaluate_all
+from .study.record_runs import record_runs as record_runs
 from .study.survey import SurveyConfig as SurveyConfig
 from .study.survey import record_survey as record_survey
 from .study.survey import utility as utility
+from .study.survey_attack import attack_runs as attack_runs
 from .study.survey_attack import attack_survey as attack_survey
 from .study.update_scores import evaluate_updates as evaluate_updates
 from .study.update_survey import UpdateConfig as UpdateConfig

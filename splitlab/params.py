@@ -1,4 +1,4 @@
-"""params.yaml, for notebooks: they read it and pass plain values on; nothing below them does."""
+"""params.yaml and params/, for notebooks: they read them and pass plain values on; nothing below them does."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,19 +15,47 @@ from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.tokenizer import tokenizer_of
 
 SECTIONS = ("base", "datasets", "pretrain", "runs", "attacks", "survey", "updates", "dp", "evaluate")
+FILES = ("split.yaml", "federated.yaml", "dp.yaml")
+"""What each system has to itself, in the folder beside the common file."""
 
 
 def load_params(path: str | Path = "params.yaml") -> dict[str, Any]:
-    """Read a parameter file (relative to the project root) by the same reader as DVC, which follows YAML 1.2.
+    """Read the parameters: a file (relative to the project root) and those of the folder of its name, `params/*.yaml`.
 
-    So 1e-4 and .inf are numbers, 010 is ten, and yes, no, on and off are words.
+    The reader is DVC's, which follows YAML 1.2: 1e-4 and .inf are numbers, 010 is ten, and yes, no, on, off are words.
 
     Raises:
-        InputError: it is missing, not YAML, gives a key twice, or has an unknown section.
+        InputError: a file is missing, not YAML, gives a key twice, or has an unknown section; a section is in two
+            files, or in none.
     """
     path = resolve(path)
+    params: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
+    for file in (path, *sorted(path.with_suffix("").glob("*.yaml"))):
+        for name, entries in _sections(file).items():
+            if name in params:
+                raise InputError(f"{file}: section {name} is in {origin[name]} too; keep one of them")
+            params[name], origin[name] = entries, file
+    if missing := sorted(set(SECTIONS) - set(params)):
+        files = ", ".join([path.name, *(f"{path.stem}/{file}" for file in FILES)])
+        raise InputError(f"{path}: no section {', '.join(missing)}; the sections are {', '.join(SECTIONS)}, in {files}")
+    for name, entries in params.items():
+        where = f"{origin[name]}, section {name}"
+        if not isinstance(entries, dict):
+            raise InputError(f"{where}: expected names and values, got {entries!r}; {{}} is an empty one")
+        if other := [key for key in entries if not isinstance(key, str)]:
+            raise InputError(f"{where}: the name {other[0]!r} is no text; put it in quotes")
+    if set(params["base"]) != {"source"} or not isinstance(params["base"]["source"], str):
+        raise InputError(
+            f"{origin['base']}, section base: expected source, a folder or a hub id, got {params['base']!r}"
+        )
+    return params
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """Read the sections of one file."""
     try:
-        params = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        sections = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such parameter file") from None
     except DuplicateKeyError as error:
@@ -40,26 +68,13 @@ def load_params(path: str | Path = "params.yaml") -> dict[str, Any]:
         ValueError,
         LookupError,
         RecursionError,
-    ) as error:  # unreadable, not UTF-8, no date, nested without end
+    ) as error:  # unreadable, no UTF-8, no date, endless nesting
         raise InputError(f"{path}: cannot be read ({error}); it must be YAML in UTF-8") from None
-    if not isinstance(params, dict):
-        raise InputError(f"{path}: expected sections, got {params!r}")
-    unknown, missing = (
-        sorted(map(str, set(one) - set(other))) for one, other in ((params, SECTIONS), (SECTIONS, params))
-    )
-    if unknown or missing:
-        problem = f"unknown section {', '.join(unknown)}" if unknown else f"no section {', '.join(missing)}"
-        raise InputError(f"{path}: {problem}; the sections are {', '.join(SECTIONS)}")
-    for name, entries in params.items():
-        if not isinstance(entries, dict):
-            raise InputError(
-                f"{path}, section {name}: expected names and values, got {entries!r}; {{}} is an empty one"
-            )
-        if other := [key for key in entries if not isinstance(key, str)]:
-            raise InputError(f"{path}, section {name}: the name {other[0]!r} is no text; put it in quotes")
-    if set(params["base"]) != {"source"} or not isinstance(params["base"]["source"], str):
-        raise InputError(f"{path}, section base: expected source, a folder or a hub id, got {params['base']!r}")
-    return params
+    if not isinstance(sections, dict):
+        raise InputError(f"{path}: expected sections, got {sections!r}")
+    if unknown := sorted(map(str, set(sections) - set(SECTIONS))):
+        raise InputError(f"{path}: unknown section {', '.join(unknown)}; the sections are {', '.join(SECTIONS)}")
+    return sections
 
 
 def load_split(dataset: str, split: str, params: Mapping[str, Any], *, limit: int | None = None) -> ImageSet:
@@ -87,5 +102,5 @@ def section(params: Mapping[str, Any], name: str, key: str) -> Any:
     """
     entries = params[name]
     if key not in entries:
-        raise InputError(f"params.yaml: nothing called {key!r} in {name}; there: {', '.join(entries)}")
+        raise InputError(f"params: nothing called {key!r} in {name}; there: {', '.join(entries)}")
     return entries[key]

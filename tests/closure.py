@@ -80,18 +80,26 @@ def modules(notebook: Path) -> list[str]:
     return sorted({path for path in found if not path.startswith(tuple(f"{folder}/" for folder in whole))} | whole)
 
 
-def rewritten(text: str) -> str:
-    """Return the text of a dvc.yaml with the modules of every stage listed behind its other dependencies.
+def rooms(notebook: Path) -> list[str]:
+    """Return the rooms that hold what this notebook imports, and the modules that are in none."""
+    return sorted({"/".join(path.parts[:2]) for path in closure(code(notebook))})
 
-    Stages that depend on the whole package, because they take minutes at most, go on to do so.
+
+def rewritten(text: str) -> str:
+    """Return the text of a dvc.yaml with the code of every stage listed behind its other dependencies.
+
+    A stage that lists a room goes on to list rooms, one that lists the whole package goes on to do so; every other
+    lists the modules.
     """
     stages, dependency = re.split(r"^(?=  \S)", text, flags=re.M), re.compile(rf"^ +- {PACKAGE}/\S*\n", re.M)
     for number, stage in enumerate(stages):
         notebook = re.search(r"notebooks/\w+\.ipynb", stage)
         if notebook and not re.search(rf"^ +- {PACKAGE}\n", stage, re.M):
+            in_rooms = re.search(rf"^ +- {PACKAGE}/\w+\n", stage, re.M)
             head, rest = re.split(r"(?<=\bdeps:\n)", dependency.sub("", stage))
             listed = re.match(r"(?:( +)- .*\n)+", rest)
-            lines = "".join(f"{listed[1]}- {path}\n" for path in modules(ROOT / notebook[0]))
+            paths = (rooms if in_rooms else modules)(ROOT / notebook[0])
+            lines = "".join(f"{listed[1]}- {path}\n" for path in paths)
             stages[number] = head + listed[0] + lines + rest[listed.end() :]
     return "".join(stages)
 

@@ -263,7 +263,7 @@ def proposal(chosen: Plan) -> str:
     words = [
         ("proposed", setting.defences.label),
         ("strongest attack", attack_label(setting.attack)),
-        ("params.yaml", f"defences: {{{lines}}}"),
+        ("params/split.yaml", f"defences: {{{lines}}}"),
     ]
     note = (
         f"ε at δ = {DELTA:g}, for replacing an image and its hint, of a run with secret draws. A large ε proves next "

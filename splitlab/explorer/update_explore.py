@@ -64,7 +64,7 @@ class Inverted:
                 found[cell.name] = cell
         if not found:
             raise InputError(
-                f"{self.inversions}: no inverted updates; run `dvc repro updates-evaluate`, which makes them"
+                f"{self.inversions}: no inverted updates; run `dvc repro evaluate-federated`, which makes them"
             )
         return found
 

@@ -86,7 +86,7 @@ def families(material: Material) -> HTML:
         names = [name for name, record in ATTACKS.items() if record.family == family]
         rows = every[every["attack"].isin(names)]
         if rows.empty:
-            results = [layout.table([], notes=["Not run: see params.yaml."])]
+            results = [layout.table([], notes=["Not run: see params/split.yaml."])]
         else:
             furthest = rows[["id_top1", "hint_id_top1"]].max(axis=1).fillna(0.0).to_numpy().argmax()
             run = rows["run"].iloc[furthest]

@@ -363,7 +363,7 @@ def _commit() -> str | None:
     )
     try:
         head = git("rev-parse", "--short", "HEAD")
-        dirty = git("status", "--porcelain", "--", "splitlab", "notebooks", "params.yaml").stdout.strip()
+        dirty = git("status", "--porcelain", "--", "splitlab", "notebooks", "params.yaml", "params").stdout.strip()
     except OSError:
         return None
     return head.stdout.strip() + ("+" if dirty else "") if head.returncode == 0 else None

@@ -1,6 +1,5 @@
 """Reconstructions meet the truth, here and nowhere before; figures and explorer show what was scored here."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitlab.core import checkpoint, storage
+from splitlab.core import checkpoint
 from splitlab.core.checkpoint import load_json
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
@@ -30,7 +29,7 @@ from splitlab.split.config import Adversary, Defences, TrainConfig, read_defence
 from splitlab.split.privacy import message_guarantee
 from splitlab.split.train import control_scores
 from splitlab.study.config import EvaluateConfig
-from splitlab.study.results import KEY, SETTINGS, Results, adversaries, long_table, settings_table, write_part
+from splitlab.study.results import KEY, SETTINGS, Results, long_table, settings_table, write_part
 from splitlab.study.scoring import RunTruth, buckets, run_truth, score_samples
 from splitlab.study.survey import UTILITY_COLUMNS
 from splitlab.study.verdicts import ablations, verdicts
@@ -149,7 +148,7 @@ def evaluate_all(
     """Score every run and every attack; write split training's part of the results, and the tables that show it.
 
     Besides the views (`splitlab.study.results.VIEWS`) they are `split_verdicts.csv` and `ablations.csv`
-    (`splitlab.study.verdicts`), and `summary.json`.
+    (`splitlab.study.verdicts`).
 
     Args:
         runs: folder of runs.
@@ -189,13 +188,11 @@ def evaluate_all(
 
 
 def _judge(found: Results, refused: Mapping[tuple[str, Adversary], str], metrics: Path, *, costed: bool) -> None:
-    """Write what follows from the results: verdicts, ablations, and the summary."""
-    training, attacks = found.view("training"), found.view("split_attacks")
+    """Write what follows from the results: verdicts and ablations."""
+    attacks = found.view("split_attacks")
     judged = verdicts(attacks, found.view("costs") if costed else None, found.settings.set_index("setting"))
     write_table(judged, metrics / "split_verdicts.csv")
     write_table(ablations(attacks, refused), metrics / "ablations.csv")
-    text = json.dumps(summary(training, attacks), indent=1, sort_keys=True, allow_nan=False)
-    storage.write_text(metrics / "summary.json", text + "\n")
 
 
 def training_rows(runs: Path, base: Base, params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -274,26 +271,6 @@ def without_control(base: Base, asked: ImageSet) -> dict[str, Tensor]:
     ).images
     free = finite(torch.as_tensor(free), "images without control")
     return {"no control": free * 2.0 - 1.0, "VAE ceiling": base.decode(latents)}
-
-
-def summary(training: pd.DataFrame, attacks: pd.DataFrame) -> dict[str, Any]:
-    """Boil the tables down to one number per run and attack, for `dvc metrics show` and `diff`.
-
-    What an attack does not answer with, a data set has no measure for, or was not scored in a bucket is left out.
-    """
-    control = training.dropna(subset=["steps"]).set_index("run")[["eval_loss", "control_iou", "control_edges"]]
-    names = adversaries(attacks).map(lambda adversary: adversary.name)
-    buckets = attacks.groupby([attacks["run"], names.rename("attack")])[["psnr_db", "id_top1"]]
-    leaks = buckets.mean().where(buckets.count().eq(buckets.size(), axis=0)).round(4)
-    told: dict[str, Any] = {"train": per_row(control), "attack": {}}
-    for run, part in leaks.dropna(how="all").groupby("run"):
-        told["attack"][run] = per_row(part.droplevel("run"))
-    return told
-
-
-def per_row(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return every row as a mapping, by its index, without what is missing."""
-    return {str(name): frame.loc[name].dropna().to_dict() for name in frame.index}
 
 
 def training_row(run: Path) -> dict[str, Any]:

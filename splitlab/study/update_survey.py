@@ -20,7 +20,7 @@ from splitlab.core.errors import InputError
 from splitlab.core.parallel import parallel
 from splitlab.core.paths import resolve
 from splitlab.core.seeds import Key, generator, source
-from splitlab.data.image_set import ImageSet
+from splitlab.data.image_set import ImageSet, digest
 from splitlab.data.overlap import refuse_overlaps
 from splitlab.diffusion.base import Base
 from splitlab.diffusion.base_files import load_model
@@ -32,6 +32,7 @@ from splitlab.federated.defences import make_defence, share_protected
 from splitlab.federated.saved import SavedInversion, guess, save_inversion, saved_inversion, timed
 from splitlab.federated.update import Update, UpdateTruth, read_granted, read_update, write_update, write_update_truth
 from splitlab.privacy.draws import new_key, normal, permutation
+from splitlab.study.kept import code_digest, file_digest, hand_out
 from splitlab.study.update_grid import Cell, InversionSpec, ModelSpec, UpdateConfig
 
 LoadSplit = Callable[[str, str], ImageSet]
@@ -138,20 +139,51 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 def attack_updates(
-    config: UpdateConfig, base: Base, load: LoadSplit, *, recorded: Path, out: Path, workers: int = 1
+    config: UpdateConfig,
+    base: Base,
+    load: LoadSplit,
+    *,
+    recorded: Path,
+    out: Path,
+    cache: Path | None = None,
+    workers: int = 1,
 ) -> None:
     """Run every attack of the grid on the updates below `recorded`/sent; of the data, only public splits are read.
 
-    What is there already is kept, so an interrupted call goes on where it was.
+    What is there already is kept, so an interrupted call goes on where it was; with a `cache` even if `out` is gone.
     """
     out.mkdir(parents=True, exist_ok=True)  # of an empty grid too
     calls = [
-        (config, cell, seed, base, load(cell.dataset, "public"), recorded, out)
+        (config, cell, seed, base, load(cell.dataset, "public"), recorded, out, cache)
         for cell, _, seeds in config.cells
         for seed in range(seeds)
     ]
-    for _ in parallel(_attack_cell, calls, desc="attack", workers=workers):
+    for _ in parallel(_attack_kept_cell, calls, desc="attack", workers=workers):
         pass
+
+
+def _attack_kept_cell(
+    config: UpdateConfig,
+    cell: Cell,
+    seed: int,
+    base: Base,
+    public: ImageSet,
+    recorded: Path,
+    out: Path,
+    cache: Path | None,
+) -> None:
+    """Attack a cell below `cache`, where what follows from the same updates is found again, and hand it out."""
+    if cache is None:
+        _attack_cell(config, cell, seed, base, public, recorded, out)
+        return
+    evidence = sorted((recorded / "sent" / cell.name).glob(f"{seed}-*.safetensors"))
+    evidence.append(recorded / "granted" / cell.name / f"{seed}.safetensors")
+    follows_from = {"cell": cell, "model": config.models[cell.model], "base": base.digest, "public": public.digest}
+    follows_from |= {"evidence": [file_digest(path) for path in evidence]}
+    follows_from |= {"code": code_digest("federated", "study/update_survey.py")}
+    kept = cache / "inversions" / f"{cell.name}-{seed}-{digest(follows_from)[:16]}"
+    _attack_cell(config, cell, seed, base, public, recorded, kept)
+    hand_out(kept, out)
 
 
 def _attack_cell(

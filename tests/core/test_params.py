@@ -6,7 +6,7 @@ from dvc.utils.serialize import load_yaml
 from splitlab.core.config import parse
 from splitlab.core.errors import InputError
 from splitlab.core.paths import ROOT
-from splitlab.params import SECTIONS, load_params
+from splitlab.params import FILES, SECTIONS, load_params
 from splitlab.split.config import TrainConfig
 
 EMPTY = "base: {source: models/base}\n" + "".join(
@@ -34,8 +34,33 @@ def test_dvc_reads_the_same(tmp_path: Path, runs: str):
     assert load_params(path) == load_yaml(path)
 
 
-def test_dvc_reads_the_same_of_the_shipped_file():
-    assert load_params() == load_yaml(ROOT / "params.yaml")
+def test_dvc_reads_the_same_of_the_shipped_files():
+    files = [ROOT / "params.yaml", *(ROOT / "params" / name for name in FILES)]
+    assert load_params() == {name: entries for file in files for name, entries in load_yaml(file).items()}
+
+
+def test_sections_of_a_system_lie_in_its_own_file_and_each_in_one_file_only(tmp_path: Path):
+    path = written(tmp_path, "{}")
+    common, _, runs = path.read_text().partition("runs:")
+    path.write_text(common)
+    with pytest.raises(InputError, match=r"params\.yaml: no section runs; .*, in params.yaml, params/split.yaml,"):
+        load_params(path)
+    (tmp_path / "params").mkdir()
+    own = tmp_path / "params/split.yaml"
+    own.write_text(f"runs:{runs}")
+    assert load_params(path)["runs"] == {"mine": {}}
+    own.write_text(f"runs:{runs}dp: {{}}\n")
+    with pytest.raises(InputError, match=r"params/split\.yaml: section dp is in .*params\.yaml too; keep one of them"):
+        load_params(path)
+    own.write_text(f"runs:{runs}runs: {{}}\n")
+    with pytest.raises(InputError, match=r"params/split\.yaml, line 3: found duplicate key"):
+        load_params(path)
+    own.write_text("run: {}\n")
+    with pytest.raises(InputError, match=r"params/split\.yaml: unknown section run; the sections are "):
+        load_params(path)
+    own.write_text("runs: 1\n")
+    with pytest.raises(InputError, match=r"params/split\.yaml, section runs: expected names and values"):
+        load_params(path)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_section(tmp_path: Path):

@@ -67,7 +67,7 @@ SAID = [
     *((path, pages) for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))),
     (ROOT / "Makefile", echoed),
     (ROOT / "dvc.yaml", pages),
-    (ROOT / "params.yaml", pages),
+    *((path, pages) for path in (ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml")))),
 ]
 
 

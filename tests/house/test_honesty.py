@@ -98,11 +98,10 @@ PARAMS = {
     },
 }
 STAGES = {
-    "attack": "reconstructions",
-    "survey_attack": "survey/reconstructions",
-    "updates_attack": "updates/inversions",
+    "attack_split": {"out": "reconstructions", "survey": "survey/reconstructions"},
+    "attack_federated": {"out": "updates/inversions"},
 }
-"""Notebook -> the folder that its stage leaves."""
+"""Notebook -> the parameters that name what its stage leaves."""
 
 ATTACK = """
 import os, sys
@@ -148,16 +147,10 @@ def secret(project: Path) -> list[Path]:
 def attacked(project: Path, *, before: str = "", notebooks: Sequence[str] = tuple(STAGES)) -> str:
     """Run attack stages as their notebooks do, with `before` in front; return what Python opened."""
     source = ATTACK + before
-    for notebook, out in STAGES.items():
-        if notebook not in notebooks:
-            continue
-        cells = closure.code(project / f"notebooks/{notebook}.ipynb")
-        runs = PARAMS["attacks"] if notebook == "attack" else [None]
-        for run in runs:
-            told = {"out": out} | ({"run": run} if run else {})
-            first, _, rest = cells.partition("\nimport ")
-            given = "\n".join(f"{name} = {value!r}" for name, value in told.items())
-            source += f"{first}\n{given}\nimport {rest}\n"
+    for notebook in notebooks:
+        first, _, rest = closure.code(project / f"notebooks/{notebook}.ipynb").partition("\nfrom ")
+        given = "\n".join(f"{name} = {value!r}" for name, value in STAGES[notebook].items())
+        source += f"{first}\n{given}\nfrom {rest}\n"
     env = {
         "SPLITLAB_ROOT": str(project),
         "PYTHONPATH": str(project),
@@ -174,7 +167,8 @@ def attacked(project: Path, *, before: str = "", notebooks: Sequence[str] = tupl
 def left(project: Path) -> dict[str, bytes]:
     """Return what the attacks left, without their timings, and take it away."""
     found = {}
-    for folder in filter(Path.exists, (project / folder for folder in STAGES.values())):
+    places = [project / folder for told in STAGES.values() for folder in told.values()]
+    for folder in filter(Path.exists, places):
         for path in sorted(folder.rglob("*")):
             if path.is_file() and not path.name.endswith((".timing.json", ".seconds.json")):
                 found[path.relative_to(project).as_posix()] = path.read_bytes()
@@ -249,11 +243,11 @@ ATTACKS["closed_form"] = replace(ATTACKS["closed_form"], function=cheating)
 """
     truth = project / "runs/plain/truth.safetensors"
     with watched(project / "runs") as opened:
-        attacked(project, before=planted, notebooks=["attack"])
+        attacked(project, before=planted, notebooks=["attack_split"])
     with_truth = left(project)
     assert truth in opened
     truth.rename(project.parent / "truth")
-    attacked(project, before=planted, notebooks=["attack"])
+    attacked(project, before=planted, notebooks=["attack_split"])
     without = left(project)
     (project.parent / "truth").rename(truth)
     differ = {Path(path).name for path in with_truth if with_truth[path] != without[path]}
@@ -352,4 +346,4 @@ def test_the_attack_notebooks_name_nothing_private() -> None:
         assert "load_split" in source
         assert seen(source.replace("load_split", "load_public")) == set()
         assert not re.search(r"truth|\"private\"|\"heldout\"|record\.json|evaluate", source)
-        assert re.search(r'load_split\((transcript\.header\.)?dataset, "public", params\)', source)
+        assert 'load_split(dataset, "public", params)' in source

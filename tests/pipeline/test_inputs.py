@@ -27,9 +27,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project of two runs on data that lie outside it, and two notebooks."""
     root = tmp_path / "project"
     (root / "notebooks").mkdir(parents=True)
-    shutil.copy(ROOT / "notebooks/train.ipynb", root / "notebooks/train.ipynb")
+    shutil.copy(ROOT / "notebooks/figures.ipynb", root / "notebooks/figures.ipynb")
     shutil.copy(ROOT / "notebooks/explore.ipynb", root / "notebooks/explore.ipynb")  # no stage
-    (root / "dvc.yaml").write_text("stages: {train: {cmd: papermill notebooks/train.ipynb}}\n")
+    (root / "dvc.yaml").write_text("stages: {figures: {cmd: papermill notebooks/figures.ipynb}}\n")
     for name in ("mine", "other"):
         for split in ("private", "public", "heldout"):
             folder = tmp_path / name / split
@@ -72,12 +72,12 @@ def set_params(project: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def test_what_is_right_is_not_touched_and_what_is_stale_goes(project: Path) -> None:
     before = written(project)
-    assert [name for name in before if name.startswith("notebooks/")] == ["notebooks/train.json"]
+    assert [name for name in before if name.startswith("notebooks/")] == ["notebooks/figures.json"]
     times = {path: path.stat().st_mtime_ns for path in (project / "inputs").rglob("*.json")}
     assert changed(project, before) == set()
     assert {path: path.stat().st_mtime_ns for path in (project / "inputs").rglob("*.json")} == times
     set_params(project, lambda params: params["runs"].pop("path"))
-    assert changed(project, before) == {"data/train/path.json", "data/evaluate.json", "data/figures.json"}
+    assert changed(project, before) == {"data/record-split.json", "data/evaluate-split.json", "data/figures.json"}
 
 
 @pytest.mark.parametrize("content", ['{"image": "a.png"}', "[]", "{", '{"n": 1}'])
@@ -91,13 +91,13 @@ def test_files_of_others_stay_where_they_are(project: Path, content: str) -> Non
 def test_a_change_of_private_data_concerns_their_runs_alone_and_no_attack(project: Path, tmp_path: Path) -> None:
     before = written(project)
     (tmp_path / "mine/private/mine-private.png").write_bytes(b"other pixels of " * 2)
-    assert changed(project, before) == {"data/train/mine.json", "data/evaluate.json", "data/figures.json"}
+    assert changed(project, before) == {"data/record-split.json", "data/evaluate-split.json", "data/figures.json"}
     before = written(project)
     (tmp_path / "mine/public/more.png").write_bytes(b"more")
-    assert changed(project, before) == {"data/train/mine.json", "data/attack/mine.json", "data/evaluate.json"}
+    assert changed(project, before) == {"data/record-split.json", "data/attack-split.json", "data/evaluate-split.json"}
     before = written(project)
     (tmp_path / "other/heldout/other-heldout.png").unlink()
-    assert changed(project, before) == {"data/train/path.json", "data/evaluate.json"}
+    assert changed(project, before) == {"data/record-split.json", "data/evaluate-split.json"}
 
 
 def test_a_file_that_is_replaced_by_one_of_equal_size_and_time_is_noticed(project: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_file_that_is_replaced_by_one_of_equal_size_and_time_is_noticed(projec
     (tmp_path / "new").write_bytes(path.read_bytes()[::-1])
     shutil.copystat(path, tmp_path / "new")
     (tmp_path / "new").rename(path)
-    assert "data/train/mine.json" in changed(project, before)
+    assert "data/record-split.json" in changed(project, before)
 
 
 def test_links_are_followed_and_what_a_system_adds_does_not_count(project: Path, tmp_path: Path) -> None:
@@ -118,13 +118,13 @@ def test_links_are_followed_and_what_a_system_adds_does_not_count(project: Path,
     (tmp_path / "mine/private/.DS_Store").write_bytes(b"1")
     assert changed(project, before) == set()
     (tmp_path / "elsewhere/more.png").write_bytes(b"2")
-    assert "data/train/mine.json" in changed(project, before)
+    assert "data/record-split.json" in changed(project, before)
 
 
 def test_options_of_an_entry_count_and_places_do_not(project: Path, tmp_path: Path) -> None:
     before = written(project)
     set_params(project, lambda params: params["datasets"]["mine"].update(size=16))
-    assert "data/train/mine.json" in changed(project, before)
+    assert "data/record-split.json" in changed(project, before)
     before = written(project)
     (tmp_path / "mine").rename(tmp_path / "moved")
     moved = {split: str(tmp_path / "moved" / split) for split in ("private", "public", "heldout")}
@@ -139,10 +139,10 @@ def test_a_split_of_a_source_counts_and_so_does_its_name(project: Path, tmp_path
     set_params(project, part_of("train"))
     before = written(project)
     set_params(project, part_of("test"))
-    assert "data/train/mine.json" in changed(project, before)
+    assert "data/record-split.json" in changed(project, before)
     before = written(project)
     (tmp_path / "mine/private/mine-private.png").write_bytes(b"changed")
-    assert "data/train/mine.json" in changed(project, before)
+    assert "data/record-split.json" in changed(project, before)
 
 
 def test_one_source_and_the_hub_have_digests_too(project: Path, tmp_path: Path) -> None:
@@ -152,11 +152,10 @@ def test_one_source_and_the_hub_have_digests_too(project: Path, tmp_path: Path) 
 
     set_params(project, one_source)
     before = written(project)
-    assert set(json.loads(before["data/train/path.json"])) == {
-        f"hub:somebody/something/{split}" for split in ("private", "public", "heldout")
-    }
+    sources, splits = ("hub:somebody/something", "mine"), ("private", "public", "heldout")
+    assert set(json.loads(before["data/record-split.json"])) == {f"{s}/{split}" for s in sources for split in splits}
     (tmp_path / "mine/private/mine-private.png").write_bytes(b"changed")
-    assert {"data/train/mine.json", "data/attack/mine.json"} <= changed(project, before)
+    assert {"data/record-split.json", "data/attack-split.json"} <= changed(project, before)
 
 
 def test_no_path_and_no_content_gets_into_a_digest(project: Path, tmp_path: Path) -> None:
@@ -204,7 +203,7 @@ def test_data_that_git_would_take_up_are_warned_of(
 
 
 def test_outputs_of_a_notebook_do_not_count_and_its_cells_do(project: Path) -> None:
-    before, path = written(project), project / "notebooks/train.ipynb"
+    before, path = written(project), project / "notebooks/figures.ipynb"
     notebook = json.loads(path.read_text())
     for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
         cell |= {"execution_count": number, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["seen"]}]}
@@ -214,7 +213,7 @@ def test_outputs_of_a_notebook_do_not_count_and_its_cells_do(project: Path) -> N
     assert changed(project, before) == set()
     notebook["cells"][-1]["source"] += ["\n1 + 1"]
     path.write_text(json.dumps(notebook))
-    assert changed(project, before) == {"notebooks/train.json"}
+    assert changed(project, before) == {"notebooks/figures.json"}
 
 
 def test_an_own_base_model_is_a_digest_of_its_files(project: Path, tmp_path: Path) -> None:
@@ -235,7 +234,7 @@ def test_what_a_defence_costs_depends_on_how_it_is_trained_not_on_attacks(projec
     for key in ({"settings": {"none": {}}}, {"steps": 3}, {"published_key": 1}, {"batch_size": 8}):
         before = written(project)
         set_params(project, lambda params, key=key: params["survey"].update(key))
-        assert changed(project, before) == {"data/survey-utility.json"}, key
+        assert changed(project, before) == {"data/cost.json"}, key
 
 
 def test_an_own_model_that_federated_clients_train_counts(project: Path, tmp_path: Path) -> None:
@@ -246,34 +245,35 @@ def test_an_own_model_that_federated_clients_train_counts(project: Path, tmp_pat
     before = written(project)
     (tmp_path / "unet/weights").write_bytes(b"1")
     (project / "runs/mine/controlnet").mkdir(parents=True)
-    assert changed(project, before) == {"data/updates-record.json", "data/updates-attack.json"}
+    assert changed(project, before) == {"data/record-federated.json", "data/attack-federated.json"}
 
 
 def test_stages_read_what_their_sections_name() -> None:
     """The stage knows sections as plain values; the package's defaults must be the same."""
     params, read = load_params(), inputs.reads(load_params())
     named = {stage: {name for name, _ in splits} for stage, splits in read.items()}
-    for run, section in params["runs"].items():
-        assert named[f"train/{run}"] == {parse(TrainConfig, section, where=run).dataset}
+    runs = {parse(TrainConfig, section, where=run).dataset for run, section in params["runs"].items()}
     assert named["pretrain"] == set(parse(PretrainConfig, params["pretrain"], where="pretrain").shares)
     survey = parse(SurveyConfig, params["survey"] | {"grid": "full"}, where="survey")
-    assert named["survey-utility"] == {name for name, _ in survey.cells} | set(survey.default)
+    assert named["cost"] == {name for name, _ in survey.cells} | set(survey.default)
+    assert named["record-split"] == named["evaluate-split"] == runs | named["cost"]
     updates = parse(UpdateConfig, params["updates"] | {"grid": "full"}, where="updates")
-    assert named["updates-attack"] >= {cell.dataset for cell, _, _ in updates.cells}
+    assert named["attack-federated"] >= {cell.dataset for cell, _, _ in updates.cells}
     for grid, section in params["dp"].items():
-        assert named[f"dp-survey/{grid}"] == {parse(DPSurveyConfig, section, where=grid).common.dataset}
+        assert named[f"dp/{grid}"] == {parse(DPSurveyConfig, section, where=grid).common.dataset}
     some: dict[str, dict[str, Any]] = {"runs": {"run": {}}, "dp": {"grid": {}}, "updates": {"cases": [{}]}}
     bare = inputs.reads({name: some.get(name, {}) for name in params})
-    assert bare["train/run"] == {(TrainConfig().dataset, split) for split in ("private", "public", "heldout")}
-    assert {name for name, _ in bare["dp-survey/grid"]} == {DPSurveyConfig().common.dataset}
-    assert {name for name, _ in bare["survey-record"]} == set(SurveyConfig().datasets)
+    recorded = {TrainConfig().dataset, *SurveyConfig().datasets}
+    assert bare["record-split"] == {(name, split) for name in recorded for split in ("private", "public", "heldout")}
+    assert {name for name, _ in bare["dp/grid"]} == {DPSurveyConfig().common.dataset}
+    assert {name for name, _ in bare["attack-split"]} == set(SurveyConfig().datasets)
     assert {name for name, _ in bare["pretrain"]} == set(PretrainConfig().shares)
 
 
 def test_the_tracked_digests_are_those_of_the_notebooks_and_the_shipped_data() -> None:
     """So that a fresh clone knows that what is shipped is up to date."""
     digests = inputs.Digests(ROOT / ".cache" / "inputs.json")
-    shipped = {"pretrain", "survey-utility", "dp-survey/digits", "dp-survey/photos", "dp-survey/shapes"}
+    shipped = {"pretrain", "cost", "dp/digits", "dp/photos", "dp/shapes"}
     for name, content in inputs.written(load_params(), digests).items():
         if name.startswith("notebooks/") or name.removeprefix("data/").removesuffix(".json") in shipped:
             path = ROOT / "inputs" / name

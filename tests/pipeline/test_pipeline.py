@@ -36,17 +36,13 @@ def stage(name: str) -> dict:
 
 
 def test_attack_stages_depend_on_what_the_server_has_and_public_data_only() -> None:
-    for name, data, own in (
-        ("attack", "attack/${key}", ["runs/${key}/transcript.safetensors", "runs/${key}/server.safetensors"]),
-        ("survey-attack", "survey-attack", ["survey/transcripts"]),
-        ("updates-attack", "updates-attack", ["updates/sent", "updates/granted", "runs/shapes-federated/controlnet"]),
+    for name, sent in (
+        ("attack-split", ["runs/sent.json", "survey/transcripts"]),
+        ("attack-federated", ["updates/sent", "updates/granted"]),
     ):
         deps = [dep for dep in stage(name)["deps"] if not dep.startswith(("splitlab/", "inputs/notebooks/"))]
-        assert deps == [f"inputs/data/{data}.json", "inputs/base.json", *own, "models/base"], name
-    read = reads(load_params())
-    attacks = {name: splits for name, splits in read.items() if name.startswith("attack/") or name.endswith("-attack")}
-    assert len(attacks) == 2 + len(load_params()["attacks"])
-    assert all({split for _, split in splits} == {"public"} for splits in attacks.values())
+        assert deps == [f"inputs/data/{name}.json", "inputs/base.json", *sent], name
+        assert {split for _, split in reads(load_params())[name]} == {"public"}
 
 
 def test_the_pretrain_stage_depends_on_public_data_only() -> None:
@@ -107,8 +103,9 @@ def test_no_output_is_pushed_and_none_of_private_data_is_copied_to_the_cache() -
 
 
 def test_what_own_runs_leave_is_not_seen_by_git() -> None:
-    own = ["data/private/mine", "models/base", "reports/metrics/dp/mine.csv", "reports/figures-dp/samples-mine.png"]
-    own += ["inputs/data/train/mine.json", "inputs/data/dp-survey/mine.json", "reports/executed/train-mine.ipynb"]
+    own = ["data/private/mine", "models/base", "runs/mine/truth.safetensors"]
+    own += ["reports/metrics/dp/mine.csv", "reports/figures-dp/samples-mine.png"]
+    own += ["inputs/data/record-split.json", "inputs/data/dp/mine.json", "reports/executed/dp-mine.ipynb"]
     for name in STAGES:
         for out in stage(name)["outs"]:
             ((path, _),) = out.items()

@@ -36,7 +36,7 @@ def test_set_up_and_a_stage_in_an_odd_path_with_a_home_that_cannot_be_written(pu
     home = str(pulled / ".cache/home")  # where make takes it
     assert (pulled / "data/private/shapes.zip").exists()
     assert (pulled / "models/base/model_index.json").exists()
-    for command in (["dvc", "repro", "inputs"], ["dvc", "repro", "--force", "--single-item", "dp-table"]):
+    for command in (["dvc", "repro", "inputs"], ["dvc", "repro", "--force", "--single-item", "evaluate-dp"]):
         ran = scratch.run(pulled, *command, HOME=home)
         assert ran.returncode == 0, ran.stdout + ran.stderr
     assert scratch.changed(pulled) == set()
@@ -85,7 +85,7 @@ def test_files_in_data_are_one_error_of_make_and_safe_from_dvc(pulled: Path) -> 
         assert set(scratch.tree(pulled / "dvcstore")) == store
         assert b"private pixels" not in scratch.tree(pulled / ".dvc").values()
         assert scratch.changed(pulled) == set()
-        stale = scratch.run(pulled, "dvc", "status", "data.dvc", "pretrain", "survey-utility", "dp-survey").stdout
+        stale = scratch.run(pulled, "dvc", "status", "data.dvc", "pretrain", "cost", "dp").stdout
         assert "data" not in stale.replace("inputs/data", "").replace("datasets.py", "").replace("data.py", "")
     finally:
         shutil.rmtree(mine)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,7 +24,6 @@ from splitlab.study.evaluate import (
     evaluate_run,
     rounded,
     setting_of,
-    summary,
     training_row,
     yardsticks,
 )
@@ -129,12 +127,6 @@ def test_training_rows_and_yardsticks_fill_the_table(run: Path, base: Base, held
     frame = Results(long_table("split", rounded(rows)), settings_table("split", frame)).view("training")
     assert frame.run.tolist() == ["tiny", "(no control: shapes)", "(VAE ceiling: shapes)"]
     assert frame.iloc[0][["eval_loss", "up_bytes_per_sample", "peak_rss_mb"]].notna().all()
-    found = {"oracle": (50.0, 1.0), "hints only": (np.nan, 0.5), "prompts only": (np.nan, np.nan)}
-    attacks = pd.DataFrame([{"attack": k, "psnr_db": a, "id_top1": b} for k, (a, b) in found.items()])
-    attacks = attacks.assign(run="tiny", denied=None)
-    boiled = summary(frame, attacks)
-    assert boiled["attack"]["tiny"] == {"oracle": {"psnr_db": 50.0, "id_top1": 1.0}, "hints only": {"id_top1": 0.5}}
-    assert set(boiled["train"]) == {"tiny"}
 
 
 def test_a_run_without_its_record_says_which_command_makes_it(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_every_family_of_attacks_is_told_with_its_numbers_or_said_not_to_be_run(
     for family in FAMILIES:
         names = [name for name, record in ATTACKS.items() if record.family == family]
         own, rows = parts[escape(family.title)], every[every["attack"].isin(names)]
-        assert ("Not run: see params.yaml." in own) == rows.empty
+        assert ("Not run: see params/split.yaml." in own) == rows.empty
         assert len(cells(own)) == len(rows.groupby(["run", "attack", "denied"], dropna=False))
         shown += len(cells(own))
     assert shown > 5

@@ -1,7 +1,9 @@
 """What was not scored or not measured, in the report: never a number, never "no", never a verdict."""
 
+import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,13 @@ from world.evidence import attack_at, evidence, verdicts
 from world.project import World
 
 from splitlab.core.labels import UNMEASURED, UNSCORED, percent
+from splitlab.core.paths import ROOT
 from splitlab.report import claims, layout, survey_report, update_report
 from splitlab.report import dp_report as dp_report
 from splitlab.report import page as report
 from splitlab.report.figures import dp_figures as dp_figures
 from splitlab.report.figures import survey_figures
-from splitlab.study.evaluate import summary
+from splitlab.study.headlines import HEADLINES, write_headlines
 from splitlab.study.leaks import leaks, strongest
 
 Change = Callable[[pd.DataFrame, pd.DataFrame], None]
@@ -133,12 +136,21 @@ def test_an_ablation_that_was_not_scored_says_so(material: report.Material) -> N
     assert html.count(f">{UNSCORED}<") == 2 * len(found)  # what is left, and whether the attack breaks
 
 
-def test_the_summary_file_holds_no_mean_over_some_buckets(material: report.Material) -> None:
-    attacks = material.evidence.attacks.copy()
-    own = attacks[(attacks["run"] == "s1") & (attacks["attack"] == "closed_form")].index
-    assert len(own) == 1 or attacks.loc[own[:-1], "psnr_db"].notna().all()
-    attacks.loc[own[-1:], "psnr_db"] = math.nan
-    assert set(summary(material.evidence.training, attacks)["attack"]["s1"]["closed_form"]) == {"id_top1"}
+def test_headlines_are_read_from_the_tables_and_none_is_a_mean_over_some_rows(tmp_path: Path) -> None:
+    tables = ROOT / "reports/metrics"
+    for table in {table for table, _, _ in HEADLINES.values()}:
+        shutil.copy(tables / f"{table}.csv", tmp_path)
+    found = write_headlines(tmp_path, tmp_path / "summary.json")
+    assert list(found) == list(HEADLINES)
+    for folder in (tmp_path, tables):
+        assert json.loads((folder / "summary.json").read_text()) == found
+    dp = pd.read_csv(tmp_path / "dp.csv")
+    counted = dp.query(HEADLINES["acc_10"][2])
+    assert len(counted) > 1
+    dp.loc[counted.index[0], "downstream_acc"] = math.nan
+    dp.to_csv(tmp_path / "dp.csv", index=False)
+    left = write_headlines(tmp_path, tmp_path / "summary.json")
+    assert set(found) - set(left) == {"acc_10"}
 
 
 def seeds(column: str) -> pd.DataFrame:
