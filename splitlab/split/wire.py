@@ -74,9 +74,14 @@ UNLIMITED = Limits()
 
 
 def to_bytes(observation: Observation) -> bytes:
-    """Serialise one message; `client` and `sequence` travel in its header."""
+    """Serialise one message, equal ones to equal bytes; `client` and `sequence` travel in its header."""
     envelope = {"v": str(VERSION), "c": str(observation.client), "s": str(observation.sequence)}
-    return save_bytes({k: v.detach().contiguous() for k, v in observation.tensors.items()}, metadata=envelope)
+    tensors = {name: value.detach().contiguous() for name, value in observation.tensors.items()}
+    message = save_bytes(tensors, metadata=envelope)
+    # The library writes the envelope's entries in another order every time; the header is written again in one.
+    start = 8 + int.from_bytes(message[:8], "little")
+    header = json.loads(message[8:start]) | {"__metadata__": envelope}
+    return message[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(start - 8) + message[start:]
 
 
 def from_bytes(message: bytes, *, limits: Limits = UNLIMITED, max_bytes: int = MAX_MESSAGE_BYTES) -> Observation:

@@ -1,0 +1,1 @@
+"""Split training between machines: clients publish their messages to a durable stream, the server trains on it."""
