@@ -2,8 +2,8 @@
 
     python benchmarks/remote_faults.py [kills] [seed]
 
-Two clients train a run of the shipped base between processes of this machine (`tests/faults.py`). One row per kill goes
-to `reports/metrics/remote_faults.csv`, and a last one with the verdict.
+Two clients train a run of the shipped base between processes of this machine (`tests/world/faults.py`). One row per
+kill goes to `reports/metrics/remote_faults.csv`, and a last one with the verdict.
 """
 
 import csv
@@ -18,7 +18,7 @@ from splitlab.split.config import TrainConfig
 from splitlab.split.train import _processor
 
 sys.path.insert(0, str(ROOT / "tests"))
-from faults import Scene, storm
+from world.faults import Scene, storm
 
 
 def main() -> None:

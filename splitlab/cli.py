@@ -1,6 +1,7 @@
 """The command line. Each command is a thin shell over a function of the package, which it imports when it is called."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,10 @@ FOLDERS = {
     "dp_figures": "reports/figures-dp",
 }
 """What the report is made of, by the argument that names it."""
+
+
+KEYS = Path(".cache", "remote", "keys")
+"""Where the keys lie for training between machines."""
 
 
 class Commands(TyperGroup):
@@ -183,6 +188,127 @@ def explore() -> None:
     quiet = ("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None")
     notebook = ROOT / "notebooks" / "explore.ipynb"
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *quiet, str(notebook)])
+
+
+@app.command()
+def keys(
+    parties: Annotated[list[str], typer.Argument(help="server, client-0, client-1, ...")],
+    host: Annotated[list[str] | None, typer.Option(help="A name or address at which clients reach the server.")] = None,
+    days: Annotated[int, typer.Option(help="Until the certificates expire.")] = 365,
+    revoke: Annotated[bool, typer.Option(help="Revoke what these parties have.")] = False,
+    folder: Annotated[Path, typer.Option(help="The folder of keys.")] = KEYS,
+) -> None:
+    """Issue certificates for training between machines, or revoke them; each party's folder goes to its machine."""
+    _needs_remote()
+    from splitlab.split.remote import keys as authority
+
+    place = resolve(folder)
+    if revoke:
+        changed = [certificate for party in parties for certificate in authority.revoke(place, party)]
+    else:
+        changed = authority.make_keys(place, parties, hosts=host or (), days=days)
+    for certificate in changed:
+        word = "revoked" if certificate.revoked else f"valid until {certificate.expires}"
+        typer.echo(f"{place / certificate.party}: {word} ({certificate.serial})")
+
+
+@app.command()
+def serve(
+    run: Annotated[str, typer.Argument(help="A run of params.yaml, of scheme split.")],
+    broker: Annotated[str | None, typer.Option(help="host:port of a broker that runs already.")] = None,
+    listen: Annotated[str, typer.Option(help="host:port where the broker that is started listens.")] = "127.0.0.1:0",
+    folder: Annotated[Path, typer.Option("--keys", help="The folder of keys; made where there is none.")] = KEYS,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; else runs/RUN-remote.")] = None,
+    gigabytes: Annotated[float, typer.Option(help="What the stream may take on disk.")] = 4.0,
+    keep: Annotated[bool, typer.Option(help="Keep what was trained on: the stream is the transcript.")] = True,
+) -> None:
+    """Train a run on what clients on other machines send (`splitlab join`); repeat it after whatever ended it."""
+    _needs_remote()
+    from splitlab.params import load_params, load_split
+    from splitlab.split.remote import keys as authority
+    from splitlab.split.remote.server import serve as serve_run
+    from splitlab.split.remote.trainer import Run
+
+    params = load_params()
+    config, base = _remote_run(run, params)
+    plan = Run(run, config, base, load_split(config.dataset, "public", params, limit=1).size)
+    place = resolve(folder)
+    if not (place / "issued.json").exists():
+        authority.make_keys(place, ["server", *(f"client-{number}" for number in range(config.n_clients))])
+    target = resolve(out or Path("runs", f"{run}-remote"))
+    options: dict[str, Any] = {"broker": broker, "listen": listen, "max_bytes": int(gigabytes * 1e9), "keep": keep}
+    serve_run(plan, place, out=target, folder=CACHE / "remote" / run, **options)
+    typer.echo(target)
+
+
+@app.command()
+def join(
+    run: Annotated[str, typer.Argument(help="The run, as the server has it in its params.yaml.")],
+    client: Annotated[int, typer.Option(help="This client's number, from 0.")] = 0,
+    data: Annotated[str | None, typer.Option(help="Its private data set; else its share of the run's.")] = None,
+    broker: Annotated[str | None, typer.Option(help="host:port of the broker; else the one on this machine.")] = None,
+    folder: Annotated[Path | None, typer.Option("--keys", help="This client's own folder of keys.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Messages to send in all; else its share of the run.")] = None,
+) -> None:
+    """Send a client's messages to a run's server (`splitlab serve`); repeat it after whatever ended it."""
+    _needs_remote()
+    from splitlab.params import load_params, load_split
+    from splitlab.split.remote.client import join as join_run
+    from splitlab.split.remote.client import remote_client
+    from splitlab.split.remote.trainer import Run
+
+    params = load_params()
+    config, base = _remote_run(run, params)
+    private = load_split(data or config.dataset, "private", params)
+    plan = Run(run, config, base, private.size)
+    sender, secret = remote_client(plan, client, private, cache=CACHE, share=data is None)
+    with _link(run, broker, folder or KEYS / f"client-{client}") as link:
+        sent = join_run(plan, sender, link, secret=secret, turns=turns)
+    typer.echo(f"{sent} messages sent, every one acknowledged")
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="The run.")],
+    broker: Annotated[str | None, typer.Option(help="host:port of the broker; else the one on this machine.")] = None,
+    folder: Annotated[Path, typer.Option("--keys", help="The server's or a client's own folder.")] = KEYS / "server",
+    as_json: AsJson = False,
+) -> None:
+    """Say how a run between machines stands: samples, MB/s, what waits, what was acknowledged and refused."""
+    _needs_remote()
+    from splitlab.split.remote import status as state
+
+    with _link(run, broker, folder, patience_s=5.0) as link:
+        told = state.status(run, link)
+    if as_json:
+        _print_json(told)
+    else:
+        typer.echo("\n".join(state.lines(run, told)))
+
+
+def _needs_remote() -> None:
+    if importlib.util.find_spec("nats") is None or importlib.util.find_spec("cryptography") is None:
+        raise InputError("training between machines needs more packages: run pip install -e '.[remote]'")
+
+
+def _remote_run(run: str, params: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a run's configuration and base model."""
+    from splitlab.core.config import parse
+    from splitlab.diffusion.base import load_base
+    from splitlab.params import section
+    from splitlab.split.config import TrainConfig
+
+    return parse(TrainConfig, section(params, "runs", run), where=f"runs.{run}"), load_base(params["base"]["source"])
+
+
+def _link(run: str, broker: str | None, folder: Path, patience_s: float = 3600.0) -> Any:
+    """Connect to the broker that is named, or to the one that `serve` started on this machine."""
+    from splitlab.split.remote.link import Link
+
+    path = CACHE / "remote" / run / "address"
+    if broker is None and not path.exists():
+        raise InputError(f"run {run}: no server on this machine; give --broker, or start `splitlab serve {run}`")
+    return Link(broker or path.read_text().strip(), resolve(folder), patience_s=patience_s)
 
 
 def _facts(result: Any) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from splitlab.core.errors import InputError
 from splitlab.core.progress import Callback
-from splitlab.data.image_set import ImageSet, digest
+from splitlab.data.image_set import ImageSet, digest, partition
 from splitlab.privacy.draws import end_run, run_key
 from splitlab.split.client import Client, client_send
 from splitlab.split.remote.broker import Names
 from splitlab.split.remote.link import Link
-from splitlab.split.remote.server import Run
+from splitlab.split.remote.trainer import Run
 from splitlab.split.train import make_clients
 from splitlab.split.wire import from_bytes
 
@@ -29,8 +29,10 @@ WRONG_LAST, FULL = 10071, 10077
 """Codes of JetStream: the last message is another than expected; the stream takes no more."""
 
 
-def remote_client(run: Run, number: int, private: ImageSet, *, cache: Path) -> tuple[Client, Path]:
+def remote_client(run: Run, number: int, private: ImageSet, *, cache: Path, share: bool = False) -> tuple[Client, Path]:
     """Make one client of a run, who holds all of `private`; return it and where its secret is kept until it is done.
+
+    `share`: it holds its share of what is all clients' together, as in process.
 
     Raises:
         InputError: the run has no client of that number, the images have another size, or the secret is damaged.
@@ -39,6 +41,9 @@ def remote_client(run: Run, number: int, private: ImageSet, *, cache: Path) -> t
         raise InputError(f"run {run.name}: clients are numbered 0 to {run.config.n_clients - 1}, not {number}")
     if private.size != run.size:
         raise InputError(f"run {run.name}: its images have {run.size} pixels, these {private.size}; give others")
+    if share:
+        n = min(run.config.samples or len(private), len(private))
+        private = private.subset(partition(n, run.config.n_clients)[number])
     whose = digest({"terms": run.terms, "client": number, "data": private.digest})
     secret = cache / f"join-{whose[:16]}.safetensors"
     key = run_key(secret, run.config.published_key, bound_to=whose)

@@ -7,14 +7,15 @@ from shutil import which
 from typing import Any
 
 import pytest
-import tiny
+from world import tiny
 
 from splitlab.data.image_set import ImageSet
 from splitlab.diffusion.base import Base
 from splitlab.split.remote.broker import Broker, Limits
 from splitlab.split.remote.keys import make_keys
 from splitlab.split.remote.link import Link, waited
-from splitlab.split.remote.server import Run, serve
+from splitlab.split.remote.server import serve
+from splitlab.split.remote.trainer import Run
 
 PARTIES = ("server", "client-0", "client-1")
 

@@ -22,7 +22,7 @@ from splitlab.split.remote.broker import Broker, Limits, Names, accounts, make_s
 from splitlab.split.remote.client import join
 from splitlab.split.remote.keys import issued, make_keys, party_of, revoke
 from splitlab.split.remote.link import Link
-from splitlab.split.remote.server import Run
+from splitlab.split.remote.trainer import Run
 from splitlab.split.train import make_clients
 
 LIMITS = Limits(10_000, 100, 2**24)

@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import faults
-import fuzzing
-import mutations
 import pytest
-import tiny
 import torch
+from world import faults, tiny
+from world.fuzz import changes, mutations
 
 from splitlab.core import checkpoint
 from splitlab.core.errors import InputError
@@ -23,8 +21,9 @@ from splitlab.diffusion.base import Base
 from splitlab.split.client import Client, client_send
 from splitlab.split.config import Defences
 from splitlab.split.remote.client import join, remote_client
-from splitlab.split.remote.server import Run, Trainer, record_stream
+from splitlab.split.remote.server import record_stream
 from splitlab.split.remote.status import lines, status
+from splitlab.split.remote.trainer import Run, Trainer
 from splitlab.split.server import attack_transcript
 from splitlab.split.train import make_clients, train
 from splitlab.split.wire import from_bytes, read_transcript, to_bytes
@@ -138,7 +137,7 @@ def test_a_full_stream_makes_clients_wait_and_drops_nothing(
         thread.start()
     with server.link("server") as link:
         while any(thread.is_alive() for thread in threads):
-            seen.append(link.api("STREAM.INFO.splitlab-tiny")["state"]["messages"])
+            seen.append(link.api("STREAM.INFO.splitlab-tiny").get("state", {"messages": 0})["messages"])
             time.sleep(0.05)
     out = server.end()
     assert max(seen) <= 8
@@ -188,7 +187,7 @@ def test_a_checkpoint_of_another_stream_is_not_gone_on_from(private: ImageSet, m
 def hostile(run: Run, good: bytes, draw: random.Random) -> bytes:
     """Change one message so that no client of the run can have sent it in this turn."""
     seen = from_bytes(good)
-    changes: list[Callable[[], bytes]] = [
+    kinds: list[Callable[[], bytes]] = [
         lambda: good[: draw.randrange(len(good))],
         lambda: good + bytes(draw.randrange(1, run.message_bytes)),
         lambda: to_bytes(replace(seen, sequence=seen.sequence + draw.choice([1, 7, 2**40]))),
@@ -203,7 +202,7 @@ def hostile(run: Run, good: bytes, draw: random.Random) -> bytes:
         lambda: to_bytes(seen.changed(noise=seen.need("noise") * 1e30)),
         lambda: to_bytes(seen.changed(smashed=torch.full_like(seen.need("smashed"), draw.choice([3e38, torch.nan])))),
     ]
-    return draw.choice(changes)()
+    return draw.choice(kinds)()
 
 
 def test_hostile_messages_are_refused_counted_and_leave_no_trace(private: ImageSet, make_run: MakeRun):
@@ -226,7 +225,7 @@ def test_no_change_of_a_message_ends_the_training(private: ImageSet, make_run: M
     (client, message), *_ = messages_of(make_run(), private)
     trainer = Trainer(run)
     for position in range(1, 201):
-        changed = draw.choice([mutations.mutated, fuzzing.changed_tensors])(message, draw)
+        changed = draw.choice([mutations.mutated, changes.changed_tensors])(message, draw)
         if trainer.receive(position, client, changed):  # changed values are values, too
             trainer.turns[client] = 0
     assert trainer.step + trainer.refused[0] == 200

@@ -55,7 +55,7 @@ class Scene:
         import torch
 
         from splitlab.diffusion.base import load_base
-        from splitlab.split.remote.server import Run
+        from splitlab.split.remote.trainer import Run
 
         torch.set_num_threads(1)
         return Run("faults", self.config, load_base(self.base), self.size)
@@ -161,7 +161,8 @@ def verdict(scene: Scene) -> dict[str, Any]:
     from splitlab.core import checkpoint
     from splitlab.split.remote.broker import Broker, Limits
     from splitlab.split.remote.link import Link
-    from splitlab.split.remote.server import Trainer, recorded
+    from splitlab.split.remote.server import recorded
+    from splitlab.split.remote.trainer import Trainer
     from splitlab.split.wire import from_bytes
 
     run, state = scene.run(), scene.folder / "remote" / "state.safetensors"
