@@ -104,7 +104,10 @@ def join(
 
 def _agree(run: Run, link: Link, names: Names) -> None:
     """Wait for a server's state, and compare what it says of the run, before anything private is sent."""
+    until = time.monotonic() + link.patience_s
     while (found := link.last(names.state_stream, names.state)) is None:
+        if time.monotonic() > until:
+            raise InputError(f"run {run.name}: no server has said anything for {link.patience_s:g} s; start it there")
         time.sleep(FULL_S)
     theirs: dict[str, Any] = json.loads(found[1])["terms"]
     for name, value in run.terms.items():
