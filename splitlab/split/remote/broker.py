@@ -94,16 +94,16 @@ def make_streams(link: Link, names: Names, limits: Limits) -> str:
         InputError: the broker refuses them.
     """
     # A full stream refuses what is new; nothing that was accepted is dropped.
-    messages = {
-        "subjects": [names.messages("*")],
-        "discard": "new",
-        "discard_new_per_subject": True,
-        "max_msgs_per_subject": limits.per_client,
-        "max_bytes": limits.total_bytes,
-        "max_msg_size": limits.message_bytes,
-        "deny_delete": True,
-        "duplicate_window": 600 * 10**9,
-    }
+    messages: dict[str, Any] = dict(  # the broker's own words
+        subjects=[names.messages("*")],
+        discard="new",
+        discard_new_per_subject=True,
+        max_msgs_per_subject=limits.per_client,
+        max_bytes=limits.total_bytes,
+        max_msg_size=limits.message_bytes,
+        deny_delete=True,
+        duplicate_window=600 * 10**9,
+    )
     state = {"subjects": [names.state], "max_msgs_per_subject": 1, "max_msg_size": 2**20, "max_bytes": 2**22}
     identity = ""
     for stream, config in ((names.state_stream, state), (names.stream, messages)):

@@ -117,12 +117,18 @@ class Link:
 
     async def answer(self, subject: str, payload: bytes = b"", headers: Mapping[str, str] | None = None) -> Msg:
         """Ask until there is an answer: what `request` waits for."""
+        given = dict(headers or {})
+        return await self._until_answered(lambda c: c.request(subject, payload, timeout=ANSWER_S, headers=given))
+
+    async def release(self, stream: str, subject: str, before: int) -> None:
+        """Let go of a subject's messages before a position, to make room for more."""
+        await self._until_answered(lambda c: c.jsm().purge_stream(stream, seq=before, subject=subject))
+
+    async def _until_answered(self, ask: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
         began = time.monotonic()
         while True:
             try:
-                connection = await self._connected()
-                asked = connection.request(subject, payload, timeout=ANSWER_S, headers=dict(headers or {}))
-                return await self._unless_refused(asked)
+                return await self._unless_refused(ask(await self._connected()))
             except LOST as error:
                 if time.monotonic() - began > self.patience_s:
                     raise InputError(
@@ -131,7 +137,7 @@ class Link:
                     ) from None
                 await asyncio.sleep(RETRY_S)
 
-    async def _unless_refused(self, asked: Coroutine[Any, Any, Msg]) -> Msg:
+    async def _unless_refused(self, asked: Coroutine[Any, Any, T]) -> T:
         """Wait for an answer; what the broker says of permissions comes beside it, and then no answer comes."""
         task = asyncio.ensure_future(asked)
         while not task.done():

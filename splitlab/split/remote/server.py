@@ -151,7 +151,7 @@ class _Service:
             subject = self.names.messages(client)
             last = self.link.last(self.names.stream, subject)
             until = min(self._acknowledged + 1, last[0] if last else 1)
-            self.link.api(f"STREAM.PURGE.{self.names.stream}", {"filter": subject, "seq": until})
+            self.link.wait(self.link.later(self.link.release(self.names.stream, subject, until)))
 
     def _tell(self, *, now: bool = False) -> None:
         """Publish the server's state, and see that the broker of our own runs."""
