@@ -159,8 +159,7 @@ def evaluate_all(
         scores: folder for per-sample scores.
         metrics: folder for the tables.
         survey: folder of the survey, with `truth/` and `reconstructions/`; None: there is none.
-        utility: table of what each of the survey's defences costs (`splitlab.study.survey.utility`); None: there is
-            none.
+        utility: table of what each of the survey's defences costs (`splitlab.study.survey.utility`); None: none.
 
     Raises:
         InputError: something is missing, or public and private data share images.
@@ -176,12 +175,11 @@ def evaluate_all(
         for path in sorted(made.glob("*.refused.json")):
             refusal = load_json(path, "attack", "denied", "reason")
             refused[run.name, Adversary(refusal["attack"], tuple(refusal["denied"]))] = str(refusal["reason"])
-        private = split(read_record(run / "record.json")[1].dataset)
-        out = scores / f"{run.name}.safetensors"
-        attacks += evaluate_run(run, made, base, private, config, out=out, every=run.parent == runs)
-    settings = training + [survey_setting(path, base) for path in surveyed]
-    measured = pd.concat([rounded(training), rounded(attacks)])
-    found = Results(long_table("split", measured), settings_table("split", pd.DataFrame(settings)))
+        private, every = split(read_record(run / "record.json")[1].dataset), run.parent == runs
+        attacks += evaluate_run(run, made, base, private, config, out=scores / f"{run.name}.safetensors", every=every)
+    settings = pd.DataFrame(training + [survey_setting(path, base) for path in surveyed])
+    measured = long_table("split", pd.concat([rounded(training), rounded(attacks)]))
+    found = Results(measured, settings_table("split", settings))
     write_part(found, metrics, "split")
     _judge(found, refused, metrics, costed=utility is not None)
     return found

@@ -95,14 +95,16 @@ def draw_figures(
         drawn.append(save_figure(draw_leakage(rows, order, config), out / f"leakage-{run.name}.png"))
     drawn.append(save_figure(draw_overview(_defended(recorded, base, scores, params)), out / "overview.png"))
     drawn += _draw_trainings(training, runs, out)
-    judged = read_table(metrics / "split_verdicts.csv", empty=True)
-    for dataset in judged["dataset"].unique():
-        own = judged[judged["dataset"] == dataset]
-        drawn.append(save_figure(draw_frontier(own), out / f"frontier-{dataset}.png"))
-        drawn.append(save_figure(draw_matrix(attacks, dataset, list(own["setting"])), out / f"matrix-{dataset}.png"))
+    drawn += _draw_verdicts(read_table(metrics / "split_verdicts.csv", empty=True), attacks, out)
     points = tradeoff(metrics, alphas_cumprod=base.alphas_cumprod)
     write_table(points, out / "tradeoff.csv")
     return [*drawn, save_figure(draw_tradeoff(points), out / "tradeoff.png")]
+
+
+def _draw_verdicts(verdicts: pd.DataFrame, attacks: pd.DataFrame, out: Path) -> Iterator[Path]:
+    for dataset, judged in verdicts.groupby("dataset", sort=False):
+        yield save_figure(draw_frontier(judged), out / f"frontier-{dataset}.png")
+        yield save_figure(draw_matrix(attacks, str(dataset), list(judged["setting"])), out / f"matrix-{dataset}.png")
 
 
 def _draw_trainings(training: pd.DataFrame, runs: Path, out: Path) -> Iterator[Path]:

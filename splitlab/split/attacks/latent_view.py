@@ -20,7 +20,7 @@ def labelled(observations: Sequence[Observation], knowledge: Knowledge) -> Obser
 
     U-shaped split: the loss is the mean of (k noise_pred - noise)² over a message of N numbers, so
     noise = k noise_pred - N / (2 k) gradient. The server knows its own noise_pred, and k is public
-    (`splitlab.split.defences.label_share`).
+    (`splitlab.split.defences.matched.label_share`).
     """
     return stack([_labelled(observation.float(), knowledge) for observation in observations])
 

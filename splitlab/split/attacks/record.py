@@ -100,7 +100,7 @@ class Attack:
         informed: False for a guess, which looks at no message: what all others are measured against.
         schemes: the training schemes whose messages it is for; none: any.
         takes_surrogates: whether it is given public data as the client would replace them before sending
-            (`splitlab.split.surrogates`); False for an attack that replaces them itself.
+            (`splitlab.split.defences.disguised`); False for an attack that replaces them itself.
         colour: of its line in pictures; "": one that is free.
         shows_hints: whether its hints are drawn beside its images.
     """
