@@ -642,3 +642,10 @@ def test_every_section_names_a_command_and_none_speaks_of_trials() -> None:
     for section in sections:
         command = re.search(r"`[^`]*\b(python benchmarks/|pytest |make |dvc )[^`]*`|benchmarks/\w+\.py", section)
         assert command or not re.search(r"\d", section), section[:60]
+
+
+def test_what_goes_between_machines_is_the_tracked_table() -> None:
+    rows = TABLES["remote_ingest"].set_index("measure")["value"]
+    told = "; ".join(" / ".join(f"{v:.1f}" for v in rows[f"{way}_mb_s"]) + " MB/s" for way in ("publish", "consume"))
+    assert told in DOCUMENTS["docs/measurements.md"]
+    assert f"| {rows['share']:.3f}×; {rows['restart_s']:.3f} s |" in DOCUMENTS["docs/measurements.md"]
