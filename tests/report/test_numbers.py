@@ -649,3 +649,15 @@ def test_what_goes_between_machines_is_the_tracked_table() -> None:
     told = "; ".join(" / ".join(f"{v:.1f}" for v in rows[f"{way}_mb_s"]) + " MB/s" for way in ("publish", "consume"))
     assert told in DOCUMENTS["docs/measurements.md"]
     assert f"| {rows['share']:.3f}×; {rows['restart_s']:.3f} s |" in DOCUMENTS["docs/measurements.md"]
+
+
+def test_the_kills_that_are_told_of_are_the_tracked_ones() -> None:
+    rows = TABLES["remote_faults"]
+    verdict, kills = rows.iloc[-1], rows.iloc[:-1]
+    assert str(verdict["bit_identical"]) == str(verdict["every_message_once"]) == "True"
+    restarts = kills["restart_s"].dropna()
+    assert f"server to its first step again, largest of {len(restarts)}" in DOCUMENTS["docs/measurements.md"]
+    told = (
+        f"{len(kills)} kills: bit-identical, every one of {verdict['steps']:.0f} messages applied once, none refused; "
+    )
+    assert f"{told}{restarts.max():.2f} s" in DOCUMENTS["docs/measurements.md"]
