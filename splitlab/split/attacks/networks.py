@@ -50,7 +50,7 @@ def fit(
         rate: takes the place of the cycle.
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    rises = max(0.1, 2 / max(steps, 2))
+    rises = 2 / steps if 2 < steps < 20 else 0.1  # the rate rises over two steps at least; of two, over none
     cycle = None if rate else torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rises)
     losses: list[float] = []
     for step in tqdm(range(steps), desc=what.replace("_", " "), mininterval=2, leave=False):
