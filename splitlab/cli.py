@@ -214,7 +214,7 @@ def keys(
 
 @app.command()
 def serve(
-    run: Annotated[str, typer.Argument(help="A run of params.yaml, of scheme split.")],
+    run: Annotated[str, typer.Argument(help="A run of params/split.yaml, of scheme split.")],
     broker: Annotated[str | None, typer.Option(help="host:port of a broker that runs already.")] = None,
     listen: Annotated[str, typer.Option(help="host:port where the broker that is started listens.")] = "127.0.0.1:0",
     folder: Annotated[Path, typer.Option("--keys", help="The folder of keys; made where there is none.")] = KEYS,
@@ -243,7 +243,7 @@ def serve(
 
 @app.command()
 def join(
-    run: Annotated[str, typer.Argument(help="The run, as the server has it in its params.yaml.")],
+    run: Annotated[str, typer.Argument(help="The run, as the server has it in its params/split.yaml.")],
     client: Annotated[int, typer.Option(help="This client's number, from 0.")] = 0,
     data: Annotated[str | None, typer.Option(help="Its private data set; else its share of the run's.")] = None,
     broker: Annotated[str | None, typer.Option(help="host:port of the broker; else the one on this machine.")] = None,

@@ -29,6 +29,8 @@ def test_no_tracked_table_has_a_column_of_seconds_or_memory() -> None:
     assert "reports/metrics/dp.csv" in map(str, tables)
     for table in tables:
         columns = pd.read_csv(ROOT / table, nrows=0).columns
+        if {"date", "machine"} <= set(columns):  # what a benchmark measured one day on one machine; no stage makes it
+            continue
         assert not [name for name in columns if MEASURED.search(name)], table
 
 

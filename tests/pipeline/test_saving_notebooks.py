@@ -73,7 +73,7 @@ def test_every_notebook_is_saved_byte_for_byte_as_it_was(contents: Any, checkout
 
 
 def test_what_is_written_into_a_cell_is_saved(contents: Any, checkout: Path) -> None:
-    path = checkout / "notebooks" / "train.ipynb"
+    path = checkout / "notebooks" / "record_split.ipynb"
     before, notebook = notebook_digest(path), executed(path)
     notebook.cells[-1].source += "\n1 + 1"
     save(contents, path, notebook)
@@ -85,13 +85,13 @@ def test_what_is_written_into_a_cell_is_saved(contents: Any, checkout: Path) -> 
 
 def test_notebooks_elsewhere_are_saved_as_they_are(contents: Any, checkout: Path) -> None:
     path = checkout / "mine.ipynb"
-    save(contents, path, executed(checkout / "notebooks" / "train.ipynb"))
+    save(contents, path, executed(checkout / "notebooks" / "record_split.ipynb"))
     assert "image/png" in path.read_text()
 
 
 def test_a_copy_in_the_notebooks_folder_has_no_outputs_either(contents: Any, checkout: Path) -> None:
     path = checkout / "notebooks" / "copy.ipynb"
-    save(contents, path, executed(checkout / "notebooks" / "train.ipynb"))
+    save(contents, path, executed(checkout / "notebooks" / "record_split.ipynb"))
     assert "image/png" not in path.read_text()
     assert "secret" not in path.read_text()
 

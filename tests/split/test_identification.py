@@ -80,7 +80,7 @@ def test_the_public_posterior_is_bayes_rule_and_knows_no_sample_that_is_ruled_ou
     weights = public_posterior([(views, std, public)])[0]
     density = [math.exp(-((0.2 - x) ** 2) / (2 * 0.49)) for x in (0.0, 1.0, 5.0)]
     torch.testing.assert_close(weights, torch.tensor(density) / sum(density))
-    without = public_posterior([(views, std, public)], own=torch.tensor([0]))[0]
+    without = public_posterior([(views, std, public)], ruled_out=torch.tensor([0]))[0]
     assert without[0] == 0
     assert without.sum() == pytest.approx(1.0)
     assert public_posterior([(views, std, public)], sharpness=100.0)[0, 0] > 0.999

@@ -17,7 +17,7 @@ from splitlab.split.artefacts import load_reconstruction
 from splitlab.split.attacks import ATTACKS, NO_INFORMATION
 from splitlab.split.attacks.closed_form import estimate_fixed_noise, hint_latents
 from splitlab.split.attacks.latent_view import labelled, latent_view, matching_timesteps
-from splitlab.split.config import AttackSpec, Defences, TrainConfig
+from splitlab.split.config import Adversary, AttackSpec, Defences, TrainConfig
 from splitlab.split.schemes import make_scheme
 from splitlab.split.server import attack_all, attack_and_save, attack_transcript, run_attack
 from splitlab.split.train import make_clients
@@ -195,9 +195,9 @@ def test_attacks_in_parallel_leave_the_files_that_attacks_in_turn_leave(public: 
             out, cache = tmp_path / folder, tmp_path / f"cache of {folder}"
             found = attack_all(transcript, specs, shipped.base(), public, out=out, cache=cache, workers=workers)
             assert list(found) == [
-                ("mean_public", 0),
-                ("closed_form", 0),
-                *(("random_public", seed) for seed in range(3)),
+                (Adversary("mean_public"), 0),
+                (Adversary("closed_form"), 0),
+                *((Adversary("random_public"), seed) for seed in range(3)),
             ]
     finally:
         torch.set_num_threads(before)
@@ -212,13 +212,13 @@ def test_saved_reconstructions_carry_their_threat_model(public: ImageSet, tmp_pa
     spec = AttackSpec("one_step", seeds=1)
     attack_and_save(transcript, spec, 0, shipped.base(), public, out=tmp_path, cache=tmp_path)
     saved = load_reconstruction(tmp_path / "one_step-0.safetensors")
-    assert saved.knowledge == "timesteps + noisy_latents"
+    assert saved.result.used == ("timesteps", "noisy_latents")
     assert dict(saved.threat_model)["receives"] == "timesteps, noisy_latents, smashed, noise"
     assert dict(saved.threat_model)["knows the defences"] == str(S1)
     guess = attack_and_save(
         transcript, AttackSpec("mean_public"), 0, shipped.base(), public, out=tmp_path, cache=tmp_path
     )
-    assert guess.knowledge == "nothing"
+    assert guess.result.used == ()
 
 
 def test_bad_calls_say_what_to_do(public: ImageSet, base: Base) -> None:

@@ -18,6 +18,8 @@ from splitlab.report import page as report
 from splitlab.report import survey_report, tradeoff_report
 from splitlab.report.figures.dp_figures import draw_curve
 from splitlab.report.figures.tradeoff_figures import draw_tradeoff
+from splitlab.split.defences import Defences
+from splitlab.split.privacy import message_guarantee
 from splitlab.study.tradeoff import tradeoff
 from splitlab.study.verdicts import verdicts
 
@@ -110,8 +112,11 @@ def test_the_picture_and_table_of_all_schemes(tmp_path: Path):
 
 def test_the_table_of_verdicts():
     attacks = read_table(METRICS / "split_attacks.csv")
-    bounded = attacks.assign(defences="feature_noise=3 hint_noise=3 latent_norm=2 hide_prompts")
-    claimed = verdicts(bounded, None, tiny.ALPHAS)
+    bounded = Defences(feature_noise=3.0, hint_noise=3.0, latent_norm=2.0, hide_prompts=True)
+    claim = message_guarantee(bounded, tiny.ALPHAS)
+    facts = {"epsilon_message": claim.epsilon, "why_no_epsilon": claim.why}
+    settings = pd.DataFrame(facts, index=attacks["run"].unique())
+    claimed = verdicts(attacks.assign(defences=str(bounded)), None, settings)
     assert claimed["epsilon_message"].gt(0).all()
     assert set(claimed["randomness"]) == {"published"}
     for table, known in ((claimed, True), (claimed.assign(randomness="secret"), False)):
