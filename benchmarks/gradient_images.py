@@ -26,8 +26,8 @@ from splitlab.federated.attacks.baselines import dlg, inverting_gradients
 from splitlab.federated.attacks.gidm import gidm
 from splitlab.federated.attacks.gradient_matching import known_noise
 from splitlab.federated.attacks.matching import Matcher
-from splitlab.federated.attacks.noisy_inputs import _objective
-from splitlab.federated.attacks.patches import SpanTest, choose_layers, find_layers
+from splitlab.federated.attacks.noisy_inputs import _Search
+from splitlab.federated.attacks.patches import choose_layers, find_layers
 from splitlab.federated.attacks.problem import Problem
 from splitlab.federated.attacks.unknown_noise import unknown_noise
 from splitlab.federated.client import InversionKnowledge, pixel_unet, share, share_each, training_loss
@@ -158,9 +158,8 @@ def speed(root: Path, *, size: int, channels: tuple[int, ...], n: int) -> dict[s
     )
     chosen = choose_layers(layers, batch=1, unknowns=problem.unknowns, margin=10.0)
     if chosen:
-        every = torch.arange(n)
-        test = SpanTest(problem.model, chosen, problem.gradients, batch=1)
-        row["patches_s"] = _best_time(lambda: _objective(problem, test, truth.timesteps, every, every)(z)) / n
+        patch_test = _Search(problem, chosen, goal=0.0, recorder=None).objective(torch.arange(n))
+        row["patches_s"] = _best_time(lambda: patch_test(z)) / n
         row["ratio_patches"] = row["plain_s"] / row["patches_s"]
     row["ratio_matching"] = row["plain_s"] / row["matching_s"]
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)

@@ -16,7 +16,7 @@ from splitlab.core.checkpoint import save_json
 from splitlab.core.tables import read_table, write_table
 from splitlab.data.image_set import digest
 from splitlab.split.artefacts import load_reconstruction
-from splitlab.split.attacks import AttackSpec
+from splitlab.split.config import AttackSpec
 from splitlab.split.server import attack_and_save
 from splitlab.split.train import record
 from splitlab.study.config import EvaluateConfig
