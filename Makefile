@@ -27,6 +27,8 @@ setup: ## the environment, from the pinned lock
 	@flock -n .cache/setup.lock true || echo "== waiting for another set-up of this folder"
 	@flock .cache/setup.lock $(MAKE) -s $(VENV)/.installed
 	@mkdir -p $(VENV)/etc/jupyter && ln -sfn ../../../pipeline/jupyter_server_config.py $(VENV)/etc/jupyter/
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@ln -sfn ../../../../../pipeline/jupyter_overrides.json $(VENV)/share/jupyter/lab/settings/overrides.json
 
 $(VENV)/.installed: requirements.lock pyproject.toml $(if $(MOVED),FORCE)
 	@python3 pipeline/checkout.py room 5
