@@ -259,6 +259,11 @@ def join(
 
     params = load_params()
     config, base = _remote_run(run, params)
+    if data is not None and config.published_key is not None:
+        raise InputError(
+            f"run {run}: its draws follow from a published key, so that anybody can take its noise off; "
+            "for data of your own, name a run without published_key"
+        )
     private = load_split(data or config.dataset, "private", params)
     plan = Run(run, config, base, private.size)
     sender, secret = remote_client(plan, client, private, cache=CACHE, share=data is None)

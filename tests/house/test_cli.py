@@ -168,3 +168,10 @@ def test_what_goes_wrong_is_one_line(monkeypatch: pytest.MonkeyPatch, raised: ob
     assert ended.stderr.startswith(says)
     assert ended.stderr.count("\n") == 1
     assert "Traceback" not in ended.output
+
+
+def test_own_data_are_not_sent_under_draws_that_anybody_can_repeat(tmp_path: Path) -> None:
+    result = call("join", "shapes-s1", "--client", 0, "--data", tmp_path, "--broker", "127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "draws follow from a published key" in result.stderr
+    assert "name a run without published_key" in result.stderr
